@@ -1,0 +1,327 @@
+"""Text in, blocks of tokens out: reading a book, splitting it, packing it."""
+
+import contextlib
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from willows_kd import gutenberg
+from willows_kd.errors import InputError
+
+SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter: its place in the book (from 1), its title, its clean text."""
+
+    number: int
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A book as it is learnt from.
+
+    Attributes:
+        title: the book's title, or the file's name where it has none.
+        provenance: where the text came from, in one line.
+        chapters: the chapters in order; a text without chapters is one chapter.
+        skipped: empty lines and chapters that were passed over while reading.
+    """
+
+    title: str
+    provenance: str
+    chapters: tuple[Chapter, ...]
+    skipped: int = 0
+
+    @property
+    def text(self) -> str:
+        """All chapters in one string."""
+        return "\n\n".join(chapter.text for chapter in self.chapters)
+
+
+def load_corpus(source: str | os.PathLike | None = None) -> Corpus:
+    """Read the book to learn from.
+
+    Args:
+        source: the path of a text file; or ``"sample"`` for the story that ships
+            with the package; or ``"willows"`` for *The Wind in the Willows* and
+            nothing else; or None for the first of these that can be had: the
+            file named by ``WILLOWS_KD_CORPUS``, the book from the user's cache,
+            the book from Project Gutenberg, the sample story.
+
+    Raises:
+        InputError: the file is missing, empty or not text; or the book was asked
+            for and cannot be had.
+    """
+    if source == "sample":
+        return read_book(SAMPLE_STORY, provenance="the sample story that ships with willows_kd")
+    if source not in (None, "willows"):
+        return read_book(source)
+    if override := os.environ.get("WILLOWS_KD_CORPUS"):
+        return read_book(override, provenance=f"{override} (WILLOWS_KD_CORPUS)")
+    try:
+        return read_book(gutenberg.fetch_willows(), provenance=gutenberg.PROVENANCE)
+    except gutenberg.DownloadError as error:
+        if source == "willows":
+            raise InputError(
+                f"The Wind in the Willows could not be had ({error}); give the path of a "
+                "text file of it, or set WILLOWS_KD_CORPUS to one"
+            ) from error
+        print(f"📖 The Wind in the Willows could not be had ({error}): using the sample story.")
+        return load_corpus("sample")
+
+
+def read_book(path: str | os.PathLike, provenance: str | None = None) -> Corpus:
+    """Read a text file into a `Corpus`: decode, clean, find the chapters."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give a text file")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the path of a text file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return parse_book(decode(raw, str(path)), path.stem, provenance or str(path))
+
+
+def decode(raw: bytes, name: str = "the text") -> str:
+    """Bytes of UTF-8, UTF-16 (each with or without a BOM) or cp1252 to text."""
+    nulls = raw[:4096].count(0)
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encodings = ["utf-16"]
+    elif nulls * 4 > len(raw[:4096]):  # every second byte of Latin text in UTF-16 is 0
+        encodings = ["utf-16-le" if raw[1:4096:2].count(0) * 2 > nulls else "utf-16-be"]
+    else:
+        encodings = ["utf-8-sig", "cp1252"]
+    for encoding in encodings:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        controls = sum(c < " " and c not in "\t\n\r\f\v\x1a" for c in text[:100_000])
+        if controls * 100 <= min(len(text), 100_000):
+            return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")
+    raise InputError(f"{name} is not text; give a file of UTF-8, UTF-16 or cp1252 text")
+
+
+# -- from raw text to chapters ---------------------------------------------------------
+
+FURNITURE = re.compile(
+    r"\[Illustration[^\]]*\]|\{\d+\}|\[Pg\s*\d+\]|^[ \t]*(?:[*·•][ \t]*){3,}$", re.MULTILINE
+)
+HEADING = re.compile(
+    r"(?P<word>chapter\s+)?(?P<number>[ivxlc]+|\d{1,3})(?P<stop>[.:—–-]*)(?P<title>\s+\S.*|\S.*)?",
+    re.IGNORECASE,
+)
+PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
+SURPLUS_BLANK_LINE = re.compile(r"^[^\S\n]*\n(?=[^\S\n]*\n)", re.MULTILINE)
+FRONT_MATTER_LIMIT = 3_000  # characters: a title page and a table of contents
+LONGEST_WRAPPED_LINE = 120  # characters: a longer line was never broken by hand
+
+
+def parse_book(raw: str, title: str, provenance: str) -> Corpus:
+    """Clean a text and cut it into chapters.
+
+    What stands before the first chapter is dropped where it is short (a title
+    page, a table of contents) and kept as a chapter of its own where it is long.
+
+    Raises:
+        InputError: nothing is left to learn from.
+    """
+    raw = FURNITURE.sub("", gutenberg.strip_licence(raw)).strip("\n")
+    skipped = len(SURPLUS_BLANK_LINE.findall(raw))
+    pieces = PARAGRAPH_BREAK.split(raw)
+    if len(pieces) == 1:  # no blank line anywhere: each line is a paragraph
+        pieces = raw.split("\n")
+    sections: list[tuple[str, list[str]]] = [(title, [])]  # the first is the front matter
+    number = 0
+    for piece in pieces:
+        heading = read_heading(piece, after=number)
+        if heading:
+            number = heading[0]
+            sections.append((heading[1], []))
+        else:
+            sections[-1][1].extend(unwrap(piece))
+    front = sections[0][1]
+    if len(sections) > 1 and sum(map(len, front)) <= FRONT_MATTER_LIMIT:
+        sections.pop(0)
+        title = front[0] if front else title
+    full = [(name, "\n\n".join(paragraphs)) for name, paragraphs in sections if paragraphs]
+    skipped += sum(not paragraphs for _, paragraphs in sections[sections[0][1] is front :])
+    if not full:
+        raise InputError(f"{provenance} holds no text; give a file with a few paragraphs in it")
+    chapters = tuple(Chapter(i, name, text) for i, (name, text) in enumerate(full, start=1))
+    return Corpus(title, provenance, chapters, skipped)
+
+
+def read_heading(piece: str, after: int) -> tuple[int, str] | None:
+    """The number and title of a chapter heading, or None for any other text.
+
+    A heading stands alone on its line, says "Chapter" or begins with a number and
+    a full stop in capitals, and counts on from the chapter before: that is what
+    tells `I. THE RIVER BANK` from a speech that begins with the word "I".
+    """
+    line = piece.strip()
+    match = HEADING.fullmatch(line)
+    if not match or "\n" in line or len(line) > 100:
+        return None
+    numeral, title = match["number"], (match["title"] or "").strip()
+    is_titled = match["stop"] and title == title.upper()
+    is_bare = not title and (numeral.isdigit() or numeral.isupper())
+    if not (match["word"] or is_titled or is_bare):
+        return None
+    number = int(numeral) if numeral.isdigit() else roman(numeral)
+    counts_on = number == 1 or after < number <= after + 3
+    return (number, title or line) if counts_on else None
+
+
+def roman(numeral: str) -> int:
+    """The value of a Roman numeral."""
+    values = [{"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}[c] for c in numeral.lower()]
+    return sum(-v if v < max(values[i:]) else v for i, v in enumerate(values))
+
+
+def unwrap(piece: str) -> list[str]:
+    """The paragraphs of a piece of text between two blank lines.
+
+    Lines that were broken by hand to fit a page are joined; indented lines (verse)
+    keep their breaks; lines too long to have been broken are paragraphs themselves.
+    """
+    lines = [line for line in piece.replace("\ufeff", "").split("\n") if line.strip()]
+    if any(len(line) > LONGEST_WRAPPED_LINE for line in lines):
+        return [" ".join(line.split()) for line in lines]
+    verse = len(lines) > 1 and all(line[0].isspace() for line in lines)
+    text = ("\n" if verse else " ").join(" ".join(line.split()) for line in lines)
+    return [re.sub(r"(?<!\w)_([^_]+)_(?!\w)", r"\1", text)] if text else []
+
+
+# -- from chapters to splits -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The texts to train on, to choose by, and to test on once: parts of chapters."""
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+def split(corpus: Corpus) -> Splits:
+    """Hold out text by chapter, never by shuffled lines.
+
+    *The Wind in the Willows*: chapters I-X train, XI validates, XII tests. Any
+    other text: the last tenth tests and the tenth before validates, cut where a
+    paragraph ends.
+    """
+    texts = [chapter.text for chapter in corpus.chapters]
+    if is_willows(corpus):
+        return Splits(texts[:10], texts[10:11], texts[11:])
+    paragraphs = [(i, p) for i, text in enumerate(texts) for p in text.split("\n\n")]
+    total = sum(len(p) for _, p in paragraphs)
+    parts: list[dict[int, list[str]]] = [{}, {}, {}]
+    seen = 0
+    for chapter, paragraph in paragraphs:
+        middle = seen + len(paragraph) / 2
+        part = 0 if middle < 0.8 * total else 1 if middle < 0.9 * total else 2
+        parts[part].setdefault(chapter, []).append(paragraph)
+        seen += len(paragraph)
+    return Splits(*(["\n\n".join(found) for found in part.values()] for part in parts))
+
+
+def is_willows(corpus: Corpus) -> bool:
+    """Whether this is the book itself, whoever made the copy."""
+    titles = [chapter.title.upper() for chapter in corpus.chapters]
+    return len(titles) == 12 and "RIVER BANK" in titles[0] and "ULYSSES" in titles[11]
+
+
+# -- from splits to blocks of tokens ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A corpus as tensors of token ids, each of shape (blocks, block_size).
+
+    Attributes:
+        train, validation, test: int64 tensors.
+        remainder: for each split, the tokens at its end that fill no block.
+    """
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    test: torch.Tensor
+    remainder: dict[str, int]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.train.shape[1]
+
+
+def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
+    """Tokenise a corpus once and cut each split into blocks of `block_size` tokens.
+
+    The tokeniser's end-of-text token stands between chapters. Every token is kept
+    in order, but for the few at a split's end that do not fill a block: their
+    number is in `Blocks.remainder`.
+
+    Raises:
+        InputError: a split is too short for one block.
+
+    Warns:
+        UserWarning: once, where empty lines or chapters were skipped.
+    """
+    if block_size < 2:
+        raise InputError(f"block_size is {block_size}; a block needs at least 2 tokens")
+    if corpus.skipped:
+        warnings.warn(f"skipped {corpus.skipped} empty lines or chapters", stacklevel=2)
+    tensors, remainder = {}, {}
+    for name, texts in vars(split(corpus)).items():
+        tokens = tokenize(texts, tokenizer)
+        if len(tokens) < block_size:
+            raise InputError(
+                f"{corpus.provenance} is too short: its {name} part holds {len(tokens)} tokens, "
+                f"less than one block of {block_size}; give a longer text or a smaller block size"
+            )
+        remainder[name] = len(tokens) % block_size
+        tensors[name] = tokens[: len(tokens) - remainder[name]].view(-1, block_size)
+    return Blocks(**tensors, remainder=remainder)
+
+
+def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
+    """The token ids of some texts in a row, an end-of-text token between them, shape (tokens,)."""
+    from datasets import Dataset  # slow to import: only where text is tokenised
+
+    def ids_of(batch):
+        # verbose=False: a text longer than the model's context is what we are here to cut
+        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
+        return {"ids": encoded["input_ids"]}
+
+    with quiet_progress():
+        texts = Dataset.from_dict({"text": texts})
+        rows = texts.map(ids_of, batched=True, batch_size=16, remove_columns="text")
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = [torch.tensor(between + row, dtype=torch.long) for row in rows["ids"]]
+    return torch.cat(pieces)[len(between) :] if pieces else torch.empty(0, dtype=torch.long)
+
+
+@contextlib.contextmanager
+def quiet_progress():
+    """No progress bars of `datasets` for what takes a moment."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,109 @@
+"""The one file that knows the network: the book, from Project Gutenberg to the user's cache."""
+
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+URLS = (
+    "https://www.gutenberg.org/cache/epub/289/pg289.txt",
+    "https://gutenberg.pglaf.org/2/8/289/289-0.txt",
+)
+PROVENANCE = "Project Gutenberg eBook #289"
+TIMEOUT = 10  # seconds without an answer
+DEADLINE = 30  # seconds for a whole download
+SIZE_LIMIT = 2_000_000  # bytes; the book has a third of a million
+CHAPTER_LENGTHS = range(10_000, 60_000)  # characters: what a chapter of this book may have
+
+
+class DownloadError(Exception):
+    """The book cannot be had; the message says why in a few words."""
+
+
+def cache_folder() -> Path:
+    """Where this user's caches live: `XDG_CACHE_HOME`, else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "willows_kd"
+
+
+def fetch_willows(urls: tuple[str, ...] = URLS) -> Path:
+    """The path of the book in the user's cache, downloaded where it is not there yet.
+
+    Raises:
+        DownloadError: no address gave the book. The cache is then as it was.
+    """
+    path = cache_folder() / "wind_in_the_willows.txt"
+    if path.exists():
+        return path
+    problems = []
+    for url in urls:
+        try:
+            text = strip_licence(download(url).decode("utf-8-sig").replace("\r\n", "\n"))
+            check_is_the_book(text)
+        except (OSError, UnicodeDecodeError, DownloadError) as error:
+            problems.append(str(getattr(error, "reason", None) or error))
+            continue
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise DownloadError(f"{path.parent} cannot be written: {error.strerror}") from error
+        return path
+    raise DownloadError("; ".join(dict.fromkeys(problems)))
+
+
+class HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only where it stays encrypted."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """As in the base class, but refuses any address that is not https."""
+        if not newurl.startswith("https://"):
+            raise DownloadError("redirected to an address that is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(url: str) -> bytes:
+    """The body behind an https address, bounded in size and time."""
+    if not url.startswith("https://"):
+        raise DownloadError(f"{url} is not https")
+    request = urllib.request.Request(url, headers={"User-Agent": "willows_kd"})
+    start = time.monotonic()
+    body = bytearray()
+    with urllib.request.build_opener(HttpsOnly).open(request, timeout=TIMEOUT) as answer:
+        expected = answer.headers.get("Content-Length")
+        while chunk := answer.read1(65_536):
+            body += chunk
+            if len(body) > SIZE_LIMIT:
+                raise DownloadError(f"more than {SIZE_LIMIT} bytes")
+            if time.monotonic() - start > DEADLINE:
+                raise DownloadError(f"not complete after {DEADLINE} seconds")
+    if expected and len(body) != int(expected):
+        raise DownloadError(f"{len(body)} of {expected} bytes arrived")
+    return bytes(body)
+
+
+def strip_licence(text: str) -> str:
+    """A text without Project Gutenberg's front and end matter, where it has any."""
+    start = re.search(r"^\*\*\* ?START OF TH.*$", text, re.MULTILINE)
+    end = re.search(r"^\*\*\* ?END OF TH.*$", text, re.MULTILINE)
+    return text[start.end() if start else 0 : end.start() if end else len(text)]
+
+
+def check_is_the_book(text: str) -> None:
+    """Refuse an error page, a truncated file or another book."""
+    from willows_kd.corpus import is_willows, parse_book
+
+    book = parse_book(text, "", "the download")
+    if not is_willows(book) or any(len(c.text) not in CHAPTER_LENGTHS for c in book.chapters):
+        raise DownloadError("what arrived is not the twelve chapters of the book")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
