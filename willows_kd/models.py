@@ -1,0 +1,361 @@
+"""Weights and tokenizers: a teacher, and the student that is to become like it."""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from willows_kd.errors import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED_TEACHER = ASSETS / "teacher"
+BUNDLED_BASE = ASSETS / "base"
+SETTINGS_FILE = "distillation.json"  # what marks an output directory as ours
+PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# -- loading ---------------------------------------------------------------------------
+
+
+def load_teacher(name_or_path=None, device=None) -> tuple[PreTrainedModel, object]:
+    """A teacher and its tokenizer: in eval mode, in float32, ready to be asked.
+
+    Args:
+        name_or_path: a directory, or a name on the model hub, of any causal language
+            model (``"gpt2"``); None for the tiny GPT-2 that ships with the package.
+        device: where it goes; None for the GPU where there is one.
+
+    Raises:
+        InputError: it is not there, is no causal language model, is damaged, or has
+            only pickled weights, which are never loaded.
+    """
+    name_or_path = str(name_or_path or BUNDLED_TEACHER)
+    tokenizer = load_tokenizer(name_or_path)
+    return load_model(name_or_path, device).eval(), tokenizer
+
+
+def load_student(name_or_path, teacher_tokenizer, device=None) -> PreTrainedModel:
+    """A student made elsewhere, such as ``"distilgpt2"``.
+
+    Raises:
+        InputError: as `load_teacher`; or the student's tokenizer is not the teacher's.
+    """
+    check_same_tokenizer(teacher_tokenizer, load_tokenizer(name_or_path))
+    return load_model(name_or_path, device)
+
+
+def load_base(device=None) -> PreTrainedModel:
+    """The bundled teacher as it was before it was fine-tuned on the book."""
+    return load_model(str(BUNDLED_BASE), device).eval()
+
+
+def load_tokenizer(name_or_path):
+    """The tokenizer of a directory or hub name."""
+    check_model(name_or_path)
+    with plain_errors(name_or_path, "has no tokenizer that can be read"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+
+
+def load_model(name_or_path, device=None) -> PreTrainedModel:
+    """A causal language model in float32, from safetensors only, with no remote code."""
+    check_model(name_or_path)
+    with plain_errors(name_or_path, "cannot be loaded"), quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{name_or_path} lacks weights ({', '.join(missing[:3])} ...)")
+    return model.to(device or best_device())
+
+
+def check_model(name_or_path) -> None:
+    """Refuse a local directory that cannot hold a causal language model, before loading it."""
+    path = Path(name_or_path)
+    if not path.exists():
+        if looks_like_a_path(str(name_or_path)):
+            raise InputError(f"model directory {path} does not exist")
+        return  # a name on the hub: `transformers` will tell
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; give the directory that holds a model's config.json")
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"{path} is not a model: it holds no config.json")
+    try:
+        architectures = json.loads(config_file.read_text()).get("architectures") or []
+    except (ValueError, AttributeError, OSError):
+        raise InputError(f"{config_file} is damaged: it holds no JSON object") from None
+    if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+        raise InputError(
+            f"{path} is a {architectures[0]}; a teacher or student must be a causal language model"
+        )
+    if not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")):
+            raise InputError(
+                f"{path} holds only pickled weights, which can run code when loaded; if you trust "
+                "them, convert them once: AutoModelForCausalLM.from_pretrained(DIR)"
+                ".save_pretrained(NEW_DIR)"
+            )
+        raise InputError(f"{path} holds no weights (no .safetensors file)")
+
+
+def check_context(name_or_path, block_size: int) -> None:
+    """Refuse blocks longer than the positions that a model has."""
+    with plain_errors(name_or_path, "has no config that can be read"), quiet_transformers():
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    positions = getattr(config, "max_position_embeddings", None)
+    if block_size < 2 or positions and block_size > positions:
+        raise InputError(f"block_size is {block_size}; this model takes 2 to {positions or 'any'}")
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether a name means a place on disk: hub names are NAME or OWNER/NAME."""
+    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
+
+
+@contextlib.contextmanager
+def plain_errors(name_or_path, what: str):
+    """Turn what `transformers` raises for a bad model into one line."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not Path(name_or_path).exists() and isinstance(error, OSError):
+            raise InputError(
+                f"{name_or_path} is no local directory and the model hub did not give it "
+                "(no connection, or no such name)"
+            ) from error
+        raise InputError(f"{name_or_path} {what}: {reason[:200]}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """No progress bars or notices for what takes a moment; errors are raised, not logged."""
+    library = transformers.utils.logging
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.ERROR)
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()
+
+
+# -- making a student ------------------------------------------------------------------
+
+
+def student_from_teacher(
+    teacher: PreTrainedModel, layers: int | None = None, init: str = "teacher", seed: int = 0
+) -> PreTrainedModel:
+    """A student with fewer layers; widths, heads and vocabulary are the teacher's.
+
+    Args:
+        teacher: any decoder that `transformers` builds from a config.
+        layers: how many; None for half of the teacher's.
+        init: ``"teacher"`` copies evenly spaced layers, the first and the last among
+            them, with embeddings and head, as DistilGPT2 was initialised (Sanh et al.
+            2019, section 3); ``"first"`` copies the first layers instead;
+            ``"random"`` copies nothing.
+        seed: for ``"random"``.
+
+    Raises:
+        InputError: `layers` is not between 1 and the teacher's, or `init` is unknown.
+    """
+    depth = teacher.config.num_hidden_layers
+    layers = max(1, depth // 2) if layers is None else layers
+    if not 1 <= layers <= depth:
+        raise InputError(f"layers is {layers}; this teacher allows 1 to {depth}")
+    if init not in ("teacher", "first", "random"):
+        raise InputError(f"init is {init!r}; it must be teacher, first or random")
+    kept = list(range(layers)) if init == "first" else evenly_spaced(depth, layers)
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):  # families whose layers differ say so here
+        config.layer_types = [config.layer_types[i] for i in kept]
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    if init != "random":
+        student.load_state_dict(keep_layers(teacher, kept))
+    return student.to(teacher.device)
+
+
+def evenly_spaced(depth: int, layers: int) -> list[int]:
+    """Which of `depth` layers to keep: the first, the last, and evenly between.
+
+    For 6 of 12 this is 0, 2, 4, 7, 9, 11, the choice made for DistilGPT2.
+    """
+    return [round(i) for i in torch.linspace(0, depth - 1, layers, dtype=torch.float64).tolist()]
+
+
+def keep_layers(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
+    """A model's weights with only some of its layers, numbered anew."""
+    depth = model.config.num_hidden_layers
+    stack = next(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    )
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        if key.startswith(stack + "."):
+            index, rest = key[len(stack) + 1 :].split(".", 1)
+            if int(index) not in kept:
+                continue
+            key = f"{stack}.{kept.index(int(index))}.{rest}"
+        weights[key] = tensor.clone()
+    return weights
+
+
+# -- one vocabulary --------------------------------------------------------------------
+
+
+def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
+    """Refuse a student that reads text otherwise than its teacher.
+
+    Raises:
+        InputError: sizes differ (both are named), or the same text gets other ids.
+    """
+    sizes = len(teacher_tokenizer), len(student_tokenizer)
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"teacher and student must share a vocabulary: the teacher's has {sizes[0]} tokens, "
+            f"the student's {sizes[1]}"
+        )
+    if teacher_tokenizer.get_vocab() != student_tokenizer.get_vocab():
+        raise InputError(
+            f"teacher and student must share a vocabulary: both have {sizes[0]} tokens, "
+            "but they give different ids to the same text"
+        )
+
+
+def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
+    """How many logits teacher and student share.
+
+    The larger of two heads may be padded to a round number: what is beyond the
+    smaller one is then no token, and is left out of every loss.
+
+    Raises:
+        InputError: the sizes differ by more than padding explains.
+    """
+    sizes = teacher.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1] and (max(sizes) % 8 or abs(sizes[0] - sizes[1]) >= PADDING_LIMIT):
+        raise InputError(
+            f"teacher and student must share a vocabulary: the teacher predicts {sizes[0]} tokens, "
+            f"the student {sizes[1]}"
+        )
+    return min(sizes)
+
+
+# -- using and saving ------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def complete(
+    model, tokenizer, prompt: str, max_new_tokens: int = 60, temperature: float = 0.8, seed: int = 0
+) -> str:
+    """Continue a prompt; the same seed gives the same words. Temperature 0 takes the likeliest."""
+    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+        out = model.generate(
+            ids["input_ids"],
+            attention_mask=ids["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    model.train(was_training)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def save_model(
+    model, tokenizer, directory, extra: dict[str, str] | None = None, overwrite: bool = False
+) -> None:
+    """Write a directory that `transformers` loads, whole or not at all.
+
+    Args:
+        model, tokenizer: what is saved.
+        directory: where. It may be new, empty, or an earlier output of ours.
+        extra: texts that go beside the weights, by file name.
+        overwrite: replace a directory even where it is not ours.
+
+    Raises:
+        InputError: the directory holds something else, or cannot be written.
+    """
+    directory = Path(directory)
+    check_output(directory, overwrite)
+    with whole_directory(directory) as partial, quiet_transformers():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name, text in (extra or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+def check_output(directory: Path, overwrite: bool = False) -> None:
+    """Refuse an output directory that is a file, holds something that is not ours, or is locked."""
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; give a directory to write to")
+    taken = directory.is_dir() and any(directory.iterdir())
+    if taken and not overwrite and not (directory / SETTINGS_FILE).exists():
+        raise InputError(
+            f"{directory} holds files that no distillation wrote; "
+            "choose another directory, or add --overwrite to replace it"
+        )
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def whole_directory(directory: Path):
+    """A fresh directory to fill, put in its place when filled, gone if anything went wrong."""
+    directory = directory.absolute()
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    replaced = directory.with_name(f".{directory.name}.{os.getpid()}.replaced")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            directory.rename(replaced)
+        try:
+            partial.rename(directory)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(directory)
+            raise
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
