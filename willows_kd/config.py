@@ -1,0 +1,78 @@
+"""The settings of a distillation, in one place, checked when they are made."""
+
+import math
+from dataclasses import dataclass
+
+from willows_kd.errors import InputError
+
+DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a student is trained.
+
+    Attributes:
+        temperature: softens the teacher's and the student's distributions alike.
+        alpha: weight of the hard-label cross-entropy; 1 - alpha weighs the soft
+            labels. 0 is soft labels only, 1 is the hard-label control.
+        divergence: how far the student is from the soft labels, by name.
+        epochs: passes over the training blocks.
+        learning_rate: AdamW's peak, after the warm-up and before the cosine.
+        batch_size: blocks in one forward pass, over all processes.
+        accumulation: forward passes in one optimiser step.
+        warmup: share of all steps over which the learning rate rises.
+        weight_decay: AdamW's, on matrices only.
+        max_grad_norm: the gradient is scaled down to this norm where it is longer.
+        dropout: of the student while it trains.
+        seed: orders the blocks and draws the dropout.
+        dtype: "float32", or "bfloat16" for autocast with float32 weights.
+    """
+
+    temperature: float = 2.0
+    alpha: float = 0.0
+    divergence: str = "forward_kl"
+    epochs: int = 3
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    accumulation: int = 1
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        """Refuse what cannot work, and say what would be accepted.
+
+        Raises:
+            InputError: a value has the wrong type or lies outside its range.
+        """
+        self._check("temperature", float, "above 0 and at most 1000", lambda v: 0 < v <= 1000)
+        self._check("alpha", float, "from 0 (soft labels only) to 1 (hard labels only)", unit_range)
+        self._check("divergence", str, f"one of {', '.join(DIVERGENCE_NAMES)}", DIVERGENCE_NAMES)
+        self._check("epochs", int, "at least 1", lambda v: v >= 1)
+        self._check("learning_rate", float, "above 0 and at most 1", lambda v: 0 < v <= 1)
+        self._check("batch_size", int, "at least 1", lambda v: v >= 1)
+        self._check("accumulation", int, "at least 1", lambda v: v >= 1)
+        self._check("warmup", float, "from 0 to 1", unit_range)
+        self._check("weight_decay", float, "at least 0", lambda v: v >= 0)
+        self._check("max_grad_norm", float, "above 0", lambda v: v > 0)
+        self._check("dropout", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
+        self._check("seed", int, "from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
+        self._check("dtype", str, f"one of {', '.join(DTYPES)}", DTYPES)
+
+    def _check(self, name, kind, accepted, test):
+        value = getattr(self, name)
+        numeric = (int, float) if kind is float else kind
+        right_type = isinstance(value, numeric) and not isinstance(value, bool)
+        finite = right_type and (kind is str or math.isfinite(value))
+        if not finite or not (test(value) if callable(test) else value in test):
+            raise InputError(f"{name} is {value!r}; it must be {accepted}")
+
+
+def unit_range(value: float) -> bool:
+    """Whether a value lies from 0 to 1."""
+    return 0 <= value <= 1
