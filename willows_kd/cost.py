@@ -1,0 +1,132 @@
+"""What a model costs to keep and to run: its size, its memory, its speed on this machine."""
+
+import contextlib
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from willows_kd.models import quiet_transformers
+
+
+def size_on_disk(model) -> int:
+    """Bytes of the weights as `save_pretrained` writes them."""
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def peak_memory(model, ids: torch.Tensor) -> int:
+    """Bytes that a forward pass needs at most: weights, activations and logits.
+
+    Args:
+        model: where it is decides how: PyTorch's own count on a GPU, on the CPU the
+            running sum of all that the profiler saw allocated and freed.
+        ids: token ids, shape (batch, tokens).
+    """
+    ids = ids.to(model.device)
+    weights = sum(tensor.nbytes for tensor in {id(p): p for p in model.parameters()}.values())
+    with torch.inference_mode(), eval_mode(model):
+        model(ids)  # the first call allocates what later ones keep
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(ids)
+            return weights + torch.cuda.max_memory_allocated() - before
+        with MemoryWatch() as watch:
+            model(ids)
+    return weights + watch.most
+
+
+class MemoryWatch(TorchDispatchMode):
+    """Counts the bytes of what operations return and is still alive, and their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.most = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run one operation and count the memory that it newly took."""
+        given = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage not in given and storage not in self.seen:
+                self.seen.add(storage)
+                self.held += storage.nbytes()
+                self.most = max(self.most, self.held)
+                weakref.finalize(storage, self.release, storage.nbytes())
+        return result
+
+    def release(self, nbytes: int) -> None:
+        """A tensor's memory was freed."""
+        self.held -= nbytes
+
+
+def latency(
+    models: dict[str, nn.Module], ids: torch.Tensor, new_tokens: int = 16, repeats: int = 7
+) -> dict[str, dict[str, float]]:
+    """Seconds of a forward pass and of each generated token, side by side.
+
+    The models take turns, so that a slow moment of the machine falls on all of them,
+    and the median of the repeats is reported after one round that is not counted.
+
+    Args:
+        models: by name.
+        ids: the prompt, shape (batch, tokens).
+        new_tokens: how many to generate, greedily, with the key-value cache.
+        repeats: rounds that count.
+    """
+    seconds = {name: {"forward": [], "per_token": []} for name in models}
+    for round_ in range(repeats + 1):
+        for name, model in models.items():
+            forward = timed(lambda m=model: m(ids.to(m.device)), model)
+            generate = timed(lambda m=model: continue_greedily(m, ids, new_tokens), model)
+            if round_:
+                seconds[name]["forward"].append(forward)
+                seconds[name]["per_token"].append(generate / new_tokens)
+    return {
+        name: {what: statistics.median(values) for what, values in found.items()}
+        for name, found in seconds.items()
+    }
+
+
+def timed(action: Callable, model) -> float:
+    """Seconds that an action takes in inference mode, the GPU's work included."""
+    with torch.inference_mode(), eval_mode(model):
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> None:
+    """Generate exactly so many tokens, with the key-value cache."""
+    past, token = None, ids.to(model.device)
+    for _ in range(new_tokens):
+        out = model(token, past_key_values=past, use_cache=True)
+        past, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+
+
+@contextlib.contextmanager
+def eval_mode(*models):
+    """Models in eval mode, and afterwards each in the mode it was in."""
+    modes = [(model, model.training) for model in models if model is not None]
+    for model, _ in modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in modes:
+            model.train(training)

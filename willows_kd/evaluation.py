@@ -1,0 +1,220 @@
+"""What distillation bought and what it cost, measured on text that nobody trained on."""
+
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from willows_kd.corpus import Blocks
+from willows_kd.cost import eval_mode, latency, peak_memory, size_on_disk
+from willows_kd.losses import kl
+from willows_kd.models import common_vocabulary, complete
+
+LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
+
+
+@torch.inference_mode()
+def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[str, float]:
+    """How well a model predicts held-out text, and how like its teacher.
+
+    The blocks are read as one stream in windows of a block's length that overlap by
+    half, so that every token but the first is predicted once, and all but those of
+    the first window with at least half a block of context.
+
+    Args:
+        model: a causal language model.
+        blocks: held-out token ids, shape (blocks, block_size).
+        tokenizer: for bits per byte, which is comparable across tokenizers.
+        teacher: for the divergence and agreement.
+
+    Returns:
+        perplexity: exp of the mean cross-entropy in nats per token.
+        bits_per_byte: the same entropy, by byte of text.
+        calibration_error: mean gap of confidence and accuracy of the first choice
+            over 15 equal bins (Guo et al. 2017, equation 3).
+        kl_to_teacher: KL(teacher || model) in nats per token, at T = 1.
+        agreement: share of tokens where both have the same first choice.
+    """
+    per_token: dict[str, list[torch.Tensor]] = {}
+    with eval_mode(model, teacher):
+        for window, scored in windows(blocks, model.config.vocab_size):
+            for name, values in scores(model, teacher, window.to(model.device)).items():
+                per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
+    found = {name: torch.cat(values).double() for name, values in per_token.items()}
+    result = {"perplexity": found["nats"].mean().exp().item()}
+    if tokenizer is not None:
+        text = tokenizer.decode(blocks.flatten()[1:].tolist(), skip_special_tokens=True)
+        bits = found["nats"].sum().item() / math.log(2)
+        result["bits_per_byte"] = bits / len(text.encode())
+    result["calibration_error"] = calibration_error(found["confidence"], found["correct"])
+    if teacher is not None:
+        result["kl_to_teacher"] = found["kl"].mean().item()
+        result["agreement"] = found["agreement"].mean().item()
+    return result
+
+
+def windows(blocks: torch.Tensor, vocabulary: int):
+    """Overlapping windows over the blocks read as one stream, several at a time.
+
+    Yields:
+        token ids, shape (windows, block_size), and a mask of the same shape that is
+        True where a token is to be scored: each token of the stream but the first is
+        scored in exactly one window.
+    """
+    stream, length = blocks.flatten(), blocks.shape[1]
+    starts = list(range(0, len(stream) - length + 1, max(1, length // 2)))
+    if starts[-1] + length < len(stream):
+        starts.append(len(stream) - length)
+    ends = [1] + [start + length for start in starts[:-1]]  # where the window before ended
+    at_once = max(1, LOGITS_AT_ONCE // (length * vocabulary))
+    offsets = torch.arange(length)
+    for i in range(0, len(starts), at_once):
+        positions = torch.tensor(starts[i : i + at_once])[:, None] + offsets
+        yield stream[positions], positions >= torch.tensor(ends[i : i + at_once])[:, None]
+
+
+def scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each prediction of tokens 1... is worth, each of shape (windows, block_size - 1)."""
+    logits = model(ids).logits[:, :-1].float()
+    labels = ids[:, 1:]
+    vocabulary = logits.shape[-1] if teacher is None else common_vocabulary(teacher, model)
+    log_q = F.log_softmax(logits[..., :vocabulary], dim=-1)
+    confidence, choice = log_q.max(dim=-1)
+    result = {
+        "nats": -log_q.gather(-1, labels[..., None]).squeeze(-1),
+        "confidence": confidence.exp(),
+        "correct": choice == labels,
+    }
+    if teacher is not None:
+        log_p = F.log_softmax(teacher(ids).logits[:, :-1, :vocabulary].float(), dim=-1)
+        result["kl"] = kl(log_p, log_q)
+        result["agreement"] = log_p.argmax(dim=-1) == choice
+    return result
+
+
+def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:
+    """Expected calibration error of predictions, both arguments of shape (tokens,)."""
+    which = (confidence * bins).ceil().clamp(1, bins).long() - 1
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, which, confidence.double() - correct.double())
+    return (gaps.abs().sum() / len(confidence)).item()
+
+
+def verbatim(sample: str, training_text: str, words: int = 6) -> float:
+    """The share of a sample's runs of so many words that stand in the training text."""
+    sample_words, training_words = (re.findall(r"\w+", t.lower()) for t in (sample, training_text))
+    runs = list(zip(*(sample_words[i:] for i in range(words)), strict=False))
+    known = set(zip(*(training_words[i:] for i in range(words)), strict=False))
+    return sum(run in known for run in runs) / len(runs) if runs else 0.0
+
+
+# -- one table -------------------------------------------------------------------------
+
+# 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal's is close
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def compare(
+    models: dict[str, nn.Module | Callable[[int], nn.Module]],
+    blocks: Blocks,
+    tokenizer,
+    teacher=None,
+    seeds: Sequence[int] = (0,),
+    split: str = "test",
+) -> pd.DataFrame:
+    """One row a model: how good, how large, how fast, on this machine.
+
+    Args:
+        models: by name; a model, or a function that makes one from a seed. What a
+            function makes is measured for every seed and reported as the mean, with
+            the half width of its 95 % interval (Student's t) in a column `± name`.
+        blocks: the packed corpus; quality is measured on its `split`.
+        tokenizer: the one that packed it.
+        teacher: what the models are compared with; the first model where None.
+        seeds: for the functions.
+        split: "test", or "validation" while choices are still to be made.
+    """
+    made = {
+        name: [model] if isinstance(model, nn.Module) else [model(seed) for seed in seeds]
+        for name, model in models.items()
+    }
+    teacher = teacher or next(iter(made.values()))[0]
+    held_out = getattr(blocks, split)
+    training_text = tokenizer.decode(blocks.train.flatten().tolist(), skip_special_tokens=True)
+    speed = latency({name: group[0] for name, group in made.items()}, held_out[:1])
+    rows = {}
+    for name, group in made.items():
+        measured = []
+        for model in group:
+            row = quality(model, held_out, tokenizer, teacher)
+            row["verbatim"] = statistics.mean(
+                verbatim(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
+                for seed, prompt in enumerate(prompts(held_out, tokenizer))
+            )
+            measured.append(row)
+        rows[name] = {
+            "parameters": group[0].num_parameters(),
+            "disk_mb": size_on_disk(group[0]) / 1e6,
+            "memory_mb": peak_memory(group[0], held_out[:1]) / 1e6,
+            "forward_ms": speed[name]["forward"] * 1e3,
+            "token_ms": speed[name]["per_token"] * 1e3,
+            **with_intervals(measured),
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.attrs["threads"] = torch.get_num_threads()
+    table.attrs["machine"] = f"{os.cpu_count()} cores, device {next(iter(made.values()))[0].device}"
+    return table
+
+
+def prompts(blocks: torch.Tensor, tokenizer, count: int = 3, tokens: int = 12) -> list[str]:
+    """The openings of a few blocks spread over a split."""
+    rows = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()
+    openings = blocks[rows, :tokens].tolist()
+    return [tokenizer.decode(opening, skip_special_tokens=True) for opening in openings]
+
+
+def with_intervals(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Means over repeats and, where there are several, the half widths of 95 % intervals."""
+    result = {}
+    for name in measured[0]:
+        values = [row[name] for row in measured]
+        result[name] = statistics.mean(values)
+        if len(values) > 1:
+            t = STUDENT_T[min(len(values) - 2, len(STUDENT_T) - 1)]
+            result[f"± {name}"] = t * statistics.stdev(values) / math.sqrt(len(values))
+    return result
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A table from `compare` for a terminal, a model card or a README."""
+    shown = [column for column in table if not column.startswith("± ")]
+    lines = [["", *(column.replace("_", " ") for column in shown)]]
+    for name, row in table.iterrows():
+        cells = []
+        for column in shown:
+            spread = row.get(f"± {column}")
+            known = spread is not None and not pd.isna(spread)
+            cells.append(number(row[column]) + (f" ± {number(spread)}" if known else ""))
+        lines.append([str(name), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def number(value: float) -> str:
+    """A number with the digits that matter."""
+    if value != value:
+        return "-"
+    size = abs(value)
+    if size >= 1e5:
+        return f"{value / 1e6:.2f} M"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if size >= 10 else 2 if size >= 1 else 3}f}"
