@@ -1,0 +1,51 @@
+"""Learn knowledge distillation of language models by doing it: `import willows_kd as kd`.
+
+The public names, in the order in which the notebooks meet them. Each is imported from
+its file when it is first used, so that `import willows_kd` and `--help` stay quick.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+PUBLIC_NAMES = {
+    "corpus": ["load_corpus", "split", "pack", "Blocks", "Corpus", "Chapter"],
+    "models": [
+        "load_teacher",
+        "load_base",
+        "load_student",
+        "student_from_teacher",
+        "complete",
+        "save_model",
+    ],
+    "soft_labels": ["soften", "entropy", "top_k"],
+    "losses": [
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+        "hard_label_loss",
+        "mix",
+        "shift",
+    ],
+    "config": ["DistillConfig"],
+    "distillation": ["distill"],
+    "evaluation": ["quality", "verbatim", "compare", "as_markdown"],
+    "cost": ["latency", "peak_memory", "size_on_disk"],
+    "plots": ["plot_comparison", "plot_history"],
+    "errors": ["InputError"],
+}
+HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names}
+__all__ = list(HOME)
+
+
+def __getattr__(name: str):
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

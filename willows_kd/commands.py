@@ -1,0 +1,192 @@
+"""What `willows-kd distill` does: check, load, train, save, compare."""
+
+import copy
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import willows_kd
+from willows_kd import models
+from willows_kd.config import DistillConfig
+from willows_kd.corpus import Corpus, load_corpus, pack
+from willows_kd.distillation import distill
+from willows_kd.errors import InputError
+from willows_kd.evaluation import as_markdown, compare
+
+GPT2_VOCABULARY = 50_257
+
+
+def distill_to_directory(options, config: DistillConfig) -> int:
+    """Run the whole job and return the exit code.
+
+    Raises:
+        InputError: something that was given cannot be used. Nothing was written.
+    """
+    device = find_device(options.device)
+    teacher_name = options.model_dir or str(models.BUNDLED_TEACHER)
+    models.check_output(Path(options.output_dir), options.overwrite)
+    tokenizer = models.load_tokenizer(teacher_name)
+    models.check_context(teacher_name, options.block_size)
+    student_name = choose_student(options, tokenizer)
+    corpus = load_corpus(options.dataset_path) if options.dataset_path else None
+    if corpus and len(corpus.text) < 100 * options.block_size:  # may be too short: see at once
+        quietly_pack(corpus, tokenizer, options.block_size)
+
+    print(f"🔍 Loading teacher model from: {options.model_dir or 'the bundled teacher'}")
+    teacher, _ = models.load_teacher(teacher_name, device)
+    print(f"🔍 Loading student model ({student_name})...")
+    student = load_or_make_student(options, student_name, teacher, tokenizer, device)
+    print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
+    corpus = corpus or load_corpus()
+    print("⚙️ Tokenizing dataset...")
+    blocks = quietly_pack(corpus, tokenizer, options.block_size)
+    print("🚀 Starting distillation training...")
+    if corpus.skipped:
+        print(f"⚠️ Skipping empty input batch... ({corpus.skipped} empty lines or chapters)")
+    sys.stdout.flush()
+
+    untrained = copy.deepcopy(student)
+    history, finished = train(teacher, student, blocks, config)
+    if not finished:
+        print("stopped: no epoch was finished, nothing was saved", file=sys.stderr)
+        return 130
+    stopped = finished < config.epochs
+    table = None
+    if not stopped:
+        named = {"teacher": teacher, "student before": untrained, "student": student}
+        table = compare(named, blocks, tokenizer)
+    settings = {
+        "teacher": options.model_dir or "willows_kd's bundled teacher",
+        "student": student_name,
+        "corpus": corpus.provenance,
+        "block_size": options.block_size,
+        "epochs_finished": finished,
+        **dataclasses.asdict(config),
+        "versions": {m.__name__: m.__version__ for m in (willows_kd, torch, transformers)},
+    }
+    print(f"💾 Saving distilled student model to: {options.output_dir}")
+    extra = {
+        models.SETTINGS_FILE: json.dumps(settings, indent=2) + "\n",
+        "history.csv": pd.DataFrame(history).to_csv(index=False),
+        "README.md": model_card(settings, table),
+    }
+    models.save_model(student, tokenizer, options.output_dir, extra, options.overwrite)
+    print("✅ Distilled model saved successfully!")
+    if stopped:
+        print(f"stopped: the student is that of epoch {finished} of {config.epochs}")
+        return 130
+    print(f"\n{as_markdown(table)}")
+    print(f"\nMeasured on the held-out test text of {corpus.title}, with {describe(table)}.")
+    return 0
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, `auto` for the GPU where there is one."""
+    if name == "auto":
+        return models.best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name} cannot be used here; auto or cpu can") from error
+    return device
+
+
+def choose_student(options, tokenizer) -> str:
+    """What to call the student that is to be loaded or made; refuses what cannot be one."""
+    if options.layers is not None:
+        if options.student not in (None, "half"):
+            raise InputError("--layers makes a student from the teacher; leave out --student")
+        return f"{options.layers} of the teacher's layers"
+    if options.student:
+        if options.student != "half":
+            models.check_model(options.student)
+        return options.student
+    return "distilgpt2" if len(tokenizer) == GPT2_VOCABULARY else "half"
+
+
+def load_or_make_student(options, name: str, teacher, tokenizer, device):
+    """The student of that name, checked to share the teacher's vocabulary."""
+    if name == "half" or options.layers is not None:
+        return models.student_from_teacher(teacher, options.layers)
+    try:
+        student = models.load_student(name, tokenizer, device)
+    except InputError as error:
+        if options.student or Path(name).exists() or "share a vocabulary" in str(error):
+            raise
+        raise InputError(f"{error}; --student half makes one from the teacher") from error
+    teacher_head, student_head = teacher.config.vocab_size, student.config.vocab_size
+    shared = models.common_vocabulary(teacher, student)
+    if teacher_head != student_head:
+        print(f"ℹ️ Heads of {teacher_head} and {student_head}: the first {shared} are tokens")
+    return student
+
+
+def quietly_pack(corpus: Corpus, tokenizer, block_size: int):
+    """`pack` without its warning, which the command words in its own way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return pack(corpus, tokenizer, block_size)
+
+
+def train(teacher, student, blocks, config: DistillConfig) -> tuple[list[dict], int]:
+    """Distil, and survive Ctrl-C: the student is then that of the last finished epoch.
+
+    Returns:
+        the history, and how many epochs were finished.
+    """
+    rows: list[dict] = []
+    kept: dict[str, torch.Tensor] = {}
+
+    def on_step(row: dict) -> None:
+        rows.append(row)
+        if "average_loss" in row:
+            tqdm.write(f"✅ Epoch {row['epoch']}: Average Loss {row['average_loss']:.4f}")
+            if row["epoch"] < config.epochs:
+                weights = student.state_dict().items()
+                kept.update({k: v.detach().to("cpu", copy=True) for k, v in weights})
+
+    try:
+        return distill(teacher, student, blocks, config, on_step), config.epochs
+    except KeyboardInterrupt:
+        ends = [i for i, row in enumerate(rows, start=1) if "average_loss" in row]
+        if kept:
+            student.load_state_dict(kept)
+        return rows[: ends[-1]] if ends else [], len(ends)
+
+
+def describe(table: pd.DataFrame) -> str:
+    """The machine that a table was measured on."""
+    return f"{table.attrs['threads']} threads, {table.attrs['machine']}"
+
+
+def model_card(settings: dict, table: pd.DataFrame | None) -> str:
+    """The README of an output directory."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [knowledge-distillation, willows_kd]",
+        "---",
+        "",
+        "# A distilled student",
+        "",
+        f"Trained with willows_kd on the soft labels of its teacher ({settings['teacher']}), "
+        f"{settings['epochs_finished']} epochs on {settings['corpus']}.",
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in settings.items()),
+        "",
+    ]
+    if table is not None:
+        lines += ["## Measured on held-out text", "", as_markdown(table), ""]
+        lines += [f"Speed and memory: {describe(table)}.", ""]
+    return "\n".join(lines)
