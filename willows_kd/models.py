@@ -9,8 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.utils import get_session
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -21,6 +23,10 @@ BUNDLED_TEACHER = ASSETS / "teacher"
 BUNDLED_BASE = ASSETS / "base"
 SETTINGS_FILE = "distillation.json"  # what marks an output directory as ours
 PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
+
+
+class HubError(InputError):
+    """A name is no local directory, and the model hub did not give it."""
 
 
 def best_device() -> torch.device:
@@ -67,7 +73,9 @@ def load_tokenizer(name_or_path):
     """The tokenizer of a directory or hub name."""
     check_model(name_or_path)
     with plain_errors(name_or_path, "has no tokenizer that can be read"), quiet_transformers():
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
+        )
 
 
 def load_model(name_or_path, device=None) -> PreTrainedModel:
@@ -79,6 +87,7 @@ def load_model(name_or_path, device=None) -> PreTrainedModel:
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=not may_ask_hub(name_or_path),
             output_loading_info=True,
         )
     if missing := sorted(info["missing_keys"]):
@@ -119,7 +128,9 @@ def check_model(name_or_path) -> None:
 def check_context(name_or_path, block_size: int) -> None:
     """Refuse blocks longer than the positions that a model has."""
     with plain_errors(name_or_path, "has no config that can be read"), quiet_transformers():
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if block_size < 2 or positions and block_size > positions:
         raise InputError(f"block_size is {block_size}; this model takes 2 to {positions or 'any'}")
@@ -128,6 +139,21 @@ def check_context(name_or_path, block_size: int) -> None:
 def looks_like_a_path(name: str) -> bool:
     """Whether a name means a place on disk: hub names are NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
+
+
+def may_ask_hub(name_or_path) -> bool:
+    """Whether a name is one to ask the hub for, and the hub answers.
+
+    One short question, where `transformers` would try for half a minute: without a
+    connection, what is in its cache is found at once, and what is not is refused.
+    """
+    if Path(name_or_path).exists():
+        return False
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP client calls it, there is no hub
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -140,7 +166,7 @@ def plain_errors(name_or_path, what: str):
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if not Path(name_or_path).exists() and isinstance(error, OSError):
-            raise InputError(
+            raise HubError(
                 f"{name_or_path} is no local directory and the model hub did not give it "
                 "(no connection, or no such name)"
             ) from error
@@ -210,14 +236,19 @@ def evenly_spaced(depth: int, layers: int) -> list[int]:
     return [round(i) for i in torch.linspace(0, depth - 1, layers, dtype=torch.float64).tolist()]
 
 
-def keep_layers(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
-    """A model's weights with only some of its layers, numbered anew."""
+def layer_stack(model: PreTrainedModel) -> str:
+    """The name of the module list that holds a model's layers, such as `transformer.h`."""
     depth = model.config.num_hidden_layers
-    stack = next(
+    return next(
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     )
+
+
+def keep_layers(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
+    """A model's weights with only some of its layers, numbered anew."""
+    stack = layer_stack(model)
     weights = {}
     for key, tensor in model.state_dict().items():
         if key.startswith(stack + "."):

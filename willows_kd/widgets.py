@@ -1,0 +1,86 @@
+"""Things to move and to type into: each is a pure figure function behind a few controls.
+
+A notebook shows the same picture once without the widget, so that a page that runs
+nothing still shows it. They need no more than ipywidgets 7.7.
+"""
+
+import html
+
+import ipywidgets
+import torch
+from IPython.display import display
+
+from willows_kd.models import complete
+from willows_kd.plots import plot_soft_labels, plot_token_view
+
+
+def explore_temperature(model, tokenizer, prompts: list[str], temperatures=(0.5, 8.0)):
+    """Soft labels of the next token after a prompt, with the temperature on a slider."""
+    logits = {prompt: next_token_logits(model, tokenizer, prompt) for prompt in prompts}
+    low, high = temperatures
+    controls = {
+        "prompt": ipywidgets.Dropdown(options=prompts, description="after"),
+        "temperature": ipywidgets.FloatSlider(
+            1.0, min=low, max=high, step=0.25, description="T", continuous_update=False
+        ),
+    }
+
+    def show(prompt, temperature):
+        display(plot_soft_labels(logits[prompt], tokenizer, temperature))
+
+    return explorer(show, controls)
+
+
+def explore_tokens(teacher, student, tokenizer, text: str):
+    """Teacher and student side by side, one position of a text at a time."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    both = [all_logits(model, ids) for model in (teacher, student)]
+    controls = {
+        "position": ipywidgets.IntSlider(
+            1, min=1, max=ids.shape[1] - 1, description="token", continuous_update=False
+        )
+    }
+
+    def show(position):
+        before = tokenizer.decode(ids[0, max(0, position - 8) : position].tolist())
+        views = [logits[position - 1] for logits in both]
+        display(plot_token_view(*views, tokenizer, before.replace("\n", " ")))
+
+    return explorer(show, controls)
+
+
+def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens: int = 40):
+    """A box to type a prompt into; each model continues it, from the same seed.
+
+    What a model writes is shown as text, whatever it looks like: it is escaped.
+    """
+    box = ipywidgets.Text(prompt, description="prompt", continuous_update=False)
+    seed = ipywidgets.IntSlider(0, min=0, max=20, description="seed", continuous_update=False)
+    out = {name: ipywidgets.HTML() for name in models}
+
+    def write(_change=None):
+        for name, model in models.items():
+            text = complete(model, tokenizer, box.value, max_new_tokens, seed=seed.value)
+            out[name].value = f"<b>{html.escape(name)}</b><p>{html.escape(text)}</p>"
+
+    box.observe(write, "value")
+    seed.observe(write, "value")
+    write()
+    return ipywidgets.VBox([box, seed, *out.values()])
+
+
+def explorer(show, controls: dict):
+    """Controls above what a function displays for their values; its errors are shown there."""
+    out = ipywidgets.interactive_output(show, controls)
+    return ipywidgets.VBox([*controls.values(), out])
+
+
+def next_token_logits(model, tokenizer, prompt: str) -> torch.Tensor:
+    """Logits of the token after a prompt, shape (vocabulary,)."""
+    return all_logits(model, tokenizer(prompt, return_tensors="pt")["input_ids"])[-1]
+
+
+@torch.inference_mode()
+def all_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits at each position of one text, shape (tokens, vocabulary), on the CPU."""
+    return model(ids.to(model.device)).logits[0].float().cpu()
