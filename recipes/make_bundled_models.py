@@ -65,11 +65,11 @@ def main() -> None:
     teacher = options.work_dir / "teacher"
     train(
         GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32),
-        blocks_of(chapters.train, tokenizer, 128),
+        blocks_of(chapters.train, tokenizer, CONTEXT),
         validation,
         teacher,
-        per_device_train_batch_size=8,
-        num_train_epochs=4,
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
         learning_rate=5e-4,
         warmup_steps=50,
         weight_decay=0.1,
