@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 PUBLIC_NAMES = {
-    "corpus": ["load_corpus", "split", "pack", "Blocks", "Corpus", "Chapter"],
+    "corpus": ["load_corpus", "split", "pack", "Corpus", "Chapter", "Blocks"],
     "models": [
         "load_teacher",
         "load_base",
@@ -30,9 +30,26 @@ PUBLIC_NAMES = {
     ],
     "config": ["DistillConfig"],
     "distillation": ["distill"],
-    "evaluation": ["quality", "verbatim", "compare", "as_markdown"],
+    "evaluation": ["quality", "token_scores", "verbatim", "compare", "as_markdown"],
     "cost": ["latency", "peak_memory", "size_on_disk"],
-    "plots": ["plot_comparison", "plot_history"],
+    "plots": [
+        "plot_parts",
+        "plot_split",
+        "plot_perplexities",
+        "plot_soft_labels",
+        "plot_temperatures",
+        "plot_gradients",
+        "plot_two_peaks",
+        "plot_starts",
+        "plot_history",
+        "plot_comparison",
+        "plot_latency",
+        "plot_sweep",
+        "plot_tradeoff",
+        "plot_token_view",
+        "plot_divergence",
+    ],
+    "widgets": ["explore_temperature", "explore_tokens", "prompt_box"],
     "errors": ["InputError"],
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names}

@@ -49,7 +49,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "distill",
         help="train a smaller student on a teacher's soft labels",
         description="Train a smaller student on a teacher's soft labels and save it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_options(distill)
     return parser.parse_args(arguments)
@@ -57,34 +56,41 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `distill` takes, with the defaults of `DistillConfig`."""
-    add, default = parser.add_argument, DistillConfig()
-    add("--model_dir", help="the teacher: a directory or hub name (None: the bundled one)")
-    add("--dataset_path", help="a text file (None: The Wind in the Willows, or the sample story)")
-    add("--output_dir", default="./wind_in_the_willows_distilled", help="where the student goes")
+
+    def add(name: str, text: str, default=None, **more) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", help=text + shown, default=default, **more)
+
+    settings = DistillConfig()
+    add("model_dir", "the teacher: a directory or hub name (default: the bundled one)")
+    add("dataset_path", "a text (default: The Wind in the Willows; offline, the sample story)")
+    add("output_dir", "where the student is saved", "./wind_in_the_willows_distilled")
     add(
-        "--student",
-        help="half: half of the teacher's layers; or a directory or hub name "
-        "(None: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
+        "student",
+        "half, for half of the teacher's layers, or a directory or hub name "
+        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
     )
-    add("--layers", type=int, help="a student of so many of the teacher's layers")
-    add("--temperature", type=float, default=default.temperature, help="softens both models")
-    add("--alpha", type=float, default=default.alpha, help="weight of the hard labels, 0 to 1")
+    add("layers", "make a student of so many of the teacher's layers", type=int)
+    add("temperature", "softens teacher and student alike", settings.temperature, type=float)
+    add("alpha", "weight of the hard labels, from 0 to 1", settings.alpha, type=float)
     add(
-        "--divergence",
+        "divergence",
+        "how far the student is from the soft labels",
+        settings.divergence,
         choices=DIVERGENCE_NAMES,
-        default=default.divergence,
-        help="from the soft labels",
     )
-    add("--epochs", type=int, default=default.epochs, help="passes over the training text")
-    add("--learning_rate", type=float, default=default.learning_rate, help="AdamW's peak")
-    add("--batch_size", type=int, default=default.batch_size, help="blocks in a forward pass")
-    add("--accumulation", type=int, default=default.accumulation, help="passes in a step")
-    add("--block_size", type=int, default=128, help="tokens in a block")
-    add("--seed", type=int, default=default.seed, help="orders the blocks")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-    add("--dtype", choices=DTYPES, default=default.dtype, help="of the arithmetic")
-    add("--overwrite", action="store_true", help="replace an output directory that is not ours")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add("epochs", "passes over the training text", settings.epochs, type=int)
+    add("learning_rate", "AdamW's peak", settings.learning_rate, type=float)
+    add("batch_size", "blocks in a forward pass", settings.batch_size, type=int)
+    add("accumulation", "forward passes in an optimiser step", settings.accumulation, type=int)
+    add("block_size", "tokens in a block", 128, type=int)
+    add("seed", "orders the blocks", settings.seed, type=int)
+    add("device", "auto, cpu, cuda, cuda:1, mps ...", "auto")
+    add("dtype", "of the arithmetic", settings.dtype, choices=DTYPES)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output directory that is not ours"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:

@@ -42,7 +42,7 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     print(f"🔍 Loading teacher model from: {options.model_dir or 'the bundled teacher'}")
     teacher, _ = models.load_teacher(teacher_name, device)
     print(f"🔍 Loading student model ({student_name})...")
-    student = load_or_make_student(options, student_name, teacher, tokenizer, device)
+    student = load_or_make_student(options, student_name, teacher, device)
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
     corpus = corpus or load_corpus()
     print("⚙️ Tokenizing dataset...")
@@ -100,32 +100,34 @@ def find_device(name: str) -> torch.device:
 
 
 def choose_student(options, tokenizer) -> str:
-    """What to call the student that is to be loaded or made; refuses what cannot be one."""
+    """What to call the student that is to be loaded or made.
+
+    Raises:
+        InputError: it is not there, or reads text otherwise than the teacher.
+    """
     if options.layers is not None:
         if options.student not in (None, "half"):
             raise InputError("--layers makes a student from the teacher; leave out --student")
         return f"{options.layers} of the teacher's layers"
-    if options.student:
-        if options.student != "half":
-            models.check_model(options.student)
-        return options.student
-    return "distilgpt2" if len(tokenizer) == GPT2_VOCABULARY else "half"
+    gpt2 = len(tokenizer) == GPT2_VOCABULARY
+    name = options.student or ("distilgpt2" if gpt2 else "half")
+    if name != "half":
+        try:
+            models.check_same_tokenizer(tokenizer, models.load_tokenizer(name))
+        except models.HubError as error:
+            raise InputError(f"{error}; --student half makes one from the teacher") from error
+    return name
 
 
-def load_or_make_student(options, name: str, teacher, tokenizer, device):
+def load_or_make_student(options, name: str, teacher, device):
     """The student of that name, checked to share the teacher's vocabulary."""
     if name == "half" or options.layers is not None:
         return models.student_from_teacher(teacher, options.layers)
-    try:
-        student = models.load_student(name, tokenizer, device)
-    except InputError as error:
-        if options.student or Path(name).exists() or "share a vocabulary" in str(error):
-            raise
-        raise InputError(f"{error}; --student half makes one from the teacher") from error
-    teacher_head, student_head = teacher.config.vocab_size, student.config.vocab_size
+    student = models.load_model(name, device)
     shared = models.common_vocabulary(teacher, student)
-    if teacher_head != student_head:
-        print(f"ℹ️ Heads of {teacher_head} and {student_head}: the first {shared} are tokens")
+    heads = teacher.config.vocab_size, student.config.vocab_size
+    if heads[0] != heads[1]:
+        print(f"ℹ️ Heads of {heads[0]} and {heads[1]} logits: the first {shared} are tokens")
     return student
 
 

@@ -136,8 +136,9 @@ def parse_book(raw: str, title: str, provenance: str) -> Corpus:
     Raises:
         InputError: nothing is left to learn from.
     """
-    raw = FURNITURE.sub("", gutenberg.strip_licence(raw)).strip("\n")
+    raw = gutenberg.strip_licence(raw).strip("\n")
     skipped = len(SURPLUS_BLANK_LINE.findall(raw))
+    raw = FURNITURE.sub("", raw).strip("\n")
     pieces = PARAGRAPH_BREAK.split(raw)
     if len(pieces) == 1:  # no blank line anywhere: each line is a paragraph
         pieces = raw.split("\n")

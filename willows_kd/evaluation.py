@@ -44,7 +44,7 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
     per_token: dict[str, list[torch.Tensor]] = {}
     with eval_mode(model, teacher):
         for window, scored in windows(blocks, model.config.vocab_size):
-            for name, values in scores(model, teacher, window.to(model.device)).items():
+            for name, values in token_scores(model, teacher, window.to(model.device)).items():
                 per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
     found = {name: torch.cat(values).double() for name, values in per_token.items()}
     result = {"perplexity": found["nats"].mean().exp().item()}
@@ -79,7 +79,8 @@ def windows(blocks: torch.Tensor, vocabulary: int):
         yield stream[positions], positions >= torch.tensor(ends[i : i + at_once])[:, None]
 
 
-def scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+@torch.inference_mode()
+def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each prediction of tokens 1... is worth, each of shape (windows, block_size - 1)."""
     logits = model(ids).logits[:, :-1].float()
     labels = ids[:, 1:]
@@ -118,6 +119,20 @@ def verbatim(sample: str, training_text: str, words: int = 6) -> float:
 
 # 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal's is close
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+LABELS = {
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "kl_to_teacher": "KL from the teacher (nats per token)",
+    "agreement": "top-1 agreement with the teacher",
+    "calibration_error": "expected calibration error",
+    "verbatim": "six-word runs copied from the training text",
+    "parameters": "parameters",
+    "disk_mb": "size on disk (MB)",
+    "memory_mb": "peak memory of a forward pass (MB)",
+    "forward_ms": "forward pass of one block (ms)",
+    "token_ms": "generating a token (ms)",
+}
 
 
 def compare(
@@ -192,16 +207,16 @@ def with_intervals(measured: list[dict[str, float]]) -> dict[str, float]:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A table from `compare` for a terminal, a model card or a README."""
-    shown = [column for column in table if not column.startswith("± ")]
-    lines = [["", *(column.replace("_", " ") for column in shown)]]
-    for name, row in table.iterrows():
-        cells = []
-        for column in shown:
-            spread = row.get(f"± {column}")
-            known = spread is not None and not pd.isna(spread)
-            cells.append(number(row[column]) + (f" ± {number(spread)}" if known else ""))
-        lines.append([str(name), *cells])
+    """A table from `compare` for a terminal, a model card or a README: one column a model."""
+    lines = [["", *map(str, table.index)]]
+    for column, label in LABELS.items():
+        if column not in table:
+            continue
+        spreads = table.get(f"± {column}", pd.Series(float("nan"), table.index))
+        cells = zip(table[column], spreads, strict=True)
+        lines.append(
+            [label, *(number(v) + ("" if pd.isna(s) else f" ± {number(s)}") for v, s in cells)]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)

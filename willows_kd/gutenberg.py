@@ -40,6 +40,7 @@ def fetch_willows(urls: tuple[str, ...] = URLS) -> Path:
     for url in urls:
         try:
             text = strip_licence(download(url).decode("utf-8-sig").replace("\r\n", "\n"))
+            text = re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
             check_is_the_book(text)
         except (OSError, UnicodeDecodeError, DownloadError) as error:
             problems.append(str(getattr(error, "reason", None) or error))

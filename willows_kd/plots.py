@@ -58,6 +58,81 @@ def parameter_parts(model) -> dict[str, int]:
     return parts
 
 
+def plot_split(parts: dict[str, Sequence[str]]) -> Figure:
+    """Which lines of a book are trained on and which are held out, one strip a way to split.
+
+    Args:
+        parts: for each way, the part (train, validation or test) of each line, in the
+            order of the book.
+    """
+    looks = {"train": COLOURS[0], "validation": COLOURS[3], "test": COLOURS[1]}
+    inks = {"train": "white", "validation": "black", "test": "black"}
+    with figure(height=0.9 + 0.75 * len(parts)) as (fig, ax):
+        for row, lines in enumerate(parts.values()):
+            # one filled shape a part: thousands of thin bars would each have a seam
+            edges = np.append(np.arange(len(lines)), len(lines)) / len(lines)
+            for part, colour in looks.items():
+                mine = np.append([line == part for line in lines], False)
+                look = {"step": "post", "color": colour, "linewidth": 0}
+                ax.fill_between(edges, row - 0.35, row + 0.35, where=mine, **look)
+        for part, run in consecutive(next(iter(parts.values()))):
+            middle = (run.start + run.stop) / 2 / len(next(iter(parts.values())))
+            if len(run) > 0.06 * len(next(iter(parts.values()))):
+                ax.text(middle, 0, part, ha="center", va="center", color=inks[part], fontsize=9)
+        ax.set_yticks(range(len(parts)), parts)
+        ax.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5))
+        ax.xaxis.set_major_formatter("{x:.0%}")
+        ax.grid(visible=False)
+        ax.set_xlabel("place in the book")
+        touching = [f"{share_beside(lines):.0%} {name}" for name, lines in parts.items()]
+        ax.set_title(f"Test lines beside a line of training: {', '.join(touching)}")
+    return fig
+
+
+def consecutive(labels: Sequence[str]) -> list[tuple[str, range]]:
+    """The runs of equal labels: each label and where it stands."""
+    starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
+    ends = [*starts[1:], len(labels)]
+    return [(labels[i], range(i, j)) for i, j in zip(starts, ends, strict=True)]
+
+
+def share_beside(lines: Sequence[str]) -> float:
+    """The share of the test lines whose neighbour, before or after, is trained on."""
+    around = zip(["", *lines[:-1]], lines, [*lines[1:], ""], strict=True)
+    beside = [before == "train" or after == "train" for before, line, after in around if line == "test"]
+    return sum(beside) / len(beside)
+
+
+def plot_perplexities(measured: dict[str, dict[str, float]]) -> Figure:
+    """Perplexity of each model on each part of a text, as bars.
+
+    Args:
+        measured: by model, then by part; the title speaks of the last part.
+    """
+    models, parts = list(measured), list(next(iter(measured.values())))
+    looks = [{"color": COLOURS[0]}, {"color": "#f3b3ba", "hatch": "//", "edgecolor": COLOURS[1]}]
+    if len(models) > 1:  # the last model is the one that it is about
+        looks = looks[::-1]
+    with figure(height=1.1 + 0.36 * len(models) * len(parts)) as (fig, ax):
+        height = 0.8 / len(models)
+        for i, name in enumerate(models):
+            rows = np.arange(len(parts)) + (i - (len(models) - 1) / 2) * height
+            values = [measured[name][part] for part in parts]
+            ax.barh(rows, values, height * 0.94, label=name, **looks[i % 2])
+            for row, value in zip(rows, values, strict=True):
+                ax.text(value, row, f" {value:.1f}", va="center")
+        ax.set_yticks(range(len(parts)), parts)
+        ax.invert_yaxis()
+        ax.margins(x=0.1)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("perplexity (lower is better)")
+        last = [measured[name][parts[-1]] for name in models]
+        told = [f"{name} {value:.1f}" for name, value in zip(models, last, strict=True)]
+        ax.set_title(f"Perplexity, {parts[-1]}: {', '.join(told)}")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=len(models))
+    return fig
+
+
 # -- 02: soft labels and temperature ---------------------------------------------------
 
 
@@ -72,40 +147,53 @@ def plot_soft_labels(
 
     Args:
         logits: of one position, shape (vocabulary,).
-        temperature: softens them.
-        written: the id of the token that the text really has: the hard label.
+        temperature: softens them; where it is not 1, outlines show T = 1.
+        written: the id of the token that the text really has: the hard label. It has
+            a bar of its own, with its place in the order, where it is not among the `k`.
     """
     logits = logits.detach().float().cpu()
-    found = top_k(logits, k, temperature)
+    tokens = top_k(logits, k).tokens.tolist()
+    if written is not None and written not in tokens:
+        tokens.append(written)
+    soft, plain = (bars_of(soften(logits, t), tokens) for t in (temperature, 1.0))
     nats = entropy(soften(logits, temperature)).item()
-    with figure(height=0.8 + 0.28 * (k + 1)) as (fig, ax):
-        names = [show_token(tokenizer, i) for i in found.tokens.tolist()]
-        values = found.probabilities.tolist()
-        bars = ax.barh(range(k), values, color=COLOURS[0])
-        for row, token in enumerate(found.tokens.tolist()):
-            if token == written:
-                bars[row].set(color=COLOURS[3], hatch="//", edgecolor="black")
-                names[row] = f"written: {names[row]}"
-        ax.barh(k, found.rest.item(), color="#c9c9c9")
-        for row, value in enumerate([*values, found.rest.item()]):
-            ax.text(value, row, f" {value:.3f}", va="center")
-        ax.set_yticks(range(k + 1), [*names, "all others"])
+    names = [show_token(tokenizer, i) for i in tokens]
+    with figure(height=0.8 + 0.28 * (len(tokens) + 1)) as (fig, ax):
+        colours = [COLOURS[0]] * len(tokens) + ["#c9c9c9"]
+        bars = ax.barh(range(len(soft)), soft, color=colours)
+        if temperature != 1:
+            ax.barh(range(len(soft)), plain, fill=False, edgecolor=QUIET, linestyle="--")
+        if written in tokens:
+            row, place = tokens.index(written), (logits > logits[written]).sum().item() + 1
+            bars[row].set(facecolor=COLOURS[3], hatch="//", edgecolor="black")
+            names[row] = f"written{f' (no. {place:,})' if place > k else ''}: {names[row]}"
+        for row, (value, outline) in enumerate(zip(soft, plain, strict=True)):
+            end = value if temperature == 1 else max(value, outline)
+            ax.text(end, row, f" {value:.3f}", va="center")
+        ax.set_yticks(range(len(soft)), [*names, "all others"])
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel("probability")
-        ax.set_title(f"T = {temperature:g}: entropy {nats:.2f} nats, first choice {values[0]:.0%}")
+        ax.set_xlabel("probability" + (" (outlines: at T = 1)" if temperature != 1 else ""))
+        ax.set_title(f"T = {temperature:g}: entropy {nats:.2f} nats, first choice {soft[0]:.0%}")
         fig.description = f"{ax.get_title(loc='left')}. " + ", ".join(
-            f"{name} {value:.3f}" for name, value in zip(names[:5], values, strict=False)
+            f"{name} {value:.3f}" for name, value in zip(names[:5], soft, strict=False)
         )
     return fig
+
+
+def bars_of(probabilities: torch.Tensor, tokens: list[int]) -> list[float]:
+    """The probabilities of some tokens, and what is left to all the others."""
+    shown = probabilities[tokens]
+    return [*shown.tolist(), max(0.0, 1 - shown.sum().item())]
 
 
 def plot_temperatures(logits: torch.Tensor, temperatures: Sequence[float]) -> Figure:
     """Entropy, and the mass outside the ten likeliest tokens, over temperature.
 
     Args:
-        logits: of any number of positions, shape (positions, vocabulary); means are drawn.
+        logits: of any number of positions, shape (..., vocabulary); means are drawn.
+        temperatures: rising; their axis is logarithmic.
     """
     nats = [entropy(soften(logits, t)).mean().item() for t in temperatures]
     rest = [top_k(logits, 10, t).rest.mean().item() for t in temperatures]
@@ -113,27 +201,55 @@ def plot_temperatures(logits: torch.Tensor, temperatures: Sequence[float]) -> Fi
     with figure(columns=2, width=9.5) as (fig, (left, right)):
         left.plot(temperatures, nats, color=COLOURS[0])
         left.axhline(limit, color=QUIET, linewidth=1, linestyle="--", marker="")
-        left.text(temperatures[-1], limit, "knows nothing: log V", ha="right", va="bottom")
-        left.set(xlabel="temperature T", ylabel="entropy (nats)", ylim=(0, 1.15 * limit))
-        left.set_title(f"Entropy: {nats[0]:.1f} to {nats[-1]:.1f} nats")
+        left.text(temperatures[0], limit, "knows nothing: log V", ha="left", va="bottom")
+        left.set(ylabel="entropy (nats)", ylim=(0, 1.15 * limit))
+        left.set_title(f"Entropy: {nats[0]:.1f} to {nats[-1]:.1f} of {limit:.1f} nats")
         right.plot(temperatures, rest, color=COLOURS[1], marker="s")
-        right.set(xlabel="temperature T", ylabel="mass outside the ten likeliest", ylim=(0, 1))
+        right.set(ylabel="mass outside the ten likeliest", ylim=(0, 1))
         right.set_title(f"Outside the top ten: {rest[0]:.0%} to {rest[-1]:.0%}")
+        for ax in (left, right):
+            temperature_axis(ax, temperatures)
     return fig
 
 
-def plot_gradients(temperatures: Sequence[float], norms: dict[str, Sequence[float]]) -> Figure:
-    """The size of a gradient over temperature, one line a loss, both axes logarithmic."""
+def temperature_axis(ax, temperatures: Sequence[float]) -> None:
+    """A logarithmic axis of temperatures that is labelled with plain numbers."""
+    ax.set(xscale="log", xlabel="temperature T")
+    ax.minorticks_off()
+    ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
+
+
+def plot_gradients(
+    temperatures: Sequence[float],
+    norms: dict[str, Sequence[float]],
+    references: dict[str, float] | None = None,
+) -> Figure:
+    """The size of a gradient over temperature, one line a loss, both axes logarithmic.
+
+    Args:
+        temperatures: rising.
+        norms: by name of the loss, one value a temperature.
+        references: by name, sizes that do not depend on the temperature.
+    """
     with figure() as (fig, ax):
         falls = {}
         for name, values in norms.items():
             ax.plot(temperatures, values, label=name)
             falls[name] = values[0] / values[-1]
-        ax.set(xscale="log", yscale="log", xlabel="temperature T", ylabel="gradient norm")
+        for name, value in (references or {}).items():
+            ax.axhline(value, label=name, color=QUIET, linestyle=":", marker="", linewidth=1.5)
+        ax.set(yscale="log", ylabel="gradient norm")
+        temperature_axis(ax, temperatures)
         ax.legend()
         most, least = max(falls, key=falls.get), min(falls, key=falls.get)
-        ax.set_title(f"Falls {falls[most]:,.0f}-fold {most}, {falls[least]:.1f}-fold {least}")
+        ax.set_title(f"{by_factor(falls[most])} {most}, {by_factor(falls[least]).lower()} {least}")
     return fig
+
+
+def by_factor(fall: float) -> str:
+    """A fall by a factor in words; a rise where the factor is below 1."""
+    factor = fall if fall >= 1 else 1 / fall
+    return f"{'Falls' if fall >= 1 else 'Rises'} {factor:,.{0 if factor >= 10 else 1}f}-fold"
 
 
 def plot_two_peaks(x: np.ndarray, teacher: np.ndarray, students: dict[str, np.ndarray]) -> Figure:
@@ -158,6 +274,36 @@ def plot_two_peaks(x: np.ndarray, teacher: np.ndarray, students: dict[str, np.nd
 # -- 03: the distillation loop ---------------------------------------------------------
 
 
+def plot_starts(perplexities: dict[str, float], teacher: float, guess: float) -> Figure:
+    """Perplexity of students before any training, between the teacher and a blind guess.
+
+    Args:
+        perplexities: of students that were made in different ways, by name.
+        teacher: the teacher's, on the same text.
+        guess: that of giving every token the same probability: the vocabulary's size.
+    """
+    with figure(height=1.2 + 0.42 * len(perplexities)) as (fig, ax):
+        for row, value in enumerate(perplexities.values()):
+            worse = value > guess
+            look = {"color": COLOURS[1 if worse else 0], "marker": MARKERS[worse]}
+            ax.plot([value], [row], linestyle="", **look)
+            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(f"{value:,.0f}", (value, row), **place)
+        for value, name in ((teacher, "teacher"), (guess, "blind guess")):
+            ax.axvline(value, color=QUIET, linewidth=1, linestyle="--", marker="")
+            ax.text(value, -0.75, f" {name}, {value:,.0f}", color=QUIET, va="center")
+        ax.set_yticks(range(len(perplexities)), perplexities)
+        ax.set_ylim(len(perplexities) - 0.5, -1.1)
+        ax.set(xscale="log", xlabel="perplexity before any training (logarithmic)")
+        everything = [teacher, guess, *perplexities.values()]
+        ax.set_xlim(min(everything) / 1.3, max(everything) * 2.5)
+        ax.grid(axis="y", visible=False)
+        best = min(perplexities, key=perplexities.get)
+        ratio = perplexities[best] / teacher
+        ax.set_title(f"Best start: {best}, {ratio:.1f} × the teacher's perplexity")
+    return fig
+
+
 def plot_history(
     histories: dict[str, list[dict]], teacher_perplexity: float | None = None
 ) -> Figure:
@@ -171,7 +317,7 @@ def plot_history(
         ends = {}
         for i, (name, history) in enumerate(histories.items()):
             frame = pd.DataFrame(history)
-            look = {"color": COLOURS[i % 5], "linestyle": LINES[i % 5]}
+            look = {"color": COLOURS[i % 5], "linestyle": LINES[(i + i // 5) % 5]}
             left.plot(frame["step"], frame["loss"], label=name, linewidth=1, marker="", **look)
             epochs = frame.dropna(subset=["validation_perplexity"])
             right.plot(
