@@ -66,11 +66,12 @@ class DistillConfig:
 
     def _check(self, name, kind, accepted, test):
         value = getattr(self, name)
+        whole = "a whole number, " if kind is int else ""
         numeric = (int, float) if kind is float else kind
         right_type = isinstance(value, numeric) and not isinstance(value, bool)
-        finite = right_type and (kind is str or math.isfinite(value))
+        finite = right_type and (kind is str or abs(value) < math.inf)
         if not finite or not (test(value) if callable(test) else value in test):
-            raise InputError(f"{name} is {value!r}; it must be {accepted}")
+            raise InputError(f"{name} is {value!r}; it must be {whole}{accepted}")
 
 
 def unit_range(value: float) -> bool:

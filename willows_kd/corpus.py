@@ -108,7 +108,8 @@ def decode(raw: bytes, name: str = "the text") -> str:
             continue
         controls = sum(c < " " and c not in "\t\n\r\f\v\x1a" for c in text[:100_000])
         if controls * 100 <= min(len(text), 100_000):
-            return text.replace("\x00", "").replace("\r\n", "\n").replace("\r", "\n")
+            text = text.translate({0: None, 0x1A: None})  # DOS ended files with the latter
+            return text.replace("\r\n", "\n").replace("\r", "\n")
     raise InputError(f"{name} is not text; give a file of UTF-8, UTF-16 or cp1252 text")
 
 
@@ -123,6 +124,7 @@ HEADING = re.compile(
 )
 PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
 SURPLUS_BLANK_LINE = re.compile(r"^[^\S\n]*\n(?=[^\S\n]*\n)", re.MULTILINE)
+EMPHASIS = re.compile(r"(?<!\w)_([^_]+)_(?!\w)")
 FRONT_MATTER_LIMIT = 3_000  # characters: a title page and a table of contents
 LONGEST_WRAPPED_LINE = 120  # characters: a longer line was never broken by hand
 
@@ -155,6 +157,7 @@ def parse_book(raw: str, title: str, provenance: str) -> Corpus:
     if len(sections) > 1 and sum(map(len, front)) <= FRONT_MATTER_LIMIT:
         sections.pop(0)
         title = front[0] if front else title
+    sections = [find_title(*section) for section in sections]
     full = [(name, "\n\n".join(paragraphs)) for name, paragraphs in sections if paragraphs]
     skipped += sum(not paragraphs for _, paragraphs in sections[sections[0][1] is front :])
     if not full:
@@ -175,13 +178,21 @@ def read_heading(piece: str, after: int) -> tuple[int, str] | None:
     if not match or "\n" in line or len(line) > 100:
         return None
     numeral, title = match["number"], (match["title"] or "").strip()
-    is_titled = match["stop"] and title == title.upper()
+    is_titled = match["stop"] and title.isupper()
     is_bare = not title and (numeral.isdigit() or numeral.isupper())
     if not (match["word"] or is_titled or is_bare):
         return None
     number = int(numeral) if numeral.isdigit() else roman(numeral)
     counts_on = number == 1 or after < number <= after + 3
     return (number, title or line) if counts_on else None
+
+
+def find_title(name: str, paragraphs: list[str]) -> tuple[str, list[str]]:
+    """The title and the text of a chapter whose title may stand below its bare number."""
+    match = HEADING.fullmatch(name)
+    if match and not match["title"] and paragraphs and paragraphs[0].isupper():
+        return paragraphs[0], paragraphs[1:]
+    return name, paragraphs
 
 
 def roman(numeral: str) -> int:
@@ -197,11 +208,12 @@ def unwrap(piece: str) -> list[str]:
     keep their breaks; lines too long to have been broken are paragraphs themselves.
     """
     lines = [line for line in piece.replace("\ufeff", "").split("\n") if line.strip()]
+    tidy = [EMPHASIS.sub(r"\1", " ".join(line.split())) for line in lines]
     if any(len(line) > LONGEST_WRAPPED_LINE for line in lines):
-        return [" ".join(line.split()) for line in lines]
+        return tidy
     verse = len(lines) > 1 and all(line[0].isspace() for line in lines)
-    text = ("\n" if verse else " ").join(" ".join(line.split()) for line in lines)
-    return [re.sub(r"(?<!\w)_([^_]+)_(?!\w)", r"\1", text)] if text else []
+    text = ("\n" if verse else " ").join(tidy)
+    return [EMPHASIS.sub(r"\1", text)] if text else []
 
 
 # -- from chapters to splits -----------------------------------------------------------
@@ -225,7 +237,7 @@ def split(corpus: Corpus) -> Splits:
     """
     texts = [chapter.text for chapter in corpus.chapters]
     if is_willows(corpus):
-        return Splits(texts[:10], texts[10:11], texts[11:])
+        return Splits(texts[:-2], texts[-2:-1], texts[-1:])
     paragraphs = [(i, p) for i, text in enumerate(texts) for p in text.split("\n\n")]
     total = sum(len(p) for _, p in paragraphs)
     parts: list[dict[int, list[str]]] = [{}, {}, {}]
@@ -241,7 +253,9 @@ def split(corpus: Corpus) -> Splits:
 def is_willows(corpus: Corpus) -> bool:
     """Whether this is the book itself, whoever made the copy."""
     titles = [chapter.title.upper() for chapter in corpus.chapters]
-    return len(titles) == 12 and "RIVER BANK" in titles[0] and "ULYSSES" in titles[11]
+    if len(titles) not in (12, 13):  # the thirteenth is somebody's preface
+        return False
+    return "RIVER BANK" in titles[-12] and "ULYSSES" in titles[-1]
 
 
 # -- from splits to blocks of tokens ---------------------------------------------------
@@ -299,6 +313,8 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
 
 def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
     """The token ids of some texts in a row, an end-of-text token between them, shape (tokens,)."""
+    if not texts:
+        return torch.empty(0, dtype=torch.long)
     from datasets import Dataset  # slow to import: only where text is tokenised
 
     def ids_of(batch):
@@ -311,7 +327,7 @@ def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
         rows = texts.map(ids_of, batched=True, batch_size=16, remove_columns="text")
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [torch.tensor(between + row, dtype=torch.long) for row in rows["ids"]]
-    return torch.cat(pieces)[len(between) :] if pieces else torch.empty(0, dtype=torch.long)
+    return torch.cat(pieces)[len(between) :]
 
 
 @contextlib.contextmanager

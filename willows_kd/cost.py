@@ -112,8 +112,9 @@ def timed(action: Callable, model) -> float:
 
 
 def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> None:
-    """Generate exactly so many tokens, with the key-value cache."""
-    past, token = None, ids.to(model.device)
+    """Generate exactly so many tokens, with the key-value cache; a long prompt is cut to fit."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**30
+    past, token = None, ids[:, : max(1, positions - new_tokens)].to(model.device)
     for _ in range(new_tokens):
         out = model(token, past_key_values=past, use_cache=True)
         past, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
@@ -58,8 +58,9 @@ def distill(
     plan = [steps_of_epoch(len(blocks.train), config, epoch) for epoch in range(config.epochs)]
     total_steps = sum(map(len, plan))
     optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.learning_rate)
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(config.warmup * total_steps), total_steps
+    optimizer.zero_grad()
+    schedule = LambdaLR(
+        optimizer, lambda step: warm_up_and_cosine(step, config.warmup * total_steps, total_steps)
     )
     wrapped = accelerator.prepare_model(student, device_placement=False)
     main_process = accelerator.is_main_process
@@ -162,6 +163,14 @@ def steps_of_epoch(blocks: int, config: DistillConfig, epoch: int) -> tuple[torc
     generator = torch.Generator().manual_seed(config.seed * 1_000 + epoch)
     order = torch.randperm(blocks, generator=generator)
     return order.split(config.batch_size * config.accumulation)
+
+
+def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> float:
+    """The share of the peak learning rate at a step, counted from 0: no step is idle."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def parameter_groups(student: nn.Module, config: DistillConfig) -> list[dict]:

@@ -32,13 +32,13 @@ def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> to
     Its gradient with respect to the student's logits is, for each of N counted
     tokens, T · (softmax(z_s/T) - softmax(z_t/T)) / N.
     """
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     return temperature**2 * masked_mean(kl(log_p, log_q), mask)
 
 
 def reverse_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
     """KL(student || teacher) · T²: as MiniLLM uses it (Gu et al. 2024, section 2.1)."""
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     return temperature**2 * masked_mean(kl(log_q, log_p), mask)
 
 
@@ -53,7 +53,7 @@ def jensen_shannon(
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta is {beta}; it must lie between 0 and 1, both excluded")
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     per_token = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
     return temperature**2 * masked_mean(per_token, mask)
@@ -66,7 +66,7 @@ def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) 
     gradient shrinks as 1/T where that of a KL shrinks as 1/T². Used for distillation
     by Wen et al. 2023 (f-divergence minimisation, section 3).
     """
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     return temperature * masked_mean((log_p.exp() - log_q.exp()).abs().sum(dim=-1) / 2, mask)
 
 
@@ -86,7 +86,7 @@ def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
         labels: token ids, shape (...).
         mask: True where a token counts, shape (...).
     """
-    logits = at_least_float32(student_logits)
+    logits = blank(at_least_float32(student_logits), mask)
     per_token = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return masked_mean(per_token.view(labels.shape), mask)
 
@@ -112,7 +112,7 @@ def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, 
     return logits[:, :-1], input_ids[:, 1:]
 
 
-def log_softened(student_logits, teacher_logits, temperature):
+def log_softened(student_logits, teacher_logits, temperature, mask=None):
     """log softmax(z/T) of both over the vocabulary; the teacher's takes no gradient."""
     check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
@@ -120,8 +120,8 @@ def log_softened(student_logits, teacher_logits, temperature):
             f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
             f"{tuple(teacher_logits.shape)}; they must be equal"
         )
-    student = at_least_float32(student_logits) / temperature
-    teacher = at_least_float32(teacher_logits.detach()) / temperature
+    student = blank(at_least_float32(student_logits), mask) / temperature
+    teacher = blank(at_least_float32(teacher_logits.detach()), mask) / temperature
     return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
 
 
@@ -134,9 +134,12 @@ def masked_mean(per_token: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     """The mean over the tokens that count; 0 where none does."""
     if mask is None:
         return per_token.mean()
-    # where, not a product: a masked token may hold an infinity, and 0 · inf is not 0
-    counted = torch.where(mask.bool(), per_token, torch.zeros_like(per_token))
-    return counted.sum() / mask.sum().clamp_min(1)
+    return (per_token * mask).sum() / mask.sum().clamp_min(1)
+
+
+def blank(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros for the logits of tokens that do not count: an infinity there would spread."""
+    return logits if mask is None else logits.masked_fill(~mask.bool()[..., None], 0)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -308,15 +308,20 @@ def complete(
     model, tokenizer, prompt: str, max_new_tokens: int = 60, temperature: float = 0.8, seed: int = 0
 ) -> str:
     """Continue a prompt; the same seed gives the same words. Temperature 0 takes the likeliest."""
-    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
+        "input_ids"
+    ]
+    if positions := getattr(model.config, "max_position_embeddings", None):
+        ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
+        max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
         out = model.generate(
-            ids["input_ids"],
-            attention_mask=ids["attention_mask"],
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
             **sampling,

@@ -1,0 +1,96 @@
+"""What the tests share: tiny models, a few blocks of the sample story, and no network."""
+
+import socket
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import willows_kd as kd
+from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class NetworkForbidden(OSError):
+    """A test tried to leave the machine; an OSError, so that code sees a dead network."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Every connection and name look-up but those of this machine fails."""
+    patch = pytest.MonkeyPatch()
+    connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+
+    def guarded_connect(self, address):
+        if isinstance(address, tuple) and address[0] not in LOOPBACK:
+            raise NetworkForbidden(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    def guarded_getaddrinfo(host, *args, **kwargs):
+        if host is not None and host not in LOOPBACK:
+            raise NetworkForbidden(f"a test tried to look up {host}")
+        return getaddrinfo(host, *args, **kwargs)
+
+    patch.setattr(socket.socket, "connect", guarded_connect)
+    patch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """The user's cache and corpus are neither seen nor touched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("WILLOWS_KD_CORPUS", raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):  # a local proxy would let tests out
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The bundled tokenizer."""
+    return load_tokenizer(BUNDLED_TEACHER)
+
+
+@pytest.fixture(scope="session")
+def story():
+    """The sample story."""
+    return kd.load_corpus("sample")
+
+
+@pytest.fixture(scope="session")
+def blocks(story, tokenizer):
+    """A few short blocks of the sample story."""
+    packed = kd.pack(story, tokenizer, block_size=32)
+    return kd.Blocks(packed.train[:24], packed.validation[:6], packed.test[:6], packed.remainder)
+
+
+@pytest.fixture
+def make_gpt2(tokenizer):
+    """A function that makes a tiny GPT-2 with random weights and the bundled vocabulary."""
+
+    def make(layers: int = 4, seed: int = 0, **settings) -> GPT2LMHeadModel:
+        sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_head": 2, "n_positions": 64}
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return GPT2LMHeadModel(GPT2Config(n_layer=layers, **(sizes | ends | settings))).eval()
+
+    return make
+
+
+@pytest.fixture
+def teacher(make_gpt2):
+    """A tiny teacher with random weights."""
+    return make_gpt2()
+
+
+@pytest.fixture
+def model_dir(teacher, tokenizer, tmp_path):
+    """A tiny teacher with its tokenizer, as a directory."""
+    folder = tmp_path / "teacher"
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,100 @@
+"""The settings: what cannot work is refused when they are made, with what would be accepted."""
+
+import dataclasses
+import math
+
+import pytest
+
+import willows_kd as kd
+from willows_kd.config import DIVERGENCE_NAMES, DTYPES
+from willows_kd.losses import DIVERGENCES
+
+NO_NUMBERS = [None, "1", True, False, [1], 1j]
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+# setting: what is accepted, in the words of the message; good values; bad values
+RANGES = {
+    "temperature": ("above 0 and at most 1000", [0.01, 1, 2.5, 1000], [0, 0.0, -1, 1000.1]),
+    "alpha": ("from 0 (soft labels only) to 1 (hard labels only)", [0, 0.5, 1], [-0.1, 1.1]),
+    "learning_rate": ("above 0 and at most 1", [1e-6, 1], [0, -1e-3, 1.1]),
+    "warmup": ("from 0 to 1", [0, 0.1, 1], [-0.1, 1.1]),
+    "weight_decay": ("at least 0", [0, 0.1, 10], [-0.1]),
+    "max_grad_norm": ("above 0", [0.1, 1, 1e9], [0, -1]),
+    "dropout": ("at least 0 and below 1", [0, 0.5, 0.99], [-0.1, 1, 1.5]),
+    "epochs": ("at least 1", [1, 100], [0, -1]),
+    "batch_size": ("at least 1", [1, 64], [0, -8]),
+    "accumulation": ("at least 1", [1, 16], [0, -1]),
+    "seed": ("from 0 to 2**32 - 1", [0, 7, 2**32 - 1], [-1, 2**32]),
+}
+WHOLE_NUMBERS = ["epochs", "batch_size", "accumulation", "seed"]
+NAMES = {"divergence": DIVERGENCE_NAMES, "dtype": DTYPES}
+
+
+def test_the_defaults_are_accepted():
+    config = kd.DistillConfig()
+    assert (config.temperature, config.alpha, config.divergence) == (2.0, 0.0, "forward_kl")
+
+
+def test_every_setting_stands_in_the_tables_of_this_file():
+    fields = {field.name for field in dataclasses.fields(kd.DistillConfig)}
+    assert fields == {*RANGES, *NAMES}
+
+
+def test_the_divergences_that_can_be_named_are_those_that_exist():
+    assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, (_, good, _) in RANGES.items() for value in good]
+    + [(name, value) for name, values in NAMES.items() for value in values],
+)
+def test_a_value_in_its_range_is_kept_as_it_is(name, value):
+    assert getattr(kd.DistillConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name, (_, _, bad) in RANGES.items()
+        for value in [*bad, *NO_NUMBERS, *NOT_FINITE]
+    ],
+)
+def test_a_bad_number_is_refused_with_what_would_be_accepted(name, value):
+    with pytest.raises(kd.InputError) as error:
+        kd.DistillConfig(**{name: value})
+    assert str(error.value).startswith(f"{name} is {value!r}; it must be ")
+    assert RANGES[name][0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+@pytest.mark.parametrize("value", [1.0, 2.5])
+def test_where_a_whole_number_is_needed_the_refusal_says_so(name, value):
+    with pytest.raises(kd.InputError, match=f"{name} is {value!r}; .*whole number"):
+        kd.DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "seed"])
+def test_a_number_too_large_for_a_float_is_refused_like_any_other(name):
+    with pytest.raises(kd.InputError, match=f"{name} is "):
+        kd.DistillConfig(**{name: 10**400})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["", "kl", "FORWARD_KL", "float16", None, 1, True, ["float32"]])
+def test_an_unknown_name_is_refused_with_the_known_ones(name, value):
+    with pytest.raises(kd.InputError) as error:
+        kd.DistillConfig(**{name: value})
+    assert str(error.value) == f"{name} is {value!r}; it must be one of {', '.join(NAMES[name])}"
+
+
+def test_settings_cannot_be_changed_once_they_are_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kd.DistillConfig().temperature = -1
+
+
+def test_a_changed_copy_is_checked_again():
+    with pytest.raises(kd.InputError, match="alpha is 2; it must be from 0"):
+        dataclasses.replace(kd.DistillConfig(), alpha=2)

@@ -1,0 +1,508 @@
+"""Reading a book: bytes to text, text to chapters, chapters to splits, splits to blocks."""
+
+import codecs
+import copy
+import gzip
+import textwrap
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import willows_kd as kd
+from willows_kd import gutenberg
+from willows_kd.corpus import (
+    FRONT_MATTER_LIMIT,
+    LONGEST_WRAPPED_LINE,
+    decode,
+    is_willows,
+    parse_book,
+    read_book,
+    roman,
+    split,
+    tokenize,
+)
+from willows_kd.models import BUNDLED_TEACHER
+
+ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
+# the first and last titles tell the book; those between, and all the words, are our own
+WILLOWS_TITLES = ["THE RIVER BANK", *(f"TITLE {n}" for n in ROMAN[1:11]), "THE RETURN OF ULYSSES"]
+
+# the same examples in every run, and no clock
+repeatable = settings(derandomize=True, deadline=None, max_examples=50)
+
+
+def parse(text: str) -> kd.Corpus:
+    return parse_book(text, "file-name", "a test")
+
+
+def chapters(text: str) -> list[tuple[str, str]]:
+    return [(chapter.title, chapter.text) for chapter in parse(text).chapters]
+
+
+def corpus_of(texts: list[str], skipped: int = 0) -> kd.Corpus:
+    found = (kd.Chapter(n, f"Title {n}", text) for n, text in enumerate(texts, start=1))
+    return kd.Corpus("A test", "a test", tuple(found), skipped)
+
+
+# -- bytes to text ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize(
+    ("mark", "codec"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (b"", "utf-16-le"),
+        (b"", "utf-16-be"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (b"", "cp1252"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "BOM" if value else "plain",
+)
+def test_text_is_decoded_whatever_its_encoding_and_line_ends(mark, codec, line_end):
+    text = "‘Ho!’ cried the naïve badger.\n\n“So late?” — it was.\n"
+    assert decode(mark + text.replace("\n", line_end).encode(codec)) == text
+
+
+def test_the_end_of_file_mark_of_dos_is_no_text():
+    assert parse(decode(b"It rained.\r\n\x1a")).text == "It rained."
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        bytes(1_000),
+        bytes(range(256)),
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00",
+        gzip.compress(b"It rained.", mtime=0),
+        (BUNDLED_TEACHER / "model.safetensors").read_bytes(),
+        codecs.BOM_UTF16_LE + b"\x41",
+    ],
+    ids=["zeros", "every byte", "a picture", "an archive", "weights", "half a character"],
+)
+def test_what_is_not_text_is_refused(raw):
+    with pytest.raises(kd.InputError, match="my_file is not text"):
+        decode(raw, "my_file")
+
+
+# -- text to chapters ------------------------------------------------------------------
+
+LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        pytest.param("One\nday it\nrained.", "One\n\nday it\n\nrained.", id="no blank line"),
+        pytest.param("One\nday.\n\nIt\nrained.", "One day.\n\nIt rained.", id="hard wraps"),
+        pytest.param("One.\n \t\nTwo.", "One.\n\nTwo.", id="blank line of spaces"),
+        pytest.param("One  day  it\trained.", "One day it rained.", id="runs of spaces"),
+        pytest.param(
+            "He sang:\n\n  One for the hill,\n    Two for the mill,\n\nand sat\ndown.",
+            "He sang:\n\nOne for the hill,\nTwo for the mill,\n\nand sat down.",
+            id="verse",
+        ),
+        pytest.param("  One day\nit rained.\n\nSo.", "One day it rained.\n\nSo.", id="indent"),
+        pytest.param("One.\n\n[Illustration]\n\nTwo.", "One.\n\nTwo.", id="picture"),
+        pytest.param(
+            "One.\n\n[Illustration: A badger\n\nin bed]\n\nTwo.", "One.\n\nTwo.", id="caption"
+        ),
+        pytest.param("One.\n\n  *    *    *\n\nTwo.", "One.\n\nTwo.", id="spaced asterisks"),
+        pytest.param("One.\n\n*****\n\nTwo.", "One.\n\nTwo.", id="asterisks"),
+        pytest.param("One.\n\n· · ·\n\nTwo.", "One.\n\nTwo.", id="dots"),
+        pytest.param("One {12}day [Pg 13] it rained.", "One day it rained.", id="page numbers"),
+        pytest.param(
+            "It was _very_ wet, _far\ntoo_ wet.\n\nSo.",
+            "It was very wet, far too wet.\n\nSo.",
+            id="emphasis",
+        ),
+        pytest.param("Call it my_own_name.", "Call it my_own_name.", id="underscores in a word"),
+        pytest.param(
+            f"One.\n\n{LONG_LINE}\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo.", id="over-long line"
+        ),
+        pytest.param(
+            f"One.\n\n_{LONG_LINE}_", f"One.\n\n{LONG_LINE}", id="emphasis in an over-long line"
+        ),
+        pytest.param("One.\n\n\ufeffTwo.", "One.\n\nTwo.", id="byte-order mark inside"),
+    ],
+)
+def test_text_is_cleaned(raw, clean):
+    assert parse(raw).text == clean
+
+
+def test_a_text_without_chapters_is_one_chapter():
+    assert chapters("It rained.\n\nIt stopped.") == [("file-name", "It rained.\n\nIt stopped.")]
+
+
+@pytest.mark.parametrize(
+    "raw", ["", " \n\n\t\n", "[Illustration]\n\n* * *", "I. SPRING\n\nII. FOG"]
+)
+def test_a_text_with_nothing_to_learn_from_is_refused(raw):
+    with pytest.raises(kd.InputError, match="a test holds no text"):
+        parse(raw)
+
+
+@pytest.mark.parametrize("between", ["\n  ", "\n\n"], ids=["in one block", "a paragraph each"])
+def test_a_title_page_and_a_table_of_contents_are_dropped(between):
+    contents = between.join(["CONTENTS", "I. SPRING", "II. AUTUMN"])
+    front = f"A YEAR OF IT\n\nby Nobody\n\n{contents}"
+    book = parse(f"{front}\n\nI. SPRING\n\nIt rained.\n\nII. AUTUMN\n\nIt poured.")
+    assert book.title == "A YEAR OF IT"
+    assert [c.title for c in book.chapters] == ["SPRING", "AUTUMN"]
+    assert book.text == "It rained.\n\nIt poured."
+
+
+@pytest.mark.parametrize(("length", "kept"), [(FRONT_MATTER_LIMIT, 0), (FRONT_MATTER_LIMIT + 1, 1)])
+def test_a_preface_is_a_chapter_where_it_is_long(length, kept):
+    preface = ("file-name", "x" * length)
+    book = parse(f"{preface[1]}\n\nI. SPRING\n\nIt rained.")
+    assert [(c.title, c.text) for c in book.chapters] == [preface][:kept] + [
+        ("SPRING", "It rained.")
+    ]
+    assert [c.number for c in book.chapters] == list(range(1, kept + 2))
+
+
+@pytest.mark.parametrize(
+    ("heading", "title"),
+    [
+        ("I. SPRING", "SPRING"),
+        ("1. SPRING", "SPRING"),
+        ("  I.   SPRING  ", "SPRING"),
+        ("I. ‘LIKE A LAMB’", "‘LIKE A LAMB’"),
+        ("CHAPTER I. Spring", "Spring"),
+        ("Chapter 1: Spring", "Spring"),
+        ("CHAPTER I Spring", "Spring"),
+        ("CHAPTER I", "CHAPTER I"),
+        ("Chapter 1.", "Chapter 1."),
+        ("I", "I"),
+        ("I.", "I."),
+        ("1", "1"),
+    ],
+)
+def test_a_heading_begins_a_chapter(heading, title):
+    assert chapters(f"{heading}\n\nIt rained.") == [(title, "It rained.")]
+
+
+@pytest.mark.parametrize(
+    "speech",
+    [
+        "I. Ho, what a night!",
+        "I. HO, what a night!",
+        "I’ll go.",
+        "I went.",
+        "Civil.",
+        "i.",
+        "1908",
+        "1. Ho, what a night!",
+        "Chapter and verse.",
+        "IV. THIS COUNTS ON FROM NOTHING",
+        "I. " + "LONG " * 20,
+    ],
+)
+def test_a_speech_that_begins_like_a_number_is_no_heading(speech):
+    paragraphs = ["It rained.", speech.strip(), "It stopped."]
+    assert chapters("\n\n".join(paragraphs)) == [("file-name", "\n\n".join(paragraphs))]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "headings"),
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([2, 3], [2, 3]),
+        ([1, 4], [1, 4]),
+        ([1, 5, 2], [1, 2]),
+        ([1, 2, 2, 3], [1, 2, 3]),
+        ([1, 3, 2, 4], [1, 3, 4]),
+        ([1, 2, 1, 2], [1, 2, 1, 2]),
+    ],
+    ids=str,
+)
+def test_a_heading_that_does_not_count_on_is_text(numbers, headings):
+    book = parse("\n\n".join(f"{n}. TITLE {n}\n\nWords." for n in numbers))
+    assert [c.title for c in book.chapters] == [f"TITLE {n}" for n in headings]
+    assert book.text.count("TITLE") == len(numbers) - len(headings)
+    assert book.text.count("Words.") == len(numbers)
+
+
+@pytest.mark.parametrize(
+    ("numeral", "value"), [*zip(ROMAN, range(1, 13), strict=True), ("xl", 40), ("XCIX", 99)]
+)
+def test_roman_numerals_are_read(numeral, value):
+    assert roman(numeral) == value
+
+
+def test_skipped_lines_and_chapters_are_counted():
+    surplus_lines, empty_chapters = "\n\n", "II. FOG\n\n"
+    book = parse(f"I. SPRING\n\n{surplus_lines}It rained.\n\n{empty_chapters}III. SNOW\n\nSo.")
+    assert [c.title for c in book.chapters] == ["SPRING", "SNOW"]
+    assert book.skipped == 3
+
+
+words = st.text("abcdefghivxlmé’", min_size=1, max_size=8)
+paragraphs_of_words = st.lists(st.lists(words, min_size=1, max_size=30), min_size=1, max_size=4)
+
+
+@repeatable
+@given(
+    book=st.lists(paragraphs_of_words, min_size=1, max_size=12),
+    width=st.integers(10, LONGEST_WRAPPED_LINE),
+    gap=st.integers(1, 3),
+    front=st.sampled_from(["", "A TITLE\n\n", "A TITLE\n\nCONTENTS\n  I. THIS\n  II. THAT\n\n"]),
+    heading=st.sampled_from(["{roman}. TITLE", "Chapter {number}: A Title", "{roman}"]),
+)
+def test_no_word_of_a_chapter_is_lost(book, width, gap, front, heading):
+    raw, expected = front, []
+    for number, paragraphs in enumerate(book, start=1):
+        texts = [" ".join(words) for words in paragraphs]
+        lines = [heading.format(number=number, roman=ROMAN[number - 1])]
+        lines += [textwrap.fill(text, width, break_on_hyphens=False) for text in texts]
+        raw += ("\n" * (gap + 1)).join([*lines, ""])
+        expected.append("\n\n".join(texts))
+    assert [text for _, text in chapters(raw)] == expected
+
+
+# -- where the book comes from ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "there", "read"),
+    [
+        ("path", "path variable cache", "path"),
+        ("sample", "path variable cache", "sample"),
+        (None, "path variable cache", "variable"),
+        (None, "path cache", "cache"),
+        ("willows", "variable cache", "variable"),
+        ("willows", "cache", "cache"),
+    ],
+)
+def test_the_first_source_that_can_be_had_is_read(
+    source, there, read, story, tmp_path, monkeypatch, capsys
+):
+    cache = gutenberg.cache_folder() / "wind_in_the_willows.txt"
+    cache.parent.mkdir(parents=True)
+    files = {"path": tmp_path / "a.txt", "variable": tmp_path / "b.txt", "cache": cache}
+    for name in there.split():
+        files[name].write_text(f"This is the {name}.\n\nIt rained.")
+    if "variable" in there:
+        monkeypatch.setenv("WILLOWS_KD_CORPUS", str(files["variable"]))
+    monkeypatch.setattr(gutenberg, "download", lambda url: pytest.fail("asked the network"))
+
+    book = kd.load_corpus(files.get(source, source))
+
+    expected = story.text if read == "sample" else f"This is the {read}.\n\nIt rained."
+    assert book.text == expected
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def dead_network(monkeypatch):
+    def download(url):
+        raise gutenberg.DownloadError("the line is dead")
+
+    monkeypatch.setattr(gutenberg, "download", download)
+
+
+def test_without_the_book_the_sample_story_is_read_and_one_line_says_so(
+    dead_network, story, capsys
+):
+    assert kd.load_corpus() == story
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and not err
+    assert "the line is dead" in out and "sample story" in out
+
+
+def test_the_book_and_nothing_else_is_refused_where_it_cannot_be_had(dead_network, capsys):
+    with pytest.raises(kd.InputError, match="the line is dead.*WILLOWS_KD_CORPUS") as caught:
+        kd.load_corpus("willows")
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("through_variable", [False, True], ids=["path", "variable"])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("missing.txt", "does not exist"),
+        ("folder", "is a directory"),
+        ("empty.txt", "holds no text"),
+        ("zeros.bin", "is not text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_by_name(
+    name, problem, through_variable, tmp_path, monkeypatch
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "zeros.bin").write_bytes(bytes(100))
+    path = tmp_path / name
+    if through_variable:
+        monkeypatch.setenv("WILLOWS_KD_CORPUS", str(path))
+    with pytest.raises(kd.InputError, match=problem) as caught:
+        kd.load_corpus(None if through_variable else path)
+    assert name in str(caught.value)
+
+
+def test_a_file_gives_its_name_and_its_provenance(tmp_path):
+    path = tmp_path / "my_story.txt"
+    path.write_text("It rained.")
+    book = read_book(path)
+    assert (book.title, book.provenance) == ("my_story", str(path))
+
+
+def test_the_sample_story_is_a_book_of_twelve_chapters_but_not_the_book(story):
+    assert [chapter.number for chapter in story.chapters] == list(range(1, 13))
+    assert all(len(chapter.text.split()) > 1_000 for chapter in story.chapters)
+    assert len(story.text.split()) >= 15_000
+    assert story.skipped == 0
+    assert not is_willows(story)
+
+
+# -- chapters to splits ----------------------------------------------------------------
+
+PREFACE = "It is said. " * (FRONT_MATTER_LIMIT // 10) + "\n\n"
+
+
+@pytest.mark.parametrize(
+    ("front", "heading"),
+    [
+        pytest.param("", "{roman}. {title}", id="as Project Gutenberg has it"),
+        pytest.param("", "Chapter {number}: {title}", id="with the word"),
+        pytest.param("", "{roman}\n\n{title}", id="title under a bare number"),
+        pytest.param(PREFACE, "{roman}. {title}", id="with a long preface"),
+    ],
+)
+def test_the_book_is_split_by_chapter_whoever_made_the_copy(front, heading):
+    # a last chapter as long as all the others: a split by length would cut it
+    book = front + "\n\n".join(
+        heading.format(number=n, roman=ROMAN[n - 1], title=title)
+        + f"\n\nWords of chapter <{n}>." * (12 if n == 12 else 1)
+        for n, title in enumerate(WILLOWS_TITLES, start=1)
+    )
+    found = {name: "\n\n".join(texts) for name, texts in vars(split(parse(book))).items()}
+    chapters_of = {"train": range(1, 11), "validation": [11], "test": [12]}
+    for name, text in found.items():
+        expected = [n in chapters_of[name] for n in range(1, 13)]
+        assert [f"<{n}>" in text for n in range(1, 13)] == expected, name
+
+
+@pytest.mark.parametrize("titles", [WILLOWS_TITLES[:11], WILLOWS_TITLES[1:] + ["MORE"]])
+def test_a_part_of_the_book_is_not_the_book(titles):
+    numbered = enumerate(titles, start=1)
+    book = parse("\n\n".join(f"{n}. {title}\n\nWords." for n, title in numbered))
+    assert len(book.chapters) == len(titles)
+    assert not is_willows(book)
+
+
+def test_another_text_is_split_where_paragraphs_end():
+    texts = ["\n\n".join(f"Paragraph {n}{i}." for i in range(5)) for n in range(4)]
+    splits = split(corpus_of(texts))
+    assert splits.train == [*texts[:3], "Paragraph 30."]
+    assert splits.validation == ["Paragraph 31.\n\nParagraph 32."]
+    assert splits.test == ["Paragraph 33.\n\nParagraph 34."]
+
+
+@repeatable
+@given(st.lists(st.lists(st.text("ab c", min_size=1), min_size=1, max_size=6), min_size=1))
+def test_a_split_loses_nothing_and_holds_out_the_end(book):
+    paragraphs = [paragraph for chapter in book for paragraph in chapter]
+    texts = ["\n\n".join(chapter) for chapter in book]
+    splits = vars(split(corpus_of(texts))).values()
+    parts = [[p for text in part for p in text.split("\n\n")] for part in splits]
+    assert sum(parts, []) == paragraphs
+    total, longest = sum(map(len, paragraphs)), max(map(len, paragraphs))
+    train, validation, _ = (sum(map(len, part)) for part in parts)
+    assert abs(train - 0.8 * total) <= longest
+    assert abs(train + validation - 0.9 * total) <= longest
+
+
+# -- splits to blocks ------------------------------------------------------------------
+
+# words of four to six characters: then no part of a text of 40 paragraphs is too short
+WORDS = ["badger", "‘Ho!’", "naïve", "1908", "🦔🦔🦔🦔", "hedge,", "such—", "ïöüß"]
+long_paragraphs = st.lists(st.sampled_from(WORDS), min_size=4, max_size=6).map(
+    lambda words: " ".join(words * 5)
+)
+long_texts = st.lists(
+    st.lists(long_paragraphs, min_size=5, max_size=7).map("\n\n".join), min_size=8, max_size=9
+)
+
+
+@settings(repeatable, max_examples=20)
+@given(texts=long_texts, block_size=st.integers(2, 20))
+def test_no_token_is_lost(texts, block_size, tokenizer):
+    corpus = corpus_of(texts)
+    packed = kd.pack(corpus, tokenizer, block_size)
+    for name, parts in vars(split(corpus)).items():
+        tokens = tokenize(parts, tokenizer)
+        assert tokenizer.decode(tokens) == tokenizer.eos_token.join(parts)
+        assert tokens.tolist().count(tokenizer.eos_token_id) == len(parts) - 1
+
+        blocks, left = getattr(packed, name), packed.remainder[name]
+        assert blocks.dtype == torch.int64
+        assert blocks.shape == (len(tokens) // block_size, block_size)
+        assert torch.equal(blocks.flatten(), tokens[: len(tokens) - left])
+        assert blocks.numel() + left == len(tokens)
+    assert packed.block_size == block_size
+
+
+def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.eos_token = None
+    texts = ["It rained.", "So."]
+    first, second = (tokenizer(text)["input_ids"] for text in texts)
+    assert tokenize(texts, tokenizer).tolist() == [*first, tokenizer.eos_token_id, *second]
+    assert tokenize(texts, without).tolist() == [*first, *second]
+
+
+def test_the_sample_story_fills_blocks_of_the_default_size(story, tokenizer):
+    packed = kd.pack(story, tokenizer)
+    assert packed.block_size == 128
+    assert min(len(packed.validation), len(packed.test)) >= 8
+
+
+@pytest.mark.parametrize(
+    ("texts", "block_size", "part"),
+    [
+        (["It rained."], 1_000, "train"),
+        (["It rained. "] * 40, 40, "validation"),
+        (["It rained."], 2, "validation"),
+    ],
+    ids=["train too short", "validation too short", "validation empty"],
+)
+def test_a_text_too_short_for_one_block_is_refused(texts, block_size, part, tokenizer):
+    corpus = corpus_of(texts)
+    tokens = tokenizer(tokenizer.eos_token.join(getattr(split(corpus), part)))["input_ids"]
+    with pytest.raises(kd.InputError) as caught:
+        kd.pack(corpus, tokenizer, block_size)
+    assert f"{part} part holds {len(tokens)} tokens" in str(caught.value)
+    assert f"block of {block_size};" in str(caught.value)
+
+
+@pytest.mark.parametrize("block_size", [1, 0, -8])
+def test_a_block_without_a_next_token_is_refused(block_size, story, tokenizer):
+    with pytest.raises(kd.InputError, match=f"block_size is {block_size}; .* at least 2"):
+        kd.pack(story, tokenizer, block_size)
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_one_warning_counts_the_skipped_lines(skipped, tokenizer, recwarn):
+    kd.pack(corpus_of(["It rained."] * 40, skipped), tokenizer, 2)
+    found = [str(w.message) for w in recwarn if "skipped" in str(w.message)]
+    assert found == [f"skipped {skipped} empty lines or chapters"] * bool(skipped)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_packing_is_quiet_and_leaves_progress_bars_as_they_were(shown, story, tokenizer, capfd):
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        kd.pack(story, tokenizer)
+        assert datasets.are_progress_bars_disabled() != shown
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+    assert capfd.readouterr() == ("", "")

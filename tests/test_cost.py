@@ -1,0 +1,185 @@
+"""What a model costs: bytes that can be counted by hand, and fair turns at the clock."""
+
+import pytest
+import torch
+from torch import nn
+
+import willows_kd as kd
+from willows_kd import cost
+from willows_kd.cost import MemoryWatch, continue_greedily
+
+KILOBYTE = 250  # float32 elements
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+# -- size on disk ----------------------------------------------------------------------
+
+
+def test_the_size_on_disk_is_that_of_the_saved_weights(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    size = kd.size_on_disk(teacher)
+    assert size == (tmp_path / "model.safetensors").stat().st_size
+    assert 0 < size - weight_bytes(teacher) < 10_000  # names and shapes
+
+
+def test_half_precision_takes_half_the_disk(teacher):
+    whole = kd.size_on_disk(teacher)
+    assert kd.size_on_disk(teacher.half()) == pytest.approx(whole / 2, rel=0.01)
+
+
+# -- memory watched --------------------------------------------------------------------
+
+
+def test_memory_is_counted_as_it_comes_and_goes():
+    with MemoryWatch() as watch:
+        held = []
+        a = torch.ones(1 * KILOBYTE)
+        held.append(watch.held)
+        b = torch.ones(3 * KILOBYTE)
+        held.append(watch.held)
+        del a
+        held.append(watch.held)
+        c = b[: 2 * KILOBYTE].clone()
+        held.append(watch.held)
+        del b
+        held.append(watch.held)
+    assert held == [1000, 4000, 3000, 5000, 2000]
+    assert watch.most == 5000
+    assert c.nbytes == 2000
+
+
+def test_views_and_operations_in_place_take_no_memory():
+    before = torch.ones(4, KILOBYTE)
+    with MemoryWatch() as watch:
+        before.add_(1).t().reshape(-1, 4).mul_(2)[1:].chunk(2)
+        assert watch.most == 0
+        a = torch.ones(4, KILOBYTE)
+        a.relu_().view(2, -1).transpose(0, 1).unsqueeze(0).add_(before.view(1, -1, 2))
+        assert watch.most == a.nbytes
+
+
+def test_a_view_keeps_the_memory_of_its_base():
+    with MemoryWatch() as watch:
+        a = torch.ones(KILOBYTE)
+        view = a[:1]
+        del a
+        assert watch.held == 1000
+        del view
+        assert watch.held == 0
+    assert watch.most == 1000
+
+
+def test_every_result_of_an_operation_is_counted():
+    x = torch.arange(100.0)
+    with MemoryWatch() as watch:
+        values, indices = x.topk(10)
+        assert watch.held == values.nbytes + indices.nbytes == 10 * (4 + 8)
+
+
+def test_what_is_freed_after_the_watch_does_not_raise_its_count():
+    with MemoryWatch() as watch:
+        a = torch.ones(KILOBYTE)
+    del a
+    assert (watch.held, watch.most) == (0, 1000)
+
+
+# -- peak memory -----------------------------------------------------------------------
+
+
+def test_peak_memory_lies_between_what_is_needed_and_all_that_is_ever_made(make_gpt2, blocks):
+    """The most that a GPT-2 without reuse could hold: every result of every operation."""
+    model, ids = make_gpt2(layers=2), blocks.train[:3]
+    batch, tokens, width, heads = 3, 32, 32, 2
+    logits = batch * tokens * 4096 * 4
+    attention = batch * heads * tokens * tokens * 4
+    activation = batch * tokens * width * 4
+    per_layer = 4 * attention + 60 * activation  # the feed-forward ones are four times as wide
+    peak = kd.peak_memory(model, ids)
+    assert peak >= weight_bytes(model) + logits
+    assert peak <= weight_bytes(model) + logits + 2 * per_layer + 10 * activation
+
+
+def test_peak_memory_grows_with_the_batch_by_at_least_the_logits(teacher, blocks):
+    peaks = [kd.peak_memory(teacher, blocks.train[:batch]) for batch in (1, 2, 4)]
+    logits_of_a_block = 32 * 4096 * 4
+    assert peaks[1] - peaks[0] >= logits_of_a_block
+    assert peaks[2] - peaks[1] >= 2 * logits_of_a_block
+
+
+def test_tied_weights_are_counted_once(make_gpt2, blocks):
+    tied, untied = (make_gpt2(layers=1, tie_word_embeddings=tie) for tie in (True, False))
+    ids = blocks.train[:1]
+    head = untied.lm_head.weight.nbytes
+    assert kd.peak_memory(untied, ids) - kd.peak_memory(tied, ids) == head
+    assert kd.size_on_disk(untied) - kd.size_on_disk(tied) == pytest.approx(head, abs=1000)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_a_model_in_its_mode(teacher, blocks, training):
+    teacher.train(training)
+    kd.peak_memory(teacher, blocks.train[:1])
+    kd.latency({"teacher": teacher}, blocks.train[:1], new_tokens=1, repeats=1)
+    assert teacher.training == training
+
+
+# -- latency ---------------------------------------------------------------------------
+
+
+def test_the_models_take_turns(make_gpt2, blocks):
+    order = []
+    models = {name: make_gpt2(layers=1) for name in "ab"}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    found = kd.latency(models, blocks.train[:1], new_tokens=3, repeats=2)
+    assert "".join(order) == 3 * ("aaaa" + "bbbb")  # a forward pass and three tokens a turn
+    assert list(found) == ["a", "b"]
+    assert all(seconds > 0 for times in found.values() for seconds in times.values())
+
+
+def test_the_first_round_does_not_count_and_the_median_of_the_others_is_reported(
+    teacher, blocks, monkeypatch
+):
+    #        warm-up    then (forward pass, four tokens) in turn
+    clock = iter([99, 99, 1, 40, 50, 8, 3, 12])
+    monkeypatch.setattr(cost, "timed", lambda action, model: next(clock))
+    found = kd.latency({"teacher": teacher}, blocks.train[:1], new_tokens=4, repeats=3)
+    assert found == {"teacher": {"forward": 3, "per_token": 12 / 4}}
+    assert next(clock, None) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_timed_runs_without_dropout_and_gradients(teacher, training):
+    seen = []
+    teacher.train(training)
+    cost.timed(lambda: seen.append((teacher.training, torch.is_inference_mode_enabled())), teacher)
+    assert seen == [(False, True)]
+    assert teacher.training == training
+
+
+def test_a_prompt_as_long_as_the_context_can_be_timed(make_gpt2, blocks):
+    model = make_gpt2(layers=1, n_positions=32)
+    found = kd.latency({"model": model}, blocks.train[:1], new_tokens=4, repeats=1)
+    assert found["model"]["per_token"] > 0
+
+
+def test_continuing_greedily_chooses_what_generate_chooses(make_gpt2, blocks):
+    model = make_gpt2(layers=2, initializer_range=0.3)
+    model.generation_config.eos_token_id = None  # exactly so many tokens
+    prompt = blocks.train[:2, :10]
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+    )[:, 10:]
+    chosen, sizes = [], []
+
+    def remember(module, inputs, output):
+        sizes.append(inputs[0].shape[1])
+        chosen.append(output.logits[:, -1].argmax(dim=-1))
+
+    model.register_forward_hook(remember)
+    continue_greedily(model, prompt, 12)
+    assert torch.equal(torch.stack(chosen, dim=1), expected)
+    assert expected.unique().numel() > 2  # or the comparison says little
+    assert sizes == [10] + 11 * [1]  # with the key-value cache, one token at a time

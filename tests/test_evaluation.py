@@ -1,0 +1,392 @@
+"""The evaluation: each number is what a slow and obvious reading of the text would give."""
+
+import copy
+import math
+import statistics
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import willows_kd as kd
+from willows_kd import evaluation
+from willows_kd.evaluation import calibration_error, number, windows
+
+EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@pytest.fixture
+def teacher(make_gpt2):
+    """A tiny teacher with opinions: its weights are spread more widely than at a usual start."""
+    return make_gpt2(layers=2, initializer_range=0.3)
+
+
+@pytest.fixture
+def model(make_gpt2):
+    """Another such model, with room for a long continuation."""
+    return make_gpt2(layers=1, seed=1, initializer_range=0.3, n_positions=128)
+
+
+def reshaped(blocks: torch.Tensor, count: int, size: int) -> torch.Tensor:
+    return blocks.flatten()[: count * size].view(count, size)
+
+
+# -- every token once ------------------------------------------------------------------
+
+
+@EXAMPLES
+@given(
+    count=st.integers(1, 9),
+    size=st.integers(2, 33),
+    at_once=st.integers(1, 5_000),
+)
+def test_every_token_but_the_first_is_scored_once_and_in_order(count, size, at_once):
+    positions = torch.arange(count * size).view(count, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "LOGITS_AT_ONCE", at_once)
+        batches = list(windows(positions, vocabulary=10))
+    scored = torch.cat([window[mask] for window, mask in batches])
+    assert scored.tolist() == list(range(1, count * size))
+    assert all(len(window) <= max(1, at_once // (10 * size)) for window, _ in batches)
+
+
+@EXAMPLES
+@given(count=st.integers(1, 9), size=st.integers(2, 33))
+def test_after_the_first_window_a_token_has_at_least_half_a_block_of_context(count, size):
+    positions = torch.arange(count * size).view(count, size)
+    for window, mask in windows(positions, vocabulary=10):
+        for row, scored in zip(window, mask, strict=True):
+            assert row.tolist() == list(range(row[0], row[0] + size))
+            context = scored.nonzero().min().item()
+            assert context >= (1 if row[0] == 0 else size / 2)
+
+
+# -- quality ---------------------------------------------------------------------------
+
+
+def predictions(model, blocks: torch.Tensor) -> torch.Tensor:
+    """log p of every token but the first, one forward pass a token: (tokens - 1, vocabulary).
+
+    Each is predicted from what stands before it in the first window that holds it.
+    """
+    stream, size = blocks.flatten(), blocks.shape[1]
+    starts = [*range(0, len(stream) - size, size // 2), len(stream) - size]
+    logits = []
+    for position in range(1, len(stream)):
+        start = next(start for start in starts if position < start + size)
+        logits.append(model(stream[None, start:position]).logits[0, -1])
+    return torch.stack(logits).detach().double().log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 16), (5, 7), (1, 12), (4, 3), (6, 2)])
+def test_quality_is_that_of_a_slow_reading(model, teacher, blocks, count, size):
+    few = reshaped(blocks.test, count, size)
+    log_q, log_p = predictions(model, few), predictions(teacher, few)
+    labels = few.flatten()[1:]
+    confidence, choice = log_q.exp().max(dim=-1)
+    distributions = (torch.distributions.Categorical(logits=x) for x in (log_p, log_q))
+    expected = {
+        "perplexity": math.exp(-log_q[range(len(labels)), labels].mean()),
+        "calibration_error": calibration_by_hand(confidence.tolist(), (choice == labels).tolist()),
+        "kl_to_teacher": torch.distributions.kl_divergence(*distributions).mean().item(),
+        "agreement": (log_p.argmax(dim=-1) == choice).double().mean().item(),
+    }
+    assert kd.quality(model, few, teacher=teacher) == pytest.approx(expected, rel=1e-4)
+
+
+def test_reading_fewer_windows_at_once_changes_nothing(model, teacher, blocks, monkeypatch):
+    expected = kd.quality(model, blocks.test, teacher=teacher)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 1)
+    found = kd.quality(model, blocks.test, teacher=teacher)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_with_no_idea_has_the_perplexity_of_its_vocabulary(model, blocks, tokenizer):
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    found = kd.quality(model, blocks.test, tokenizer)
+    assert found["perplexity"] == pytest.approx(len(tokenizer), rel=1e-6)
+
+
+def test_bits_per_byte_are_the_nats_of_all_tokens_by_byte_of_their_text(model, blocks, tokenizer):
+    found = kd.quality(model, blocks.test, tokenizer)
+    tokens = blocks.test.flatten()[1:]
+    text_bytes = len(tokenizer.decode(tokens).encode())
+    bits = math.log2(found["perplexity"]) * len(tokens)
+    assert found["bits_per_byte"] == pytest.approx(bits / text_bytes)
+
+
+def test_the_end_of_text_token_has_no_bytes(model, blocks, tokenizer):
+    with_end = reshaped(blocks.test, 2, 16).clone()
+    with_end[1, 5] = tokenizer.eos_token_id
+    found = kd.quality(model, with_end, tokenizer)
+    written = [token for token in with_end.flatten()[1:] if token != tokenizer.eos_token_id]
+    bits = math.log2(found["perplexity"]) * 31
+    assert found["bits_per_byte"] == pytest.approx(bits / len(tokenizer.decode(written).encode()))
+
+
+def test_a_model_is_its_own_perfect_copy(teacher, blocks):
+    found = kd.quality(teacher, blocks.test, teacher=copy.deepcopy(teacher))
+    assert found["kl_to_teacher"] == 0
+    assert found["agreement"] == 1
+
+
+def test_only_what_was_asked_for_is_measured(model, teacher, blocks, tokenizer):
+    always = {"perplexity", "calibration_error"}
+    assert set(kd.quality(model, blocks.test)) == always
+    assert set(kd.quality(model, blocks.test, tokenizer)) == always | {"bits_per_byte"}
+    with_teacher = kd.quality(model, blocks.test, teacher=teacher)
+    assert set(with_teacher) == always | {"kl_to_teacher", "agreement"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_models_are_asked_without_dropout_and_return_to_their_mode(
+    model, teacher, blocks, training
+):
+    expected = kd.quality(model, blocks.test, teacher=teacher)
+    model.train(training)
+    teacher.train(not training)
+    assert kd.quality(model, blocks.test, teacher=teacher) == expected
+    assert (model.training, teacher.training) == (training, not training)
+
+
+def test_models_return_to_their_mode_even_after_an_error(model, blocks):
+    model.train()
+    with pytest.raises(IndexError):
+        kd.quality(model, torch.full((1, 8), model.config.vocab_size))
+    assert model.training
+
+
+def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
+    with pytest.raises(kd.InputError, match="5000 tokens.*4096"):
+        kd.quality(model, blocks.test, teacher=make_gpt2(layers=1, vocab_size=5000))
+
+
+# -- calibration -----------------------------------------------------------------------
+
+
+def calibration_by_hand(confidence: list[float], correct: list[bool], bins: int = 15) -> float:
+    """Guo et al. 2017, equation 3, bin by bin: the b-th holds what lies in ((b-1)/n, b/n]."""
+    pairs = list(zip(confidence, correct, strict=True))
+    error = 0.0
+    for b in range(1, bins + 1):
+        members = [(c, right) for c, right in pairs if (b - 1) / bins < c <= b / bins]
+        if members:
+            mean_confidence = statistics.mean(c for c, _ in members)
+            accuracy = sum(right for _, right in members) / len(members)
+            error += len(members) / len(pairs) * abs(mean_confidence - accuracy)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([1.0, 1.0, 1.0], [1, 1, 1], 0),
+        ([1.0, 1.0, 1.0], [0, 0, 0], 1),
+        ([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], [1, 0, 0, 1, 0, 0], 0),
+        ([0.0, 0.0], [0, 0], 0),
+        # one bin: confidence 0.62, accuracy 1/2; another: 0.95 and 1; weighed by their tokens
+        ([0.61, 0.63, 0.94, 0.95, 0.96], [1, 0, 1, 1, 1], (2 * 0.12 + 3 * 0.05) / 5),
+        # errors of opposite sign cancel within a bin, never between bins
+        ([0.62, 0.62, 0.95], [1, 0, 0], (2 * 0.12 + 0.95) / 3),
+    ],
+    ids=["sure and right", "sure and wrong", "calibrated", "no confidence", "worked", "two bins"],
+)
+def test_the_calibration_error_of_worked_examples(confidence, correct, expected):
+    found = calibration_error(torch.tensor(confidence), torch.tensor(correct))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+confidences = st.integers(0, 999).map(lambda i: (i + 0.5) / 1000)
+
+
+@EXAMPLES
+@given(
+    st.lists(st.tuples(confidences, st.booleans()), min_size=1, max_size=60),
+    st.sampled_from([1, 5, 15]),  # odd numbers: no confidence lies on the edge of a bin
+)
+def test_the_calibration_error_is_that_of_the_bins_by_hand(pairs, bins):
+    confidence, correct = map(list, zip(*pairs, strict=True))
+    expected = calibration_by_hand(confidence, correct, bins)
+    found = calibration_error(torch.tensor(confidence).double(), torch.tensor(correct), bins)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+# -- verbatim --------------------------------------------------------------------------
+
+TRAINING_TEXT = "The cat sat on the mat, and then the dog came in and sat down too."
+
+
+@pytest.mark.parametrize(
+    ("sample", "words", "expected"),
+    [
+        (TRAINING_TEXT, 6, 1),
+        ("the CAT sat on -- the mat!", 6, 1),
+        ("A quick brown fox jumps over a lazy hound today", 6, 0),
+        ("too down sat and in came dog the then and mat the on sat cat the", 6, 0),
+        ("the cat sat on the mat under a tree", 6, 1 / 4),
+        ("the cat sat on the mat under a tree", 3, 4 / 7),
+        ("the cat sat", 6, 0),
+        ("", 6, 0),
+    ],
+)
+def test_verbatim_is_the_share_of_runs_that_stand_in_the_training_text(sample, words, expected):
+    assert kd.verbatim(sample, TRAINING_TEXT, words) == pytest.approx(expected)
+
+
+# -- one table -------------------------------------------------------------------------
+
+QUALITY = ["perplexity", "bits_per_byte", "calibration_error", "kl_to_teacher", "agreement"]
+COSTS = ["parameters", "disk_mb", "memory_mb", "forward_ms", "token_ms"]
+
+
+def test_a_model_is_one_row_and_a_function_the_mean_of_its_seeds(
+    model, make_gpt2, blocks, tokenizer
+):
+    asked = []
+
+    def make(seed):
+        asked.append(seed)
+        return make_gpt2(layers=1, seed=seed, initializer_range=0.3, n_positions=128)
+
+    table = kd.compare({"teacher": model, "student": make}, blocks, tokenizer, seeds=(4, 5, 6))
+    assert asked == [4, 5, 6]
+    assert table.index.tolist() == ["teacher", "student"]
+    measured = [*QUALITY, "verbatim"]
+    spreads = [f"± {name}" for name in measured]
+    assert set(table.columns) == {*COSTS, *measured, *spreads}
+    assert table.loc["teacher", spreads].isna().all()
+    assert table.loc["student"].notna().all()
+
+    expected = kd.quality(model, blocks.test, tokenizer, model)
+    assert table.loc["teacher", QUALITY].to_dict() == expected
+    found = [kd.quality(make(seed), blocks.test, tokenizer, model) for seed in (4, 5, 6)]
+    for name in QUALITY:
+        a, b, c = (row[name] for row in found)
+        mean = (a + b + c) / 3
+        deviation = math.sqrt(((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2)
+        assert table.loc["student", name] == pytest.approx(mean)
+        half_width = 4.30 * deviation / math.sqrt(3)
+        assert table.loc["student", f"± {name}"] == pytest.approx(half_width)
+
+
+def test_the_costs_in_the_table_are_those_of_the_model(model, blocks, tokenizer):
+    row = kd.compare({"model": model}, blocks, tokenizer).loc["model"]
+    assert row["parameters"] == sum(p.numel() for p in model.parameters())
+    assert row["disk_mb"] == pytest.approx(kd.size_on_disk(model) / 1e6)
+    assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
+    assert row["forward_ms"] > 0
+    assert row["token_ms"] > 0
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Tables without the time that speed and samples take."""
+    speed = {"forward": 0.5, "per_token": 0.25}
+    monkeypatch.setattr(evaluation, "latency", lambda models, ids: dict.fromkeys(models, speed))
+    monkeypatch.setattr(evaluation, "complete", lambda *args, **kwargs: TRAINING_TEXT)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_first_model_is_the_teacher_unless_another_is_named(model, teacher, blocks, tokenizer):
+    models = {"first": model, "second": teacher}
+    by_default = kd.compare(models, blocks, tokenizer)
+    by_name = kd.compare(models, blocks, tokenizer, teacher=teacher)
+    assert (by_default["kl_to_teacher"] == 0).tolist() == [True, False]
+    assert (by_name["kl_to_teacher"] == 0).tolist() == [False, True]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_quality_is_measured_on_the_split_that_was_asked_for(model, blocks, tokenizer, split):
+    table = kd.compare({"model": model}, blocks, tokenizer, split=split)
+    expected = kd.quality(model, getattr(blocks, split))
+    assert table.loc["model", "perplexity"] == expected["perplexity"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_seconds_are_shown_as_milliseconds(model, blocks, tokenizer):
+    row = kd.compare({"model": model}, blocks, tokenizer).loc["model"]
+    assert (row["forward_ms"], row["token_ms"]) == (500, 250)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_comparing_changes_neither_models_nor_random_numbers(model, blocks, tokenizer, training):
+    model.train(training)
+    before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    kd.compare({"model": model}, blocks, tokenizer)
+    pairs = zip(model.state_dict().values(), before[0].values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert model.training == training
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokenizer, size):
+    model = make_gpt2(layers=1, n_positions=32)
+    parts = (getattr(blocks, name).view(-1, size) for name in ("train", "validation", "test"))
+    table = kd.compare({"model": model}, kd.Blocks(*parts, blocks.remainder), tokenizer)
+    assert table.notna().all(axis=None)
+
+
+# -- as text ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table():
+    """A table as `compare` gives it, with a student of several seeds."""
+    rows = {
+        "teacher": {"perplexity": 12.345, "parameters": 2_345_678, "token_ms": 1.5},
+        "student": {"perplexity": 45.678, "± perplexity": 0.5, "parameters": 123, "token_ms": 0.25},
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def cells_of(line: str) -> list[str]:
+    assert line.startswith("| ") and line.endswith(" |")
+    return [cell.strip() for cell in line[1:-1].split("|")]
+
+
+def test_a_table_is_markdown_with_a_column_a_model(table):
+    header, rule, *rows = map(cells_of, kd.as_markdown(table).split("\n"))
+    assert header == ["", "teacher", "student"]
+    assert len(rule) == 3
+    assert all(set(cell) == {"-"} for cell in rule)
+    assert rows == [
+        ["perplexity", "12.3", "45.7 ± 0.500"],
+        ["parameters", "2.35 M", "123.0"],
+        ["generating a token (ms)", "1.50", "0.250"],
+    ]
+
+
+def test_the_columns_of_a_table_stand_under_each_other(table):
+    assert len(set(map(len, kd.as_markdown(table).split("\n")))) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_number_of_a_comparison_is_in_its_text(model, blocks, tokenizer):
+    table = kd.compare({"a": model, "b": model}, blocks, tokenizer)
+    rows = [cells_of(line) for line in kd.as_markdown(table).split("\n")]
+    assert len(rows) == 2 + len(table.columns)
+    assert all(cell for row in rows[1:] for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.000"),
+        (0.12345, "0.123"),
+        (-0.5, "-0.500"),
+        (1.2345, "1.23"),
+        (12.345, "12.3"),
+        (123.45, "123.5"),
+        (1234.6, "1,235"),
+        (2_345_678, "2.35 M"),
+        (math.nan, "-"),
+    ],
+)
+def test_a_number_has_the_digits_that_matter(value, shown):
+    assert number(value) == shown
