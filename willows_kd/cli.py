@@ -24,10 +24,13 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for bad input, 130 when stopped."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without emoji still gets the words
     try:
+        config = config_of(options)
         from willows_kd.commands import distill_to_directory
 
-        return distill_to_directory(options, config_of(options))
+        return distill_to_directory(options, config)
     except InputError as error:
         if options.debug:
             traceback.print_exc()

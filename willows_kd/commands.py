@@ -1,5 +1,6 @@
 """What `willows-kd distill` does: check, load, train, save, compare."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -30,16 +31,18 @@ def distill_to_directory(options, config: DistillConfig) -> int:
         InputError: something that was given cannot be used. Nothing was written.
     """
     device = find_device(options.device)
-    teacher_name = options.model_dir or str(models.BUNDLED_TEACHER)
+    bundled = options.model_dir is None
+    teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
     models.check_output(Path(options.output_dir), options.overwrite)
+    check_inputs_stay(options)
     tokenizer = models.load_tokenizer(teacher_name)
     models.check_context(teacher_name, options.block_size)
     student_name = choose_student(options, tokenizer)
-    corpus = load_corpus(options.dataset_path) if options.dataset_path else None
+    corpus = None if options.dataset_path is None else load_corpus(options.dataset_path)
     if corpus and len(corpus.text) < 100 * options.block_size:  # may be too short: see at once
         quietly_pack(corpus, tokenizer, options.block_size)
 
-    print(f"🔍 Loading teacher model from: {options.model_dir or 'the bundled teacher'}")
+    print(f"🔍 Loading teacher model from: {'the bundled teacher' if bundled else teacher_name}")
     teacher, _ = models.load_teacher(teacher_name, device)
     print(f"🔍 Loading student model ({student_name})...")
     student = load_or_make_student(options, student_name, teacher, device)
@@ -57,13 +60,13 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     if not finished:
         print("stopped: no epoch was finished, nothing was saved", file=sys.stderr)
         return 130
-    stopped = finished < config.epochs
     table = None
-    if not stopped:
+    if finished == config.epochs:
         named = {"teacher": teacher, "student before": untrained, "student": student}
-        table = compare(named, blocks, tokenizer)
+        with contextlib.suppress(KeyboardInterrupt):  # the student is there: save it all the same
+            table = compare(named, blocks, tokenizer)
     settings = {
-        "teacher": options.model_dir or "willows_kd's bundled teacher",
+        "teacher": "willows_kd's bundled teacher" if bundled else teacher_name,
         "student": student_name,
         "corpus": corpus.provenance,
         "block_size": options.block_size,
@@ -79,12 +82,25 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     }
     models.save_model(student, tokenizer, options.output_dir, extra, options.overwrite)
     print("✅ Distilled model saved successfully!")
-    if stopped:
+    if table is None:
         print(f"stopped: the student is that of epoch {finished} of {config.epochs}")
         return 130
     print(f"\n{as_markdown(table)}")
     print(f"\nMeasured on the held-out test text of {corpus.title}, with {describe(table)}.")
     return 0
+
+
+def check_inputs_stay(options) -> None:
+    """Refuse an output directory that would replace what the run reads.
+
+    Raises:
+        InputError: the teacher, the student or the text lies in the output directory.
+    """
+    output = Path(options.output_dir).resolve()
+    for given in (options.model_dir, options.student, options.dataset_path):
+        path = Path(given).resolve() if given else None
+        if path and path.exists() and output in (path, *path.parents):
+            raise InputError(f"{given} lies in {options.output_dir}, which would be replaced")
 
 
 def find_device(name: str) -> torch.device:
@@ -93,8 +109,8 @@ def find_device(name: str) -> torch.device:
         return models.best_device()
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # which a device without memory (meta) refuses too
+    except Exception as error:  # each backend has its own way to be absent
         raise InputError(f"device {name} cannot be used here; auto or cpu can") from error
     return device
 
@@ -113,6 +129,7 @@ def choose_student(options, tokenizer) -> str:
     name = options.student or ("distilgpt2" if gpt2 else "half")
     if name != "half":
         try:
+            models.check_context(name, options.block_size)
             models.check_same_tokenizer(tokenizer, models.load_tokenizer(name))
         except models.HubError as error:
             raise InputError(f"{error}; --student half makes one from the teacher") from error
@@ -144,24 +161,22 @@ def train(teacher, student, blocks, config: DistillConfig) -> tuple[list[dict], 
     Returns:
         the history, and how many epochs were finished.
     """
+    kept: dict = {"epoch": 0}
     rows: list[dict] = []
-    kept: dict[str, torch.Tensor] = {}
 
     def on_step(row: dict) -> None:
         rows.append(row)
         if "average_loss" in row:
+            weights = student.state_dict().items()
+            kept["weights"] = {k: v.detach().to("cpu", copy=True) for k, v in weights}
+            kept["epoch"] = row["epoch"]
             tqdm.write(f"✅ Epoch {row['epoch']}: Average Loss {row['average_loss']:.4f}")
-            if row["epoch"] < config.epochs:
-                weights = student.state_dict().items()
-                kept.update({k: v.detach().to("cpu", copy=True) for k, v in weights})
 
-    try:
-        return distill(teacher, student, blocks, config, on_step), config.epochs
-    except KeyboardInterrupt:
-        ends = [i for i, row in enumerate(rows, start=1) if "average_loss" in row]
-        if kept:
-            student.load_state_dict(kept)
-        return rows[: ends[-1]] if ends else [], len(ends)
+    with contextlib.suppress(KeyboardInterrupt):
+        distill(teacher, student, blocks, config, on_step)
+    if kept["epoch"]:
+        student.load_state_dict(kept["weights"])
+    return [row for row in rows if row["epoch"] <= kept["epoch"]], kept["epoch"]
 
 
 def describe(table: pd.DataFrame) -> str:

@@ -81,15 +81,17 @@ def latency(
 
     Args:
         models: by name.
-        ids: the prompt, shape (batch, tokens).
+        ids: shape (batch, tokens). Generation goes on from all but its end, so that a
+            prompt and what follows never take more positions than `ids` does.
         new_tokens: how many to generate, greedily, with the key-value cache.
         repeats: rounds that count.
     """
+    prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
     seconds = {name: {"forward": [], "per_token": []} for name in models}
     for round_ in range(repeats + 1):
         for name, model in models.items():
             forward = timed(lambda m=model: m(ids.to(m.device)), model)
-            generate = timed(lambda m=model: continue_greedily(m, ids, new_tokens), model)
+            generate = timed(lambda m=model: continue_greedily(m, prompt, new_tokens), model)
             if round_:
                 seconds[name]["forward"].append(forward)
                 seconds[name]["per_token"].append(generate / new_tokens)

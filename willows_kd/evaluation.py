@@ -82,7 +82,9 @@ def windows(blocks: torch.Tensor, vocabulary: int):
 @torch.inference_mode()
 def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each prediction of tokens 1... is worth, each of shape (windows, block_size - 1)."""
-    logits = model(ids).logits[:, :-1].float()
+    with eval_mode(model, teacher):
+        logits = model(ids).logits[:, :-1].float()
+        teacher_logits = None if teacher is None else teacher(ids).logits[:, :-1]
     labels = ids[:, 1:]
     vocabulary = logits.shape[-1] if teacher is None else common_vocabulary(teacher, model)
     log_q = F.log_softmax(logits[..., :vocabulary], dim=-1)
@@ -93,7 +95,7 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         "correct": choice == labels,
     }
     if teacher is not None:
-        log_p = F.log_softmax(teacher(ids).logits[:, :-1, :vocabulary].float(), dim=-1)
+        log_p = F.log_softmax(teacher_logits[..., :vocabulary].float(), dim=-1)
         result["kl"] = kl(log_p, log_q)
         result["agreement"] = log_p.argmax(dim=-1) == choice
     return result

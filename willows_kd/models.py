@@ -21,6 +21,7 @@ from willows_kd.errors import InputError
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
 BUNDLED_BASE = ASSETS / "base"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 SETTINGS_FILE = "distillation.json"  # what marks an output directory as ours
 PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
 
@@ -72,6 +73,9 @@ def load_base(device=None) -> PreTrainedModel:
 def load_tokenizer(name_or_path):
     """The tokenizer of a directory or hub name."""
     check_model(name_or_path)
+    path = Path(name_or_path)
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
     with plain_errors(name_or_path, "has no tokenizer that can be read"), quiet_transformers():
         return AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
@@ -86,12 +90,17 @@ def load_model(name_or_path, device=None) -> PreTrainedModel:
             name_or_path,
             dtype=torch.float32,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=False,
             local_files_only=not may_ask_hub(name_or_path),
             output_loading_info=True,
         )
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{name_or_path} lacks weights ({', '.join(missing[:3])} ...)")
+    if mismatched := sorted(key for key, *_ in info["mismatched_keys"]):
+        raise InputError(
+            f"{name_or_path} has weights that do not fit its config ({', '.join(mismatched[:3])})"
+        )
     return model.to(device or best_device())
 
 
@@ -109,7 +118,8 @@ def check_model(name_or_path) -> None:
         raise InputError(f"{path} is not a model: it holds no config.json")
     try:
         architectures = json.loads(config_file.read_text()).get("architectures") or []
-    except (ValueError, AttributeError, OSError):
+        architectures = ["".join(name) for name in architectures]
+    except (ValueError, AttributeError, TypeError, OSError):
         raise InputError(f"{config_file} is damaged: it holds no JSON object") from None
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise InputError(
@@ -305,9 +315,19 @@ def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int
 
 @torch.inference_mode()
 def complete(
-    model, tokenizer, prompt: str, max_new_tokens: int = 60, temperature: float = 0.8, seed: int = 0
+    model,
+    tokenizer,
+    prompt: str,
+    max_new_tokens: int = 60,
+    temperature: float = 0.8,
+    seed: int = 0,
+    top_k: int = 50,
 ) -> str:
-    """Continue a prompt; the same seed gives the same words. Temperature 0 takes the likeliest."""
+    """Continue a prompt; the same seed gives the same words.
+
+    Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
+    of sampling; temperature 0 takes the likeliest.
+    """
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
         "input_ids"
     ]
@@ -318,13 +338,13 @@ def complete(
     model.eval()
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
-            **sampling,
+            **(sampling if temperature else {"do_sample": False}),
         )
     model.train(was_training)
     return tokenizer.decode(out[0], skip_special_tokens=True)
@@ -376,22 +396,24 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
 @contextlib.contextmanager
 def whole_directory(directory: Path):
     """A fresh directory to fill, put in its place when filled, gone if anything went wrong."""
-    directory = directory.absolute()
+    directory = Path(directory).resolve()
+    made = [p for p in directory.parents if not p.exists()]  # from the deepest up
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     replaced = directory.with_name(f".{directory.name}.{os.getpid()}.replaced")
     try:
         partial.mkdir(parents=True)
         yield partial
         if directory.exists():
-            directory.rename(replaced)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(directory)
-            raise
+            os.rename(directory, replaced)
+        os.rename(partial, directory)
+        made = []
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists() and not directory.exists():
+            os.rename(replaced, directory)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from willows_kd.evaluation import with_intervals
@@ -58,34 +59,36 @@ def parameter_parts(model) -> dict[str, int]:
     return parts
 
 
-def plot_split(parts: dict[str, Sequence[str]]) -> Figure:
+def plot_split(parts: dict[str, Sequence[str]], down: int = 12) -> Figure:
     """Which lines of a book are trained on and which are held out, one strip a way to split.
 
     Args:
         parts: for each way, the part (train, validation or test) of each line, in the
             order of the book.
+        down: lines in a column of a strip, which is read downwards, then rightwards.
     """
-    looks = {"train": COLOURS[0], "validation": COLOURS[3], "test": COLOURS[1]}
+    colours = {"train": COLOURS[0], "validation": COLOURS[3], "test": COLOURS[1]}
     inks = {"train": "white", "validation": "black", "test": "black"}
-    with figure(height=0.9 + 0.75 * len(parts)) as (fig, ax):
+    with figure(width=8.0, height=0.9 + 0.8 * len(parts)) as (fig, ax):
         for row, lines in enumerate(parts.values()):
-            # one filled shape a part: thousands of thin bars would each have a seam
-            edges = np.append(np.arange(len(lines)), len(lines)) / len(lines)
-            for part, colour in looks.items():
-                mine = np.append([line == part for line in lines], False)
-                look = {"step": "post", "color": colour, "linewidth": 0}
-                ax.fill_between(edges, row - 0.35, row + 0.35, where=mine, **look)
-        for part, run in consecutive(next(iter(parts.values()))):
-            middle = (run.start + run.stop) / 2 / len(next(iter(parts.values())))
-            if len(run) > 0.06 * len(next(iter(parts.values()))):
-                ax.text(middle, 0, part, ha="center", va="center", color=inks[part], fontsize=9)
+            across = math.ceil(len(lines) / down)
+            cells = np.ones((across * down, 3))
+            cells[: len(lines)] = [to_rgb(colours[part]) for part in lines]
+            image = cells.reshape(across, down, 3).swapaxes(0, 1)
+            place = (0, across * down / len(lines), row + 0.38, row - 0.38)
+            ax.imshow(image, extent=place, aspect="auto", interpolation="nearest")
+        first = next(iter(parts.values()))
+        for part, run in consecutive(first):
+            if len(run) > 0.06 * len(first):
+                middle = (run.start + run.stop) / 2 / len(first)
+                look = {"ha": "center", "va": "center", "fontsize": 8.5, "color": inks[part]}
+                ax.text(middle, 0, part, **look)
         ax.set_yticks(range(len(parts)), parts)
-        ax.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5))
+        ax.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5), xlabel="place in the book")
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.grid(visible=False)
-        ax.set_xlabel("place in the book")
-        touching = [f"{share_beside(lines):.0%} {name}" for name, lines in parts.items()]
-        ax.set_title(f"Test lines beside a line of training: {', '.join(touching)}")
+        beside = [f"{share_beside(lines):.0%} {name}" for name, lines in parts.items()]
+        ax.set_title(f"Test lines next to training: {', '.join(beside)}")
     return fig
 
 
@@ -98,8 +101,8 @@ def consecutive(labels: Sequence[str]) -> list[tuple[str, range]]:
 
 def share_beside(lines: Sequence[str]) -> float:
     """The share of the test lines whose neighbour, before or after, is trained on."""
-    around = zip(["", *lines[:-1]], lines, [*lines[1:], ""], strict=True)
-    beside = [before == "train" or after == "train" for before, line, after in around if line == "test"]
+    tested = [i for i, part in enumerate(lines) if part == "test"]
+    beside = ["train" in lines[max(0, i - 1) : i + 2] for i in tested]
     return sum(beside) / len(beside)
 
 
@@ -129,7 +132,8 @@ def plot_perplexities(measured: dict[str, dict[str, float]]) -> Figure:
         last = [measured[name][parts[-1]] for name in models]
         told = [f"{name} {value:.1f}" for name, value in zip(models, last, strict=True)]
         ax.set_title(f"Perplexity, {parts[-1]}: {', '.join(told)}")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=len(models))
+        if len(models) > 1:
+            fig.legend(loc="outside lower center", ncols=len(models))
     return fig
 
 
@@ -410,39 +414,73 @@ def plot_latency(measured: pd.DataFrame) -> Figure:
 def plot_sweep(measured: pd.DataFrame, value: str = "perplexity") -> Figure:
     """Quality over temperature, one line for each alpha, with intervals over seeds.
 
+    Hard labels alone (alpha = 1) know no temperature: they are one level, with a band
+    for its interval.
+
     Args:
         measured: columns temperature, alpha, seed and `value`, one row a student.
     """
     groups = measured.groupby(["alpha", "temperature"])[value]
     found = {key: with_intervals([{value: v} for v in group]) for key, group in groups}
     frame = pd.DataFrame.from_dict(found, orient="index")
+    temperatures = sorted(measured["temperature"].unique())
     with figure() as (fig, ax):
         for i, alpha in enumerate(frame.index.unique(0)):
+            rows = frame.loc[alpha]
+            spread = rows.get(f"± {value}")
+            if alpha == 1:
+                level = rows[value].iloc[0]
+                half = 0.0 if spread is None else spread.iloc[0]
+                look = {"color": QUIET, "label": "alpha = 1, at any T"}
+                ax.axhline(level, linestyle="--", marker="", **look)
+                ax.axhspan(level - half, level + half, color=QUIET, alpha=0.15, linewidth=0)
+                continue
             ax.errorbar(
-                frame.loc[alpha].index,
-                frame.loc[alpha, value],
-                yerr=frame.loc[alpha].get(f"± {value}"),
+                rows.index * 1.03**i,  # side by side, so that no interval hides another
+                rows[value],
+                yerr=spread,
                 label=f"alpha = {alpha:g}",
                 capsize=3,
                 marker=MARKERS[i % 5],
                 linestyle=LINES[i % 5],
                 color=COLOURS[i % 5],
             )
-        ax.set(xlabel="temperature T", ylabel=f"validation {value}")
+        ax.set(xlabel="temperature T", ylabel=f"validation {value}", xscale="log")
+        ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
+        ax.minorticks_off()
         ax.legend()
         alpha, temperature = frame[value].idxmin()
-        ax.set_title(f"Lowest at T = {temperature:g}, alpha = {alpha:g}: {frame[value].min():.2f}")
+        where = "with hard labels alone" if alpha == 1 else f"at T = {temperature:g}"
+        if 0 < alpha < 1:
+            where += f", alpha = {alpha:g}"
+        elif alpha == 0:
+            where += ", soft labels alone"
+        ax.set_title(f"Lowest {where}: {frame[value].min():.2f}")
     return fig
 
 
 def plot_tradeoff(table: pd.DataFrame, teacher: str = "teacher") -> Figure:
-    """Perplexity against the time of a generated token; a marker's area is the size on disk."""
+    """Perplexity against the time of a generated token; a marker's area is the size on disk.
+
+    Intervals of the perplexity are drawn where the table of `compare` has them.
+    """
     with figure() as (fig, ax):
         area = 300 * table["disk_mb"] / table["disk_mb"].max()
         for i, (name, row) in enumerate(table.iterrows()):
             look = {"color": COLOURS[i % 5], "edgecolor": "black", "alpha": 0.85}
             look |= {"marker": MARKERS[i % 5], "label": f"{name}, {row['disk_mb']:.1f} MB"}
             ax.scatter(row["token_ms"], row["perplexity"], s=area[name], **look)
+            spread = row.get("± perplexity", math.nan)
+            if not pd.isna(spread):
+                ax.errorbar(
+                    row["token_ms"],
+                    row["perplexity"],
+                    yerr=spread,
+                    color=COLOURS[i % 5],
+                    linestyle="",
+                    marker="",
+                    capsize=4,
+                )
         ax.legend(markerscale=0.6, labelspacing=0.9)
         ax.set(xlabel="generating a token (ms)", ylabel="perplexity on held-out text")
         ax.margins(0.25)
@@ -492,6 +530,7 @@ def plot_divergence(tokens: Sequence[str], values: Sequence[float], columns: int
         tokens: the text, piece by piece.
         values: one for each, at least 0.
     """
+    values = [max(0.0, float(value)) for value in values]  # rounding can leave a 0 just below
     top = max(max(values), 1e-9)
     places, row, column = [], 0, 0
     for token in tokens:

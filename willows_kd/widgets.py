@@ -10,6 +10,7 @@ import ipywidgets
 import torch
 from IPython.display import display
 
+from willows_kd.cost import eval_mode
 from willows_kd.models import complete
 from willows_kd.plots import plot_soft_labels, plot_token_view
 
@@ -83,4 +84,5 @@ def next_token_logits(model, tokenizer, prompt: str) -> torch.Tensor:
 @torch.inference_mode()
 def all_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """Logits at each position of one text, shape (tokens, vocabulary), on the CPU."""
-    return model(ids.to(model.device)).logits[0].float().cpu()
+    with eval_mode(model):
+        return model(ids.to(model.device)).logits[0].float().cpu()

@@ -1,0 +1,726 @@
+"""The command line: what it says, what it saves, and what it refuses."""
+
+import contextlib
+import functools
+import io
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
+
+from willows_kd import commands, corpus, evaluation, gutenberg, models
+from willows_kd.cli import main, parse
+
+ROOT = Path(__file__).parent.parent
+SENTENCE = "the mole and the rat went down to the river in a boat of their own by the wood"
+SURPLUS = 5  # blank lines that a reader skips
+ROWS = ["teacher", "student before", "student"]
+
+
+def make_text(words: int, seed: int = 0) -> str:
+    """Paragraphs of 40 words, some with more blank lines between them than it takes."""
+    draw = random.Random(seed)
+    paragraphs = [" ".join(draw.choices(SENTENCE.split(), k=40)) + "." for _ in range(words // 40)]
+    return "\n\n".join(paragraphs).replace("\n\n", "\n\n" + "\n" * SURPLUS, 1)
+
+
+def save(folder: Path, tokenizer, model_class=GPT2LMHeadModel, config=None, **settings) -> Path:
+    """A directory with a random model and the bundled tokenizer."""
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_head": 2, "n_positions": 128}
+    uneven = {"n_layer": 4, "initializer_range": 0.2}  # so that student and teacher differ
+    config = config or GPT2Config(**(sizes | uneven | settings))
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    with torch.random.fork_rng(), models.quiet_transformers():
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tokenizer, tmp_path_factory):
+    """A directory with all that a command line can name, good and bad. No test writes there."""
+    place = tmp_path_factory.mktemp("place")
+    save(place / "teacher", tokenizer)
+    save(place / "narrow", tokenizer, n_layer=1, n_positions=64)
+    save(place / "padded", tokenizer, n_layer=1, vocab_size=len(tokenizer) + 8)
+    larger = models.load_tokenizer(models.BUNDLED_TEACHER)
+    larger.add_tokens(["<extra>"])
+    save(place / "stranger", larger, n_layer=1)
+    (place / "text.txt").write_text(make_text(1000), encoding="utf-8")
+    (place / "short.txt").write_text("The Mole had been working.\n", encoding="utf-8")
+    (place / "empty.txt").touch()
+    (place / "blank.txt").write_text(" \n\t\n\n", encoding="utf-8")
+    (place / "binary.bin").write_bytes(bytes(range(256)) * 40)
+    (place / "folder").mkdir()
+    (place / "folder" / "poem.txt").write_text("by me")
+    return place
+
+
+def command_line(place: Path, output: Path, *more: str, without: str = "") -> list[str]:
+    """A run of a moment: one epoch of a tiny model on a short text."""
+    usual = {
+        "model_dir": place / "teacher",
+        "dataset_path": place / "text.txt",
+        "output_dir": output,
+        "epochs": 1,
+        "block_size": 32,
+        "batch_size": 8,
+        "device": "cpu",
+    }
+    usual.pop(without, None)
+    return ["distill", *(word for k, v in usual.items() for word in (f"--{k}", str(v))), *more]
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command line, whoever decides on it."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The table at the end from a few tokens only."""
+    short, brief = evaluation.complete, evaluation.latency
+    monkeypatch.setattr(
+        evaluation, "complete", lambda m, t, prompt, *_, **__: short(m, t, prompt, 3)
+    )
+    monkeypatch.setattr(evaluation, "latency", functools.partial(brief, new_tokens=2, repeats=1))
+
+
+@pytest.fixture
+def distil(quick, place, tmp_path):
+    """A function that runs the command line with some options more and gives its exit code."""
+    return lambda *more: run(command_line(place, tmp_path / "student", *more))
+
+
+def settings_of(folder: Path) -> dict:
+    return json.loads((folder / "distillation.json").read_text(encoding="utf-8"))
+
+
+def history_of(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "history.csv")
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """All that is in a directory, hidden files too: sizes by relative path."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
+
+
+# -- a good run ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good_run(place, tmp_path_factory):
+    """A run of two epochs from beginning to end: its exit code, what it said, what it saved."""
+    folder = tmp_path_factory.mktemp("good") / "new" / "student"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(command_line(place, folder, "--epochs", "2", "--seed", "3"))
+    return SimpleNamespace(
+        code=code, out=out.getvalue().splitlines(), err=err.getvalue(), folder=folder
+    )
+
+
+def test_a_good_run_says_what_it_does_in_order(good_run, place):
+    expected = [
+        f"🔍 Loading teacher model from: {place / 'teacher'}",
+        "🔍 Loading student model (half)...",
+        f"📚 Loading dataset from: {place / 'text.txt'}",
+        "⚙️ Tokenizing dataset...",
+        "🚀 Starting distillation training...",
+        f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or chapters)",
+        "✅ Epoch 1: Average Loss",
+        "✅ Epoch 2: Average Loss",
+        f"💾 Saving distilled student model to: {good_run.folder}",
+        "✅ Distilled model saved successfully!",
+        "",
+    ]
+    assert good_run.code == 0
+    for line, begin in zip(good_run.out, expected, strict=False):
+        assert re.sub(r"(?<=Average Loss) \d+\.\d{4}\b.*", "", line) == begin
+    table = good_run.out[len(expected) : -2]
+    assert len(table) > 5
+    assert all(re.fullmatch(r"\|( .+ \|){4}", line) for line in table)
+    assert [name.strip() for name in table[0].split("|")[2:5]] == ROWS
+    assert good_run.out[-2] == ""
+    assert good_run.out[-1].startswith("Measured on the held-out test text of text, with ")
+
+
+def test_a_good_run_shows_nothing_on_stderr_but_its_progress(good_run):
+    assert "step/s" in good_run.err
+    shown = re.split(r"[\r\n]+", good_run.err)
+    assert not [line for line in shown if line.strip() and "step" not in line]
+
+
+def test_the_average_loss_that_is_shown_is_that_of_the_history(good_run):
+    said = [line for line in good_run.out if "Average Loss" in line]
+    ends = history_of(good_run.folder).dropna(subset="average_loss")
+    assert len(said) == len(ends) == 2
+    for line, average in zip(said, ends["average_loss"], strict=True):
+        assert f"Average Loss {average:.4f}" in line
+
+
+def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place):
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "history.csv",
+        "distillation.json",
+    } == set(listing(good_run.folder))
+    assert [path.name for path in good_run.folder.parent.iterdir()] == ["student"]
+    settings = settings_of(good_run.folder)
+    expected = {
+        "teacher": str(place / "teacher"),
+        "student": "half",
+        "corpus": str(place / "text.txt"),
+        "block_size": 32,
+        "epochs": 2,
+        "epochs_finished": 2,
+        "batch_size": 8,
+        "temperature": 2.0,
+        "alpha": 0.0,
+        "divergence": "forward_kl",
+        "seed": 3,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert set(settings["versions"]) == {"willows_kd", "torch", "transformers"}
+
+
+def test_the_model_card_holds_the_settings_and_the_table_that_was_shown(good_run):
+    card = (good_run.folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "- temperature: 2.0\n" in card
+    table = [line for line in good_run.out if line.startswith("|")]
+    assert "\n".join(table) in card
+
+
+def test_a_saved_student_loads_and_writes_with_transformers_alone(good_run):
+    assert AutoModelForCausalLM.from_pretrained(good_run.folder).config.n_layer == 2
+    write = pipeline("text-generation", model=str(good_run.folder), device="cpu")
+    assert write("The river", max_new_tokens=3)[0]["generated_text"].startswith("The river")
+
+
+def test_a_text_without_surplus_lines_needs_no_word_about_them(distil, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(make_text(1000).replace("\n" * SURPLUS, ""))
+    assert distil("--dataset_path", str(tmp_path / "text.txt")) == 0
+    assert "Skipping" not in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(distil, tmp_path):
+    weights = {}
+    for name, seed in [("first", "1"), ("again", "1"), ("other", "2")]:
+        folder = tmp_path / name
+        assert distil("--seed", seed, "--output_dir", str(folder)) == 0
+        weights[name] = (folder / "model.safetensors").read_bytes()
+    assert weights["first"] == weights["again"]
+    assert weights["first"] != weights["other"]
+
+
+# -- options ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_layers_sets_the_depth_of_the_student(layers, distil, tmp_path, capsys):
+    assert distil("--layers", str(layers)) == 0
+    assert f"Loading student model ({layers} of the teacher's layers)" in capsys.readouterr().out
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert config["n_layer"] == layers
+
+
+def test_a_student_made_elsewhere_is_trained_as_it_is(distil, place, tmp_path, capsys):
+    assert distil("--student", str(place / "narrow"), "--learning_rate", "1e-9") == 0
+    assert f"🔍 Loading student model ({place / 'narrow'})..." in capsys.readouterr().out
+    before = load_file(place / "narrow" / "model.safetensors")
+    after = load_file(tmp_path / "student" / "model.safetensors")
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    assert settings_of(tmp_path / "student")["student"] == str(place / "narrow")
+
+
+def test_a_student_with_a_padded_head_is_trained_on_the_shared_tokens(
+    distil, place, tokenizer, capsys
+):
+    assert distil("--student", str(place / "padded")) == 0
+    vocabulary = len(tokenizer)
+    said = f"ℹ️ Heads of {vocabulary} and {vocabulary + 8} logits: the first {vocabulary} are"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("alpha", "asked_for"),
+    [("0", ["soft_loss"]), ("0.5", ["soft_loss", "hard_loss"]), ("1", ["hard_loss"])],
+)
+def test_alpha_chooses_between_the_soft_and_the_hard_labels(alpha, asked_for, distil, tmp_path):
+    assert distil("--alpha", alpha) == 0
+    history = history_of(tmp_path / "student")
+    found = [name for name in ("soft_loss", "hard_loss") if history[name].notna().all()]
+    assert found == asked_for
+    weights = [float(alpha) if name == "hard_loss" else 1 - float(alpha) for name in found]
+    mixed = sum(w * history[name] for w, name in zip(weights, found, strict=True))
+    assert history["loss"].tolist() == pytest.approx(mixed.tolist(), rel=1e-5)
+
+
+def test_accumulation_makes_of_two_batches_one_step(distil, tmp_path):
+    histories = {}
+    for batch, accumulation in [(8, 1), (4, 2), (4, 1)]:
+        options = f"--batch_size {batch} --accumulation {accumulation}".split()
+        assert distil(*options) == 0
+        histories[batch, accumulation] = history_of(tmp_path / "student")
+    assert len(histories[4, 2]) == len(histories[8, 1]) < len(histories[4, 1])
+    for name in ("loss", "gradient_norm"):
+        one, two = (histories[k][name].tolist() for k in [(8, 1), (4, 2)])
+        assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_bfloat16_is_for_the_arithmetic_and_the_weights_stay_float32(distil, tmp_path):
+    kept = {}
+    for dtype in ("float32", "bfloat16"):
+        assert distil("--dtype", dtype) == 0
+        assert settings_of(tmp_path / "student")["dtype"] == dtype
+        kept[dtype] = load_file(tmp_path / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept["bfloat16"].values()} == {torch.float32}
+    assert any(not torch.equal(v, kept["float32"][k]) for k, v in kept["bfloat16"].items())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", 3.5),
+        ("divergence", "reverse_kl"),
+        ("divergence", "jensen_shannon"),
+        ("divergence", "total_variation"),
+        ("learning_rate", 0.01),
+        ("block_size", 16),
+    ],
+)
+def test_an_option_changes_the_student_and_is_written_down(
+    option, value, distil, good_run, tmp_path
+):
+    assert distil(f"--{option}", str(value), "--epochs", "2", "--seed", "3") == 0
+    assert settings_of(tmp_path / "student")[option] == value
+    weights = [
+        (f / "model.safetensors").read_bytes() for f in (tmp_path / "student", good_run.folder)
+    ]
+    assert weights[0] != weights[1]
+
+
+def test_blocks_may_be_as_long_as_the_models_positions(place, tmp_path):
+    """With the whole table: what is written for it has to fit the positions too."""
+    model = ["--model_dir", str(place / "narrow"), "--block_size", "64"]
+    assert run(command_line(place, tmp_path / "student", *model)) == 0
+
+
+def test_a_teacher_with_gpt2s_vocabulary_asks_for_distilgpt2(
+    distil, tokenizer, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(commands, "GPT2_VOCABULARY", len(tokenizer))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no_cache"))
+    capfd.readouterr()
+    assert distil() == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: distilgpt2 is no local directory")
+    assert error.count("\n") == 1
+    assert "--student half" in error
+    assert listing(tmp_path) == {}
+    assert distil("--student", "half") == 0
+
+
+def test_without_options_it_is_the_bundled_teacher_and_the_book(
+    quick, place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(place / "text.txt"))
+    assert run(["distill", "--epochs", "1", "--device", "cpu", "--block_size", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "🔍 Loading teacher model from: the bundled teacher\n" in said
+    assert "📚 Loading dataset from: The Wind in the Willows\n" in said
+    settings = settings_of(tmp_path / "wind_in_the_willows_distilled")
+    assert settings["corpus"] == f"{place / 'text.txt'} (WILLOWS_KD_CORPUS)"
+
+
+def test_offline_and_without_the_book_it_is_the_sample_story(
+    quick, place, tmp_path, capsys, monkeypatch
+):
+    def offline(*_):
+        raise gutenberg.DownloadError("no connection")
+
+    monkeypatch.setattr(gutenberg, "fetch_willows", offline)
+    monkeypatch.setattr(corpus, "SAMPLE_STORY", place / "text.txt")
+    assert run(command_line(place, tmp_path / "student", without="dataset_path")) == 0
+    said = capsys.readouterr().out
+    assert said.count("could not be had (no connection): using the sample story") == 1
+    assert "sample story" in settings_of(tmp_path / "student")["corpus"]
+
+
+def test_the_help_names_every_option(capsys):
+    assert run(["distill", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in vars(parse(["distill"])):
+        assert option == "command" or f"--{option}" in shown
+
+
+# -- bad input -------------------------------------------------------------------------
+
+BAD_INPUTS = [
+    # options that are none, or no number
+    ("--bogus 1", "--bogus"),
+    ("surplus", "surplus"),
+    ("--epochs", "expected one argument"),
+    ("--epochs many", "invalid int value: 'many'"),
+    ("--epochs 1.5", "invalid int value: '1.5'"),
+    ("--batch_size 2.5", "invalid int value"),
+    ("--accumulation x", "invalid int value"),
+    ("--block_size x", "invalid int value"),
+    ("--layers x", "invalid int value"),
+    ("--seed x", "invalid int value"),
+    ("--temperature warm", "invalid float value"),
+    ("--alpha x", "invalid float value"),
+    ("--learning_rate x", "invalid float value"),
+    ("--dtype float16", "float32"),
+    ("--divergence l2", "forward_kl"),
+    # values out of range
+    ("--temperature 0", "temperature is 0.0; it must be above 0"),
+    ("--temperature -1", "temperature is -1.0"),
+    ("--temperature nan", "temperature is nan"),
+    ("--temperature inf", "temperature is inf"),
+    ("--alpha -0.1", "from 0 (soft labels only) to 1 (hard labels only)"),
+    ("--alpha 1.1", "alpha is 1.1"),
+    ("--alpha nan", "alpha is nan"),
+    ("--epochs 0", "epochs is 0; it must be a whole number, at least 1"),
+    ("--epochs -3", "epochs is -3"),
+    ("--learning_rate 0", "learning_rate is 0.0"),
+    ("--learning_rate 1.5", "at most 1"),
+    ("--learning_rate nan", "learning_rate is nan"),
+    ("--batch_size 0", "batch_size is 0"),
+    ("--accumulation 0", "accumulation is 0"),
+    ("--seed -1", "seed is -1"),
+    ("--seed 4294967296", "2**32 - 1"),
+    ("--block_size 1", "block_size is 1; this model takes 2 to 128"),
+    ("--block_size -5", "block_size is -5"),
+    ("--block_size 129", "2 to 128"),
+    ("--layers 0", "layers is 0; this teacher allows 1 to 4"),
+    ("--layers 5", "1 to 4"),
+    ("--layers 2 --student {place}/narrow", "leave out --student"),
+    # devices
+    ("--device nonsense", "device nonsense cannot be used here"),
+    ("--device cuda:99", "cuda:99"),
+    ("--device meta", "device meta cannot be used here"),
+    ("--device hpu", "device hpu cannot be used here"),
+    # models
+    ("--model_dir {place}/missing", "does not exist"),
+    ("--model_dir {place}/text.txt", "is a file"),
+    ("--model_dir {place}/folder", "no config.json"),
+    ("--model_dir no-such-owner/no-such-model", "model hub"),
+    ("--model_dir ''", "model_dir"),
+    ("--student {place}/missing", "does not exist"),
+    ("--student {place}/folder", "no config.json"),
+    ("--student {place}/stranger", "must share a vocabulary"),
+    ("--student no-such-owner/no-such-model", "--student half"),
+    ("--student {place}/narrow --block_size 65", "2 to 64"),
+    # texts
+    ("--dataset_path {place}/missing.txt", "does not exist"),
+    ("--dataset_path {place}/folder", "is a directory"),
+    ("--dataset_path {place}/empty.txt", "holds no text"),
+    ("--dataset_path {place}/blank.txt", "holds no text"),
+    ("--dataset_path {place}/binary.bin", "is not text"),
+    ("--dataset_path {place}/short.txt", "too short"),
+    ("--dataset_path ''", "dataset_path"),
+    # where the student goes
+    ("--output_dir {place}/short.txt", "is a file"),
+    ("--output_dir {place}/folder", "no distillation wrote"),
+    ("--output_dir {place}/short.txt/student", "cannot be written"),
+    ("--output_dir {place}/short.txt/below/student", "cannot be written"),
+    ("--overwrite --output_dir {place}/short.txt", "is a file"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), BAD_INPUTS, ids=[o for o, _ in BAD_INPUTS])
+def test_bad_input_gives_one_line_and_code_2_and_writes_nothing(
+    options, expected, distil, place, tmp_path, capfd
+):
+    before = listing(place)
+    capfd.readouterr()
+    assert distil(*shlex.split(options.format(place=place))) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1 and error.endswith("\n")
+    assert expected in error
+    assert listing(place) == before
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["--epochs", "1"]])
+def test_a_command_line_without_a_known_command_is_refused(arguments, capfd):
+    assert run(arguments) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "distill" in error or "command" in error
+
+
+def test_debug_shows_the_traceback_of_an_error(distil, capsys):
+    assert distil("--epochs", "0", "--debug") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "error: epochs is 0; it must be a whole number, at least 1"
+
+
+def test_an_output_directory_that_is_not_ours_is_refused_before_anything_is_loaded(
+    distil, place, monkeypatch
+):
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: pytest.fail("it was loaded"))
+    assert distil("--output_dir", str(place / "folder")) == 2
+
+
+def test_overwrite_replaces_a_directory_that_is_not_ours(distil, tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "poem.txt").write_text("by me")
+    assert distil() == 2
+    assert distil("--overwrite") == 0
+    assert "model.safetensors" in listing(tmp_path / "student")
+    assert "poem.txt" not in listing(tmp_path / "student")
+
+
+@pytest.mark.parametrize("option", ["model_dir", "student", "dataset_path"])
+def test_what_a_run_reads_is_never_replaced_by_what_it_writes(option, distil, place, tmp_path):
+    folder = tmp_path / "student"
+    assert distil() == 0  # an output of ours, which needs no --overwrite to be replaced
+    shutil.copy(place / "text.txt", folder)
+    before = listing(folder)
+    given = folder / "text.txt" if option == "dataset_path" else folder
+    assert distil(f"--{option}", str(given)) == 2
+    assert listing(folder) == before
+
+
+def test_a_terminal_without_emoji_gets_the_words(distil, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert distil() == 0
+    assert b" Distilled model saved successfully!" in out.buffer.getvalue()
+
+
+def test_a_closed_pipe_ends_a_run_without_a_traceback(distil, tmp_path, capfd, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return sink.fileno()
+
+    with (tmp_path / "sink").open("w") as sink:
+        monkeypatch.setattr(sys, "stdout", Closed())
+        assert distil() == 1
+    assert capfd.readouterr().err == ""
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The student's weights at the end of each epoch; `ends.stop` presses Ctrl-C after a row."""
+    ends = SimpleNamespace(weights={}, stop=lambda row: False)
+    real = commands.distill
+
+    def watched(teacher, student, blocks, config, on_step):
+        def step(row):
+            if "average_loss" in row:
+                weights = student.state_dict().items()
+                ends.weights[row["epoch"]] = {k: v.clone() for k, v in weights}
+            on_step(row)
+            if ends.stop(row):
+                raise KeyboardInterrupt
+
+        return real(teacher, student, blocks, config, step)
+
+    monkeypatch.setattr(commands, "distill", watched)
+    return ends
+
+
+def assert_saved(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    saved = load_file(folder / "model.safetensors")
+    assert saved
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("epochs", ["1", "2"])
+def test_ctrl_c_in_the_first_epoch_saves_nothing(epochs, distil, ends, tmp_path, capsys):
+    ends.stop = lambda row: row["step"] == 2
+    assert distil("--epochs", epochs) == 130
+    said = capsys.readouterr()
+    assert "Saving" not in said.out
+    assert "nothing was saved" in said.err
+    assert "Traceback" not in said.err
+    assert listing(tmp_path) == {}
+
+
+def test_ctrl_c_while_loading_saves_nothing(distil, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load_teacher", interrupted)
+    assert distil() == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_ctrl_c_later_saves_the_student_of_the_last_finished_epoch(
+    epochs, distil, ends, tmp_path, capsys
+):
+    ends.stop = lambda row: row["epoch"] == 2
+    assert distil("--epochs", str(epochs)) == 130
+    said = capsys.readouterr()
+    assert "✅ Distilled model saved successfully!" in said.out
+    assert "Traceback" not in said.err
+    folder = tmp_path / "student"
+    assert settings_of(folder)["epochs_finished"] == 1
+    assert settings_of(folder)["epochs"] == epochs
+    assert set(history_of(folder)["epoch"]) == {1}
+    assert_saved(folder, ends.weights[1])
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_ctrl_c_at_the_very_end_of_an_epoch_saves_the_student_that_it_names(
+    epoch, distil, ends, tmp_path
+):
+    ends.stop = lambda row: row["epoch"] == epoch and "average_loss" in row
+    assert distil("--epochs", "3") in (0, 130)
+    finished = settings_of(tmp_path / "student")["epochs_finished"]
+    assert history_of(tmp_path / "student")["epoch"].max() == finished == epoch
+    assert_saved(tmp_path / "student", ends.weights[finished])
+
+
+def test_ctrl_c_while_an_epoch_is_reported_saves_the_student_that_it_names(
+    distil, ends, tmp_path, monkeypatch
+):
+    def write(text):
+        if "Epoch 2" in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.tqdm, "write", write)
+    assert distil("--epochs", "3") == 130
+    finished = settings_of(tmp_path / "student")["epochs_finished"]
+    assert history_of(tmp_path / "student")["epoch"].max() == finished
+    assert_saved(tmp_path / "student", ends.weights[finished])
+
+
+def test_ctrl_c_while_the_table_is_measured_saves_the_trained_student(
+    distil, ends, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "compare", interrupted)
+    assert distil() == 130
+    assert settings_of(tmp_path / "student")["epochs_finished"] == 1
+    assert_saved(tmp_path / "student", ends.weights[1])
+
+
+# -- other teachers --------------------------------------------------------------------
+
+
+def test_a_teacher_of_the_llama_family_is_distilled(distil, tokenizer, tmp_path):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    teacher = save(tmp_path / "llama", tokenizer, LlamaForCausalLM, config)
+    assert distil("--model_dir", str(teacher), "--layers", "2") == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert (student.config.model_type, len(student.model.layers)) == ("llama", 2)
+
+
+@pytest.fixture
+def real_gpt2(tokenizer, tmp_path):
+    """A random GPT-2 of 124 million weights as a directory; half a gigabyte, so it is removed."""
+    yield save(tmp_path / "gpt2", tokenizer, config=GPT2Config())
+    shutil.rmtree(tmp_path)
+
+
+def test_a_teacher_of_gpt2s_real_size_is_distilled(distil, real_gpt2, tmp_path):
+    (tmp_path / "text.txt").write_text(make_text(480))
+    options = f"--model_dir {real_gpt2} --student half --dataset_path {tmp_path / 'text.txt'}"
+    assert distil(*options.split(), "--batch_size", "2") == 0
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert (config["n_layer"], config["n_embd"], config["vocab_size"]) == (6, 768, 50257)
+    history = history_of(tmp_path / "student")
+    assert len(history) >= 3
+    assert (history["loss"] > 0).all()
+
+
+# -- as real processes -----------------------------------------------------------------
+
+
+def process(*arguments, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, encoding="utf-8", **more
+    )
+
+
+def test_the_script_at_the_root_distils_from_any_folder(place, tmp_path):
+    arguments = command_line(place, Path("student"))[1:]
+    done = process(ROOT / "model_distillation.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("🔍 Loading teacher model from: ")
+    assert "✅ Distilled model saved successfully!" in done.stdout
+    assert (tmp_path / "student" / "model.safetensors").exists()
+    shown = re.split(r"[\r\n]+", done.stderr)
+    assert not [line for line in shown if line.strip() and "step" not in line]
+
+
+def test_the_package_run_as_a_module_says_in_one_line_what_is_wrong(place, tmp_path):
+    arguments = command_line(place, tmp_path / "student", "--model_dir", "./missing")
+    done = process("-m", "willows_kd", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: model directory missing does not exist\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "distill --help", "distill --bogus", "distill --epochs 0", "distill --alpha nan"],
+)
+def test_help_and_bad_values_need_nothing_that_is_slow_to_import(arguments):
+    code = f"""
+import sys
+from willows_kd.cli import main
+try:
+    main({arguments.split()})
+except SystemExit:
+    pass
+slow = {{"torch", "transformers", "datasets", "pandas"}} & set(sys.modules)
+sys.exit(f"imported: {{slow}}" if slow else 0)
+"""
+    done = process("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout if "--help" in arguments else "error: " in done.stderr

@@ -1,0 +1,698 @@
+"""Loading, making and saving models: what works, and what is refused in one line."""
+
+import copy
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    pipeline,
+)
+
+import willows_kd as kd
+from willows_kd import models
+from willows_kd.models import (
+    ASSETS,
+    BUNDLED_TEACHER,
+    HubError,
+    check_context,
+    check_same_tokenizer,
+    common_vocabulary,
+    evenly_spaced,
+    load_tokenizer,
+)
+
+# -- the bundled teacher ---------------------------------------------------------------
+
+
+def test_the_bundled_teacher_is_in_eval_mode_and_float32():
+    model, tokenizer = kd.load_teacher(device="cpu")
+    assert not any(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_the_bundled_teacher_needs_nothing_but_transformers():
+    plain = AutoModelForCausalLM.from_pretrained(BUNDLED_TEACHER).float().eval()
+    ids = AutoTokenizer.from_pretrained(BUNDLED_TEACHER)("The river", return_tensors="pt").input_ids
+    ours, tokenizer = kd.load_teacher(device="cpu")
+    assert torch.equal(ids, tokenizer("The river", return_tensors="pt").input_ids)
+    with torch.inference_mode():
+        assert torch.equal(plain(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The Mole had been working.",
+        "“Oh my!” he said — ‘it’s the river’s…’",
+        "boats 🚣🏽‍♀️ and 🦡",
+        "two  spaces , a comma ; and\n\n\ta tab\r\n",
+        "naïve café, 川, ру́сский, e\u0301",
+        " ",
+    ],
+)
+def test_text_survives_the_bundled_tokenizer(text, tokenizer):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_what_ships_is_under_20_megabytes():
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 20e6
+
+
+def test_the_base_has_the_teachers_shape_and_other_weights():
+    base, (teacher, _) = kd.load_base("cpu"), kd.load_teacher(device="cpu")
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (base, teacher)]
+    assert shapes[0] == shapes[1]
+    assert not torch.equal(
+        base.get_input_embeddings().weight, teacher.get_input_embeddings().weight
+    )
+
+
+# -- which layers a student takes ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "kept"),
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilGPT2's choice
+        (6, 3, [0, 2, 5]),
+        (4, 2, [0, 3]),
+        (12, 1, [0]),
+        (1, 1, [0]),
+        (5, 5, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_kept_layers_are_evenly_spaced(depth, layers, kept):
+    assert evenly_spaced(depth, layers) == kept
+
+
+@pytest.mark.parametrize("depth", range(2, 49))
+def test_the_first_and_the_last_layer_are_kept_and_no_gap_is_left(depth):
+    for layers in range(2, depth + 1):
+        kept = evenly_spaced(depth, layers)
+        gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+        assert (kept[0], kept[-1], len(kept)) == (0, depth - 1, layers)
+        assert min(gaps) >= 1
+        assert max(gaps) - min(gaps) <= 1
+
+
+# -- a student of some of the teacher's layers -----------------------------------------
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+WINDOWED = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2,
+}
+FAMILIES = {
+    "gpt2": lambda: GPT2Config(
+        vocab_size=96, n_layer=4, n_embd=32, n_head=4, n_positions=64, eos_token_id=0
+    ),
+    "llama with grouped queries": lambda: LlamaConfig(**SMALL),
+    "qwen2 with two kinds of layer": lambda: Qwen2Config(
+        **SMALL, **WINDOWED, use_sliding_window=True
+    ),
+    "gemma2 with two kinds of layer": lambda: Gemma2Config(**SMALL, **WINDOWED, head_dim=8),
+}
+
+
+def shake(model, seed: int = 1):
+    """Noise on every weight, so that no bias is 0, no norm 1 and no two layers are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def any_teacher(request):
+    """A tiny teacher of each family."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return shake(AutoModelForCausalLM.from_config(FAMILIES[request.param]()).eval())
+
+
+@pytest.fixture
+def ids():
+    """Some token ids, longer than the small families' attention windows."""
+    return torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model.eval()(ids).logits
+
+
+def test_a_student_with_all_layers_says_what_its_teacher_says(any_teacher, ids):
+    student = kd.student_from_teacher(any_teacher, 4)
+    assert torch.equal(logits(student, ids), logits(any_teacher, ids))
+
+
+def test_a_student_is_its_teacher_without_the_other_layers(any_teacher, ids):
+    student = kd.student_from_teacher(any_teacher, 2)
+    stack = any_teacher.get_decoder()
+    with torch.no_grad():  # a layer whose weights are all 0 adds nothing to what passes it
+        for layer in list(getattr(stack, "layers", getattr(stack, "h", ())))[1:3]:
+            for weight in layer.parameters():
+                weight.zero_()
+    assert student.config.num_hidden_layers == 2
+    torch.testing.assert_close(logits(student, ids), logits(any_teacher, ids))
+
+
+def test_layers_of_two_kinds_keep_their_kind():
+    config = Qwen2Config(**SMALL, **WINDOWED, use_sliding_window=True)
+    student = kd.student_from_teacher(AutoModelForCausalLM.from_config(config), 2)
+    assert student.config.layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_a_student_writes_the_same_with_and_without_its_cache(any_teacher, ids):
+    student = kd.student_from_teacher(any_teacher, 2).eval()
+    settings = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    cached, plain = (
+        student.generate(ids, attention_mask=mask, use_cache=cache, **settings)
+        for cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+def test_a_teacher_is_as_before_when_a_student_was_made_of_it(any_teacher):
+    weights = {k: v.clone() for k, v in any_teacher.state_dict().items()}
+    config = any_teacher.config.to_dict()
+    kd.student_from_teacher(any_teacher, 2)
+    assert any_teacher.config.to_dict() == config
+    assert all(torch.equal(v, weights[k]) for k, v in any_teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(("init", "kept"), [("teacher", [0, 3]), ("first", [0, 1])])
+def test_a_student_has_its_teachers_weights_and_its_own_storage(init, kept, teacher):
+    shake(teacher)
+    student = kd.student_from_teacher(teacher, 2, init)
+    pairs = zip(student.transformer.h, [teacher.transformer.h[i] for i in kept], strict=True)
+    for mine, theirs in [*pairs, (student.transformer.ln_f, teacher.transformer.ln_f)]:
+        assert all(map(torch.equal, mine.parameters(), theirs.parameters()))
+    assert torch.equal(student.transformer.wte.weight, teacher.transformer.wte.weight)
+    assert torch.equal(student.transformer.wpe.weight, teacher.transformer.wpe.weight)
+    storages = [
+        {p.untyped_storage().data_ptr() for p in m.parameters()} for m in (student, teacher)
+    ]
+    assert not storages[0] & storages[1]
+
+
+def test_a_students_head_is_still_its_embedding(teacher):
+    student = kd.student_from_teacher(teacher)
+    assert student.lm_head.weight is student.transformer.wte.weight
+
+
+@pytest.mark.parametrize(("depth", "half"), [(1, 1), (4, 2), (5, 2)])
+def test_a_student_has_half_of_the_layers_unless_told_otherwise(depth, half, make_gpt2):
+    assert kd.student_from_teacher(make_gpt2(depth)).config.n_layer == half
+
+
+def test_a_random_student_follows_from_its_seed_and_copies_nothing(teacher):
+    first, again, other = (
+        kd.student_from_teacher(teacher, 2, "random", seed).transformer.wte.weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, teacher.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("init", ["teacher", "first", "random"])
+def test_making_a_student_draws_none_of_the_callers_random_numbers(init, teacher):
+    state = torch.get_rng_state()
+    kd.student_from_teacher(teacher, 2, init)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_student_of_a_frozen_teacher_can_be_trained(teacher):
+    student = kd.student_from_teacher(teacher.requires_grad_(False))
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_student_has_its_teachers_dtype(teacher):
+    assert kd.student_from_teacher(teacher.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layers", [0, -1, 5])
+def test_a_student_of_impossible_depth_is_refused(layers, teacher):
+    with pytest.raises(kd.InputError, match=f"layers is {layers}; .* 1 to 4"):
+        kd.student_from_teacher(teacher, layers)
+
+
+def test_an_unknown_init_is_refused(teacher):
+    with pytest.raises(kd.InputError, match="'last'; it must be teacher, first or random"):
+        kd.student_from_teacher(teacher, 2, "last")
+
+
+# -- one vocabulary --------------------------------------------------------------------
+
+
+@pytest.fixture
+def swapped(model_dir):
+    """The bundled tokenizer with the ids of two words swapped."""
+    file = model_dir / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return load_tokenizer(model_dir)
+
+
+def test_the_same_tokenizer_is_accepted(tokenizer):
+    check_same_tokenizer(tokenizer, load_tokenizer(BUNDLED_TEACHER))
+
+
+def test_a_vocabulary_of_another_size_is_refused_with_both_sizes(tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<extra>"])
+    sizes = f"{len(tokenizer)} tokens.* {len(tokenizer) + 1}"
+    with pytest.raises(kd.InputError, match=sizes):
+        check_same_tokenizer(tokenizer, larger)
+
+
+def test_the_same_words_with_other_ids_are_refused(tokenizer, swapped):
+    assert len(swapped) == len(tokenizer)
+    with pytest.raises(kd.InputError, match="different ids"):
+        check_same_tokenizer(tokenizer, swapped)
+
+
+def test_a_student_made_elsewhere_loads_when_it_shares_the_vocabulary(model_dir, tokenizer):
+    assert kd.load_student(model_dir, tokenizer, "cpu").config.n_layer == 4
+
+
+def test_a_student_made_elsewhere_is_refused_when_it_does_not(model_dir, tokenizer, swapped):
+    with pytest.raises(kd.InputError, match="share a vocabulary"):
+        kd.load_student(model_dir, tokenizer, "cpu")
+
+
+def heads(*sizes):
+    return [SimpleNamespace(config=SimpleNamespace(vocab_size=size)) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shared"),
+    [
+        ((4096, 4096), 4096),
+        ((50257, 50257), 50257),
+        ((50257, 50304), 50257),  # padded to a multiple of 64
+        ((50304, 50257), 50257),
+        ((50257, 50264), 50257),
+        ((50257, 50384), 50257),  # 127 more
+    ],
+)
+def test_a_padded_head_shares_what_is_no_padding(sizes, shared):
+    assert common_vocabulary(*heads(*sizes)) == shared
+
+
+@pytest.mark.parametrize("sizes", [(50257, 50258), (50256, 50384), (4096, 50257), (50257, 4096)])
+def test_heads_that_differ_by_more_than_padding_are_refused(sizes):
+    with pytest.raises(kd.InputError, match=f"{sizes[0]} tokens.* {sizes[1]}"):
+        common_vocabulary(*heads(*sizes))
+
+
+# -- directories that hold no usable model ---------------------------------------------
+
+
+def write_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut_weights(folder: Path, size: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def drop_last_layer(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = {k: v for k, v in load_file(file).items() if ".h.3." not in k}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def become_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no model")
+
+
+def drop_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+DAMAGES = {
+    "missing": (shutil.rmtree, "does not exist"),
+    "a file": (become_a_file, "is a file"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
+    "config is cut": (lambda d: (d / "config.json").write_text('{"n_layer":'), "damaged"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "damaged"),
+    "config is binary": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "damaged"),
+    "architecture is null": (lambda d: write_config(d, architectures=[None]), "damaged"),
+    "a BERT": (
+        lambda d: BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(d),
+        "must be a causal language model",
+    ),
+    "an unknown family": (lambda d: write_config(d, model_type="gpt99"), "gpt99"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+    "weights are empty": (lambda d: cut_weights(d, 0), "cannot be loaded"),
+    "weights are cut": (lambda d: cut_weights(d, -1000), "cannot be loaded"),
+    "weights are garbage": (
+        lambda d: (d / "model.safetensors").write_bytes(bytes(range(256)) * 20),
+        "cannot be loaded",
+    ),
+    "weights lack a layer": (drop_last_layer, "lacks weights (transformer.h.3."),
+    "weights have other shapes": (lambda d: write_config(d, n_embd=64), "transformer."),
+    "no tokenizer": (drop_tokenizer, "has no tokenizer"),
+    "tokenizer is cut": (
+        lambda d: (d / "tokenizer.json").write_text('{"version":'),
+        "has no tokenizer that can be read",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES.values(), ids=DAMAGES)
+def test_a_directory_without_a_usable_model_is_refused_in_one_line(
+    damage, expected, model_dir, capfd
+):
+    damage(model_dir)
+    capfd.readouterr()
+    with pytest.raises(kd.InputError) as caught:
+        kd.load_teacher(model_dir, "cpu")
+    message = str(caught.value)
+    assert str(model_dir) in message
+    assert expected in message
+    assert "\n" not in message
+    assert len(message) < len(str(model_dir)) + 300
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_good_load_prints_nothing(model_dir, capfd):
+    capfd.readouterr()
+    kd.load_teacher(model_dir, "cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+class Intruder:
+    """What runs code when it is unpickled: it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.fixture
+def pickled(model_dir, tmp_path):
+    """A model whose only weights are a pickle that makes the file `tmp_path / "broken_in"`."""
+    (model_dir / "model.safetensors").unlink()
+    content = pickle.dumps(Intruder(tmp_path / "broken_in"))
+    (model_dir / "pytorch_model.bin").write_bytes(content)
+    return model_dir
+
+
+def test_pickled_weights_are_refused_and_never_loaded(pickled, tmp_path):
+    with pytest.raises(kd.InputError, match="pickled weights.* convert .*save_pretrained"):
+        kd.load_teacher(pickled, "cpu")
+    assert not (tmp_path / "broken_in").exists()
+
+
+def test_pickled_weights_are_not_loaded_beside_other_safetensors_either(model_dir):
+    weights = load_file(model_dir / "model.safetensors")
+    (model_dir / "model.safetensors").rename(model_dir / "adapter.safetensors")
+    torch.save(weights, model_dir / "pytorch_model.bin")  # which `transformers` would read
+    with pytest.raises(kd.InputError, match="cannot be loaded"):
+        kd.load_teacher(model_dir, "cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "intruder"])
+def test_code_that_lies_in_a_model_directory_is_never_run(family, model_dir, tmp_path):
+    intruder = tmp_path / "broken_in"
+    (model_dir / "code.py").write_text(f"open({str(intruder)!r}, 'w')\n")
+    names = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": "code.T"}
+    write_config(model_dir, model_type=family, auto_map=names)
+    if family == "gpt2":  # known without that code
+        kd.load_teacher(model_dir, "cpu")
+    else:
+        with pytest.raises(kd.InputError):
+            kd.load_teacher(model_dir, "cpu")
+    assert not intruder.exists()
+
+
+@pytest.mark.parametrize("name", ["no-such-model-of-ours", "no-such-owner/no-such-model"])
+def test_a_hub_name_without_a_connection_is_refused_after_one_question(name, monkeypatch, capfd):
+    questions = []
+
+    def no_connection():
+        questions.append(1)
+        raise ConnectionError("no connection")
+
+    def no_patience(seconds):
+        raise TimeoutError(f"waited {seconds} seconds to try again")
+
+    monkeypatch.setattr(models, "get_session", no_connection)
+    monkeypatch.setattr("time.sleep", no_patience)
+    with pytest.raises(HubError) as caught:
+        kd.load_teacher(name)
+    assert str(caught.value).startswith(f"{name} is no local directory and the model hub")
+    assert len(questions) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("block_size", [2, 63, 64])
+def test_blocks_that_fit_the_positions_are_accepted(block_size, model_dir):
+    check_context(model_dir, block_size)
+
+
+@pytest.mark.parametrize("block_size", [-1, 0, 1, 65])
+def test_blocks_that_do_not_fit_the_positions_are_refused(block_size, model_dir):
+    with pytest.raises(kd.InputError, match=f"block_size is {block_size}; .* 2 to 64"):
+        check_context(model_dir, block_size)
+
+
+# -- writing a text --------------------------------------------------------------------
+
+
+def test_the_same_seed_writes_the_same_text(teacher, tokenizer):
+    first, again, other = (
+        kd.complete(teacher, tokenizer, "The river", 12, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_temperature_0_takes_the_likeliest_token_each_time(teacher, tokenizer):
+    shake(teacher)
+    ids = tokenizer("The river", return_tensors="pt").input_ids
+    for _ in range(8):
+        ids = torch.cat([ids, logits(teacher, ids)[:, -1:].argmax(-1)], dim=1)
+    expected = tokenizer.decode(ids[0])
+    for seed in (0, 1):
+        text = kd.complete(teacher, tokenizer, "The river", 8, temperature=0, seed=seed)
+        assert text == expected
+
+
+@pytest.mark.parametrize("prompt", ["The Mole", "“It’s a boat,” said the Rat 🚣", " a , b"])
+def test_a_completion_begins_with_its_prompt(prompt, teacher, tokenizer):
+    text = kd.complete(teacher, tokenizer, prompt, 8)
+    assert text.startswith(prompt)
+    assert len(text) > len(prompt)
+
+
+def test_an_empty_prompt_begins_where_a_text_begins(teacher, tokenizer):
+    text = kd.complete(teacher, tokenizer, "", 8)
+    assert text
+    assert tokenizer.eos_token not in text
+    assert text == kd.complete(teacher, tokenizer, tokenizer.eos_token, 8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_writing_leaves_the_mode_and_the_random_numbers_as_they_were(training, teacher, tokenizer):
+    in_eval_mode = kd.complete(teacher.eval(), tokenizer, "The river", 8)
+    teacher.train(training)
+    torch.rand(1)  # so that this is not the state in which the line above would leave it
+    state = torch.get_rng_state()
+    assert kd.complete(teacher, tokenizer, "The river", 8) == in_eval_mode  # without dropout
+    assert teacher.training == training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_completion_ends_where_the_positions_end(teacher, tokenizer):
+    text = kd.complete(teacher, tokenizer, "The river", max_new_tokens=200)
+    assert text.startswith("The river")
+
+
+# -- saving ----------------------------------------------------------------------------
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a directory, hidden files too: contents by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_a_saved_model_loads_again_with_the_same_logits(teacher, tokenizer, tmp_path):
+    kd.save_model(shake(teacher), tokenizer, tmp_path / "saved", {"note.txt": "“naïve”\n"})
+    again, its_tokenizer = kd.load_teacher(tmp_path / "saved", "cpu")
+    ids = its_tokenizer("The river", return_tensors="pt").input_ids
+    assert torch.equal(logits(again, ids), logits(teacher, ids))
+    assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert (tmp_path / "saved" / "note.txt").read_text(encoding="utf-8") == "“naïve”\n"
+
+
+def test_a_saved_model_works_in_a_pipeline(teacher, tokenizer, tmp_path):
+    kd.save_model(teacher, tokenizer, tmp_path / "saved")
+    write = pipeline("text-generation", model=str(tmp_path / "saved"), device="cpu")
+    text = write("The river", max_new_tokens=3)[0]["generated_text"]
+    assert text.startswith("The river")
+
+
+def test_saving_says_nothing(teacher, tokenizer, tmp_path, capfd):
+    kd.save_model(teacher, tokenizer, tmp_path / "saved")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_empty_directory_is_used(teacher, tokenizer, tmp_path):
+    (tmp_path / "saved").mkdir()
+    kd.save_model(teacher, tokenizer, tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "overwrite"), [(models.SETTINGS_FILE, False), ("poem.txt", True)], ids=["ours", "told"]
+)
+def test_an_earlier_output_is_replaced_as_a_whole(old, overwrite, teacher, tokenizer, tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / old).write_text("old")
+    (folder / "history.csv").write_text("old")
+    kd.save_model(teacher, tokenizer, folder, overwrite=overwrite)
+    assert "model.safetensors" in listing(folder)
+    assert not {old, "history.csv"} & set(listing(folder))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_directory_that_is_not_ours_is_refused(teacher, tokenizer, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "poem.txt").write_text("by me")
+    before = listing(tmp_path)
+    with pytest.raises(kd.InputError, match="no distillation wrote.*--overwrite"):
+        kd.save_model(teacher, tokenizer, tmp_path / "mine")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "overwrite", "expected"),
+    [
+        ("poem.txt", False, "is a file"),
+        ("poem.txt", True, "is a file"),
+        ("poem.txt/saved", False, "cannot be written"),
+        ("poem.txt/below/saved", False, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_a_directory_is_refused(
+    place, overwrite, expected, teacher, tokenizer, tmp_path
+):
+    (tmp_path / "poem.txt").write_text("by me")
+    with pytest.raises(kd.InputError, match=expected):
+        kd.save_model(teacher, tokenizer, tmp_path / place, overwrite=overwrite)
+    assert listing(tmp_path) == {"poem.txt": b"by me"}
+
+
+FAILURES = {
+    "the disk is full": (OSError(28, "No space left on device"), kd.InputError),
+    "a bug": (RuntimeError("a bug"), RuntimeError),
+    "Ctrl-C": (KeyboardInterrupt(), KeyboardInterrupt),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failing(request):
+    """A tokenizer that fails to be saved, once its model is, and the error that follows."""
+    cause, expected = FAILURES[request.param]
+
+    def save_pretrained(folder):
+        assert (Path(folder) / "model.safetensors").exists()
+        raise cause
+
+    return SimpleNamespace(save_pretrained=save_pretrained), expected
+
+
+@pytest.mark.parametrize("place", ["saved", "new/folder/saved"])
+def test_a_failed_save_leaves_nothing_behind(place, teacher, failing, tmp_path):
+    tokenizer, expected = failing
+    with pytest.raises(expected):
+        kd.save_model(teacher, tokenizer, tmp_path / place)
+    assert listing(tmp_path) == {}
+
+
+def test_a_failed_save_leaves_an_earlier_output_as_it_was(teacher, tokenizer, failing, tmp_path):
+    broken, expected = failing
+    kd.save_model(teacher, tokenizer, tmp_path / "saved", {models.SETTINGS_FILE: "{}"})
+    before = listing(tmp_path)
+    with pytest.raises(expected):
+        kd.save_model(teacher, broken, tmp_path / "saved")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(("cause", "expected"), FAILURES.values(), ids=FAILURES)
+def test_a_save_that_fails_at_its_last_move_leaves_an_earlier_output_as_it_was(
+    cause, expected, teacher, tokenizer, tmp_path, monkeypatch
+):
+    folder = tmp_path / "saved"
+    kd.save_model(teacher, tokenizer, folder, {models.SETTINGS_FILE: "{}"})
+    before = listing(tmp_path)
+    failures = [cause]
+
+    def failing_once(move):
+        def moved(source, target, **more):
+            if Path(target) == folder and failures:
+                raise failures.pop()
+            return move(source, target, **more)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(f"os.{name}", failing_once(getattr(os, name)))
+    with pytest.raises(expected):
+        kd.save_model(teacher, tokenizer, folder)
+    assert not failures
+    assert listing(tmp_path) == before
+
+
+def test_a_link_to_a_directory_is_followed_and_nothing_is_left_beside_it(
+    teacher, tokenizer, tmp_path
+):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "saved").symlink_to(tmp_path / "large_disk", target_is_directory=True)
+    kd.save_model(teacher, tokenizer, tmp_path / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large_disk", "saved"]
+    assert (tmp_path / "large_disk" / "model.safetensors").exists()

@@ -1,0 +1,220 @@
+"""The project as a whole: what it needs, what it promises, and who may import whom."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+import willows_kd as kd
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "willows_kd"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+REQUIREMENTS = sorted({requirement for group in GROUPS.values() for requirement in group})
+FILES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+every_file = pytest.mark.parametrize("name", FILES)
+
+# The house of design.md: a file may import from its own floor and those below it.
+FLOORS = [
+    {"errors", "config"},
+    {"gutenberg", "corpus", "models", "soft_labels", "losses"},
+    {"cost", "evaluation", "distillation"},
+    {"style", "plots", "widgets", "exercises"},
+    {"commands"},
+    {"cli", "__main__"},
+    {"__init__"},
+]
+FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
+DRAWING = {"style", "plots", "widgets"}
+TEST_COMMAND = 'pip install -e ".[test]" && pytest'
+
+
+def imports(name: str) -> set[str]:
+    """The dotted names that a file of the package imports, inside its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def outside(name: str) -> set[str]:
+    """What a file imports from other distributions: `torch` for `torch.nn`."""
+    return (
+        {found.split(".")[0] for found in imports(name)} - sys.stdlib_module_names - {"willows_kd"}
+    )
+
+
+def inside(name: str) -> set[str]:
+    """What a file imports from this package: names of files, or of folders of files."""
+    parts = [found.split(".") for found in imports(name)]
+    return {p[1] for p in parts if p[0] == "willows_kd" and p[1:] and p[1] in FLOOR}
+
+
+# -- what is needed --------------------------------------------------------------------
+
+
+def test_the_conda_environment_installs_the_project_and_nothing_else():
+    *packages, pip = ENVIRONMENT["dependencies"]
+    names = [re.split(r"[<>=]", package)[0] for package in packages]
+    assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
+    assert names == ["python", "pip"]
+    assert pip == {"pip": ["-e .[lab,test]"]}
+    assert set(GROUPS) == {"dependencies", "lab", "test"}
+
+
+def test_conda_and_pip_ask_for_the_same_python():
+    assert f"python{PROJECT['requires-python']}" in ENVIRONMENT["dependencies"]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS)
+def test_a_requirement_has_no_upper_bound(requirement):
+    assert re.fullmatch(r"[a-z0-9_-]+(>=\d+(\.\d+)*)?", requirement)
+
+
+def test_a_requirement_has_one_lower_bound_wherever_it_is_named():
+    names = [requirement.split(">=")[0] for requirement in REQUIREMENTS]
+    assert len(names) == len(set(names))
+
+
+@every_file
+def test_what_a_file_imports_is_required(name):
+    required = {requirement.split(">=")[0] for requirement in GROUPS["dependencies"]}
+    # these come with transformers, matplotlib and ipywidgets, which could not do without them
+    required |= {"huggingface_hub", "safetensors", "numpy", "cycler", "IPython"}
+    assert outside(name) <= required
+
+
+def test_every_folder_of_code_is_packaged():
+    folders = {file.parent.relative_to(ROOT) for file in FILES.values()}
+    packages = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert {".".join(folder.parts) for folder in folders} == set(packages)
+
+
+def test_all_that_ships_is_packaged():
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["willows_kd"]
+    packaged = {file for pattern in patterns for file in PACKAGE.glob(pattern) if file.is_file()}
+    shipped = {file for file in (PACKAGE / "assets").rglob("*") if file.is_file()}
+    assert shipped
+    assert packaged == shipped
+
+
+def test_the_version_is_written_in_one_place():
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "willows_kd.__version__"
+    assert "version" in PROJECT["dynamic"]
+    assert kd.__version__ == metadata.version("willows-kd")
+
+
+def test_the_command_that_is_installed_exists():
+    module, function = PROJECT["scripts"]["willows-kd"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+# -- what is promised ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", kd.HOME)
+def test_a_public_name_can_be_imported_and_says_what_it_is(name):
+    value = getattr(kd, name)
+    assert value.__module__ == f"willows_kd.{kd.HOME[name]}"
+    documentation = inspect.cleandoc(value.__doc__ or "")
+    assert documentation
+    assert not documentation.startswith(f"{name}(")  # what dataclass writes where nothing stands
+
+
+def test_the_public_names_are_listed_once_and_offered_by_completion():
+    names = [name for names in kd.PUBLIC_NAMES.values() for name in names]
+    assert len(names) == len(set(names))
+    assert kd.__all__ == names
+    assert set(names) <= set(dir(kd))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        kd.distil  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *FILES.values(),
+        ROOT / "model_distillation.py",
+        *ROOT.glob("recipes/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+    ],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_a_file_says_at_its_top_what_it_is_for(file):
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+# -- who may import whom ---------------------------------------------------------------
+
+
+@every_file
+def test_a_file_imports_nothing_from_a_higher_floor(name):
+    height = FLOOR[name.split(".")[0]]
+    assert {found for found in inside(name) if FLOOR[found] > height} == set()
+
+
+def test_arrows_point_one_way():
+    arrows = {(name.split(".")[0], found) for name in FILES for found in inside(name)}
+    assert ("distillation", "losses") in arrows
+    assert {(a, b) for a, b in arrows if a != b and (b, a) in arrows} == set()
+
+
+@pytest.mark.parametrize("name", ["soft_labels", "losses"])
+def test_the_mathematics_knows_tensors_only(name):
+    assert outside(name) <= {"torch"}
+    assert inside(name) <= {"soft_labels"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in DRAWING])
+def test_only_the_files_that_draw_know_how_to(name):
+    assert not outside(name) & {"matplotlib", "ipywidgets", "IPython"}
+
+
+def test_the_package_imports_nothing_slow_by_itself():
+    assert imports("__init__") == {"importlib"}
+    code = """
+import sys, willows_kd
+slow = {"torch", "transformers", "datasets", "pandas", "matplotlib"} & set(sys.modules)
+sys.exit(f"imported: {slow}" if slow else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+
+
+# -- what a reader is told first -------------------------------------------------------
+
+
+def test_the_readme_begins_with_the_two_commands_that_work():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first_block = re.search(r"^```\w*\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[1]
+    commands = [line for line in first_block.splitlines() if line and not line.startswith("#")]
+    assert commands == [
+        'pip install -e ".[lab]" && python model_distillation.py',
+        TEST_COMMAND,
+    ]
+
+
+def test_continuous_integration_runs_the_readmes_own_test_command():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert TEST_COMMAND in script.replace(" --quiet", "")
