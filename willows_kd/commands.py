@@ -30,6 +30,9 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     Raises:
         InputError: something that was given cannot be used. Nothing was written.
     """
+    for name in ("model_dir", "student", "dataset_path", "output_dir"):
+        if getattr(options, name) == "":
+            raise InputError(f"{name} is empty; leave it out or give a path")
     device = find_device(options.device)
     bundled = options.model_dir is None
     teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir

@@ -137,6 +137,7 @@ def check_model(name_or_path) -> None:
 
 def check_context(name_or_path, block_size: int) -> None:
     """Refuse blocks longer than the positions that a model has."""
+    check_model(name_or_path)
     with plain_errors(name_or_path, "has no config that can be read"), quiet_transformers():
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
