@@ -173,9 +173,14 @@ def read_heading(piece: str, after: int) -> tuple[int, str] | None:
     a full stop in capitals, and counts on from the chapter before: that is what
     tells `I. THE RIVER BANK` from a speech that begins with the word "I".
     """
-    line = piece.strip()
-    match = HEADING.fullmatch(line)
-    if not match or "\n" in line or len(line) > 100:
+    line, *below = piece.strip().split("\n")
+    match = HEADING.fullmatch(line.strip())
+    if below and match and not match["title"]:  # a number with its title on the next line
+        line = f"{line.strip().rstrip('.')}. {' '.join(below).strip()}"
+        match = HEADING.fullmatch(line)
+    elif below:
+        return None
+    if not match or len(line) > 100:
         return None
     numeral, title = match["number"], (match["title"] or "").strip()
     is_titled = match["stop"] and title.isupper()

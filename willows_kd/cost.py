@@ -1,6 +1,5 @@
 """What a model costs to keep and to run: its size, its memory, its speed on this machine."""
 
-import contextlib
 import statistics
 import tempfile
 import time
@@ -13,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from willows_kd.models import quiet_transformers
+from willows_kd.models import eval_mode, quiet_transformers
 
 
 def size_on_disk(model) -> int:
@@ -51,7 +50,6 @@ class MemoryWatch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.held = self.most = 0
-        self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Run one operation and count the memory that it newly took."""
@@ -59,8 +57,7 @@ class MemoryWatch(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in filter(torch.is_tensor, tree_leaves(result)):
             storage = tensor.untyped_storage()
-            if storage not in given and storage not in self.seen:
-                self.seen.add(storage)
+            if storage not in given:
                 self.held += storage.nbytes()
                 self.most = max(self.most, self.held)
                 weakref.finalize(storage, self.release, storage.nbytes())
@@ -120,16 +117,3 @@ def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> None:
     for _ in range(new_tokens):
         out = model(token, past_key_values=past, use_cache=True)
         past, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
-
-
-@contextlib.contextmanager
-def eval_mode(*models):
-    """Models in eval mode, and afterwards each in the mode it was in."""
-    modes = [(model, model.training) for model in models if model is not None]
-    for model, _ in modes:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in modes:
-            model.train(training)

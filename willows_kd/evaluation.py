@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from willows_kd.corpus import Blocks
-from willows_kd.cost import eval_mode, latency, peak_memory, size_on_disk
+from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.losses import kl
-from willows_kd.models import common_vocabulary, complete
+from willows_kd.models import common_vocabulary, complete, eval_mode
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 

@@ -97,9 +97,10 @@ def strip_licence(text: str) -> str:
 
 def check_is_the_book(text: str) -> None:
     """Refuse an error page, a truncated file or another book."""
-    chapters = re.split(r"^(?:CHAPTER )?(?:[IVX]+|\d+)\. +[^a-z\n]+$", text, flags=re.MULTILINE)[1:]
-    lengths = [len(chapter) for chapter in chapters if len(chapter) in CHAPTER_LENGTHS]
-    if len(lengths) != 12 or "RIVER BANK" not in text or "ULYSSES" not in text:
+    parts = re.split(r"^(?:CHAPTER )?(?:[IVX]+|\d+)\. +([^a-z\n]+)$", text, flags=re.MULTILINE)
+    chapters = zip(parts[1::2], parts[2::2], strict=True)
+    titles = [title for title, chapter in chapters if len(chapter) in CHAPTER_LENGTHS]
+    if len(titles) != 12 or "RIVER BANK" not in titles[0] or "ULYSSES" not in titles[-1]:
         raise DownloadError(NOT_THE_BOOK)
 
 

@@ -139,7 +139,13 @@ def masked_mean(per_token: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
 
 def blank(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros for the logits of tokens that do not count: an infinity there would spread."""
-    return logits if mask is None else logits.masked_fill(~mask.bool()[..., None], 0)
+    if mask is None:
+        return logits
+    if mask.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)}; it must have {tuple(logits.shape[:-1])}"
+        )
+    return logits.masked_fill(~mask.bool()[..., None], 0)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

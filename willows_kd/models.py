@@ -185,6 +185,19 @@ def plain_errors(name_or_path, what: str):
 
 
 @contextlib.contextmanager
+def eval_mode(*models):
+    """Models in eval mode, and afterwards each in the mode it was in."""
+    modes = [(model, model.training) for model in models if model is not None]
+    for model, _ in modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in modes:
+            model.train(training)
+
+
+@contextlib.contextmanager
 def quiet_transformers():
     """No progress bars or notices for what takes a moment; errors are raised, not logged."""
     library = transformers.utils.logging
@@ -335,9 +348,7 @@ def complete(
     if positions := getattr(model.config, "max_position_embeddings", None):
         ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
         max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng(), quiet_transformers():
+    with eval_mode(model), torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
         out = model.generate(
@@ -347,7 +358,6 @@ def complete(
             pad_token_id=tokenizer.eos_token_id,
             **(sampling if temperature else {"do_sample": False}),
         )
-    model.train(was_training)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 

@@ -240,8 +240,9 @@ def plot_gradients(
         for name, values in norms.items():
             ax.plot(temperatures, values, label=name)
             falls[name] = values[0] / values[-1]
-        for name, value in (references or {}).items():
-            ax.axhline(value, label=name, color=QUIET, linestyle=":", marker="", linewidth=1.5)
+        for i, (name, value) in enumerate((references or {}).items()):
+            look = {"color": QUIET, "linestyle": LINES[3 - i], "marker": "", "linewidth": 1.5}
+            ax.axhline(value, label=name, **look)
         ax.set(yscale="log", ylabel="gradient norm")
         temperature_axis(ax, temperatures)
         ax.legend()
