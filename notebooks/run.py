@@ -23,7 +23,6 @@ def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, timeout=CELL_TIMEOUT, resources=where, kernel_name="python3")
-    client.store_widget_state = False
     client.execute()
     notebook.metadata = nbformat.from_dict(
         {

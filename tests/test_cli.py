@@ -231,6 +231,12 @@ def test_a_text_without_surplus_lines_needs_no_word_about_them(distil, tmp_path,
     assert "Skipping" not in capsys.readouterr().out
 
 
+def test_surplus_lines_are_told_once_and_not_warned_of_as_well(distil, capsys, recwarn):
+    assert distil("--block_size", "64") == 0  # so long that the text is first looked at
+    assert capsys.readouterr().out.count("Skipping") == 1
+    assert not [w for w in recwarn if "skipped" in str(w.message)]
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(distil, tmp_path):
     weights = {}
     for name, seed in [("first", "1"), ("again", "1"), ("other", "2")]:

@@ -350,7 +350,8 @@ def complete(
         max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
     with eval_mode(model), torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
+        likeliest = {"top_k": top_k, "top_p": 1.0}  # whatever the model's own settings are
+        sampling = {"do_sample": True, "temperature": float(temperature), **likeliest}
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -131,7 +131,7 @@ def plot_perplexities(measured: dict[str, dict[str, float]]) -> Figure:
         ax.set_xlabel("perplexity (lower is better)")
         last = [measured[name][parts[-1]] for name in models]
         told = [f"{name} {value:.1f}" for name, value in zip(models, last, strict=True)]
-        ax.set_title(f"Perplexity, {parts[-1]}: {', '.join(told)}")
+        ax.set_title(f"{parts[-1].capitalize()} perplexity: {', '.join(told)}")
         if len(models) > 1:
             fig.legend(loc="outside lower center", ncols=len(models))
     return fig
@@ -159,12 +159,11 @@ def plot_soft_labels(
     tokens = top_k(logits, k).tokens.tolist()
     if written is not None and written not in tokens:
         tokens.append(written)
-    soft, plain = (bars_of(soften(logits, t), tokens) for t in (temperature, 1.0))
+    soft, plain = (soften(logits, t)[tokens].tolist() for t in (temperature, 1.0))
     nats = entropy(soften(logits, temperature)).item()
     names = [show_token(tokenizer, i) for i in tokens]
-    with figure(height=0.8 + 0.28 * (len(tokens) + 1)) as (fig, ax):
-        colours = [COLOURS[0]] * len(tokens) + ["#c9c9c9"]
-        bars = ax.barh(range(len(soft)), soft, color=colours)
+    with figure(height=0.8 + 0.29 * len(tokens)) as (fig, ax):
+        bars = ax.barh(range(len(soft)), soft, color=COLOURS[0])
         if temperature != 1:
             ax.barh(range(len(soft)), plain, fill=False, edgecolor=QUIET, linestyle="--")
         if written in tokens:
@@ -173,23 +172,38 @@ def plot_soft_labels(
             names[row] = f"written{f' (no. {place:,})' if place > k else ''}: {names[row]}"
         for row, (value, outline) in enumerate(zip(soft, plain, strict=True)):
             end = value if temperature == 1 else max(value, outline)
-            ax.text(end, row, f" {value:.3f}", va="center")
-        ax.set_yticks(range(len(soft)), [*names, "all others"])
+            ax.text(end, row, f" {value:.3f}" if value >= 0.01 else f" {value:.2g}", va="center")
+        ax.set_yticks(range(len(soft)), names)
         ax.invert_yaxis()
-        ax.margins(x=0.12)
+        ax.margins(x=0.2)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel("probability" + (" (outlines: at T = 1)" if temperature != 1 else ""))
-        ax.set_title(f"T = {temperature:g}: entropy {nats:.2f} nats, first choice {soft[0]:.0%}")
-        fig.description = f"{ax.get_title(loc='left')}. " + ", ".join(
-            f"{name} {value:.3f}" for name, value in zip(names[:5], soft, strict=False)
+        rest = max(0.0, 1 - sum(soft))
+        side = ax.inset_axes([1.03, 0, 0.05, 1])  # all probability, of which the bars are a part
+        side.bar(0, rest, bottom=1 - rest, color="#c9c9c9", width=1)
+        side.bar(0, 1 - rest, color=COLOURS[0], width=1)
+        side.set(xlim=(-0.5, 0.5), ylim=(0, 1))
+        side.axis("off")
+        middle = {"all others": 1 - rest / 2, "these": (1 - rest) / 2}
+        for name, share in (("all others", rest), ("these", 1 - rest)):
+            height = min(max(middle[name], 0.06), 0.94)  # a label has a height of its own
+            side.text(0.7, height, f"{name}\n{percent(share)}", va="center")
+        ax.set_title(
+            f"T = {temperature:g}: entropy {nats:.2f} nats, first choice {percent(soft[0])}"
+        )
+        fig.description = (
+            f"{ax.get_title(loc='left')}. "
+            + ", ".join(f"{name} {value:.2g}" for name, value in zip(names, soft, strict=True))
+            + f", all others {percent(rest)}"
         )
     return fig
 
 
-def bars_of(probabilities: torch.Tensor, tokens: list[int]) -> list[float]:
-    """The probabilities of some tokens, and what is left to all the others."""
-    shown = probabilities[tokens]
-    return [*shown.tolist(), max(0.0, 1 - shown.sum().item())]
+def percent(share: float) -> str:
+    """A share in percent, with the digits that tell it from none and from all."""
+    if 0.1 <= share <= 0.99 or share in (0, 1):
+        return f"{share:.0%}"
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{share:.1%}"
 
 
 def plot_temperatures(logits: torch.Tensor, temperatures: Sequence[float]) -> Figure:
@@ -209,8 +223,8 @@ def plot_temperatures(logits: torch.Tensor, temperatures: Sequence[float]) -> Fi
         left.set(ylabel="entropy (nats)", ylim=(0, 1.15 * limit))
         left.set_title(f"Entropy: {nats[0]:.1f} to {nats[-1]:.1f} of {limit:.1f} nats")
         right.plot(temperatures, rest, color=COLOURS[1], marker="s")
-        right.set(ylabel="mass outside the ten likeliest", ylim=(0, 1))
-        right.set_title(f"Outside the top ten: {rest[0]:.0%} to {rest[-1]:.0%}")
+        right.set(ylabel="mass outside the ten likeliest", ylim=(0, 1.05))
+        right.set_title(f"Outside the top ten: {percent(rest[0])} to {percent(rest[-1])}")
         for ax in (left, right):
             temperature_axis(ax, temperatures)
     return fig
@@ -247,7 +261,9 @@ def plot_gradients(
         temperature_axis(ax, temperatures)
         ax.legend()
         most, least = max(falls, key=falls.get), min(falls, key=falls.get)
-        ax.set_title(f"{by_factor(falls[most])} {most}, {by_factor(falls[least]).lower()} {least}")
+        second = by_factor(falls[least]).lower()
+        second = second.removeprefix("falls ") if falls[most] >= 1 else second
+        ax.set_title(f"{by_factor(falls[most])} {most}, {second} {least}")
     return fig
 
 
@@ -263,16 +279,16 @@ def plot_two_peaks(x: np.ndarray, teacher: np.ndarray, students: dict[str, np.nd
         ax.fill_between(x, teacher, color="#dcdcdc", label="teacher")
         for i, (name, density) in enumerate(students.items()):
             ax.plot(x, density, label=name, color=COLOURS[i], linestyle=LINES[i], marker="")
-        ax.set(xlabel="x", ylabel="density")
-        ax.legend()
+        ax.set(xlabel="x", ylabel="density", xlim=(x[0], x[-1]))
+        ax.set_ylim(bottom=0)
+        fig.legend(loc="outside lower center", ncols=3 if len(students) < 3 else 2)
         spreads = {}
         for name, density in students.items():
             mean = np.average(x, weights=density)
             spreads[name] = math.sqrt(np.average((x - mean) ** 2, weights=density))
         wide, narrow = max(spreads, key=spreads.get), min(spreads, key=spreads.get)
-        ax.set_title(
-            f"{wide} covers (width {spreads[wide]:.1f}), {narrow} picks ({spreads[narrow]:.1f})"
-        )
+        title = f"{wide} covers (width {spreads[wide]:.2f}), {narrow} picks ({spreads[narrow]:.2f})"
+        ax.set_title(title[0].upper() + title[1:])
     return fig
 
 
@@ -393,21 +409,24 @@ def plot_latency(measured: pd.DataFrame) -> Figure:
     first = measured["model"].iloc[0]
     with figure(columns=2, width=9.5) as (fig, axes):
         panels = (
-            ("batch", "length", "blocks in a batch"),
-            ("length", "batch", "tokens in a block"),
+            ("batch", "length", "blocks in a batch (of {} tokens each)", "Larger batches"),
+            ("length", "batch", "tokens in a block (batch of {})", "Longer blocks"),
         )
-        for ax, (along, fixed, label) in zip(axes, panels, strict=True):
+        for ax, (along, fixed, label, what) in zip(axes, panels, strict=True):
             held = measured[measured[fixed] == measured[fixed].min()]
+            label = label.format(measured[fixed].min())
             for name, rows in held.groupby("model", sort=False):
                 ax.plot(rows[along], rows["seconds"] * 1e3, label=name)
             wide = held.pivot(index=along, columns="model", values="seconds")
             others = [name for name in wide if name != first]
-            speedup = (wide[first] / wide[others[0]]).median() if others else 1.0
+            ratios = wide[first] / wide[others[0] if others else first]
             ax.set(xlabel=label, ylabel="forward pass (ms)", xscale="log")
             ax.set_xticks(sorted(held[along].unique()), sorted(held[along].unique()))
             ax.minorticks_off()
             ax.set_ylim(bottom=0)
-            ax.set_title(f"{others[0] if others else first}: {speedup:.2f} times as fast")
+            low, high = f"{ratios.min():.1f}", f"{ratios.max():.1f}"
+            times = high if low == high else f"{low} to {high}"
+            ax.set_title(f"{what}: {others[0] if others else first} {times} times as fast")
         axes[0].legend()
     return fig
 
@@ -449,7 +468,7 @@ def plot_sweep(measured: pd.DataFrame, value: str = "perplexity") -> Figure:
         ax.set(xlabel="temperature T", ylabel=f"validation {value}", xscale="log")
         ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
         ax.minorticks_off()
-        ax.legend()
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside: the band fills the axes
         alpha, temperature = frame[value].idxmin()
         where = "with hard labels alone" if alpha == 1 else f"at T = {temperature:g}"
         if 0 < alpha < 1:
@@ -477,10 +496,11 @@ def plot_tradeoff(table: pd.DataFrame, teacher: str = "teacher") -> Figure:
                     row["token_ms"],
                     row["perplexity"],
                     yerr=spread,
-                    color=COLOURS[i % 5],
+                    color="black",
                     linestyle="",
                     marker="",
                     capsize=4,
+                    zorder=3,
                 )
         ax.legend(markerscale=0.6, labelspacing=0.9)
         ax.set(xlabel="generating a token (ms)", ylabel="perplexity on held-out text")
@@ -489,7 +509,7 @@ def plot_tradeoff(table: pd.DataFrame, teacher: str = "teacher") -> Figure:
         ratio = table.loc[best] / table.loc[teacher]
         ax.set_title(
             f"{best}: {ratio['disk_mb']:.2f} of the size, {ratio['token_ms']:.2f} of the time, "
-            f"{ratio['perplexity']:.2f} of the perplexity"
+            f"{ratio['perplexity']:.2f} times the perplexity"
         )
     return fig
 
