@@ -22,18 +22,26 @@ def run(path: Path) -> None:
     sync(path)
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=CELL_TIMEOUT, resources=where, kernel_name="python3")
+    client = NotebookClient(
+        notebook, timeout=CELL_TIMEOUT, resources=where, kernel_name="python3"
+    )
     client.execute()
     notebook.metadata = nbformat.from_dict(
         {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
             "language_info": {"name": "python"},
         }
     )
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [kept for output in cell.outputs if (kept := still(output))]
+            cell.outputs = [
+                kept for output in cell.outputs if (kept := still(output))
+            ]
     nbformat.write(notebook, path)
 
 
@@ -45,11 +53,17 @@ def still(output):
             return None
         data.pop(WIDGET)
         data["text/plain"] = "(run this cell to use it)"
-    is_bar = output.get("name") == "stderr" and "it/s" in output.text or "step/s" in str(output)
+    is_bar = (
+        output.get("name") == "stderr"
+        and "it/s" in output.text
+        or "step/s" in str(output)
+    )
     return None if is_bar else output
 
 
 if __name__ == "__main__":
-    for notebook_path in [Path(name).resolve() for name in sys.argv[1:]] or notebooks():
+    for notebook_path in [
+        Path(name).resolve() for name in sys.argv[1:]
+    ] or notebooks():
         print(notebook_path.name, flush=True)
         run(notebook_path)

@@ -44,8 +44,15 @@ print("transformers", transformers.__version__, "|", torch.get_num_threads(), "t
 
 def address() -> str:
     """The repository's address; empty until the owner has set it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project.get("urls", {}).get("Repository", "").removesuffix(".git").rstrip("/")
+    project = tomllib.loads(
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )["project"]
+    return (
+        project.get("urls", {})
+        .get("Repository", "")
+        .removesuffix(".git")
+        .rstrip("/")
+    )
 
 
 def set_up_cell() -> str:

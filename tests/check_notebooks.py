@@ -1,0 +1,51 @@
+"""What is true of every stored notebook; `python tests/check_notebooks.py NOTEBOOK ...`."""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+SIZE_LIMIT = 1_500_000  # bytes
+PATHS = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|var|private)/\S+|[A-Z]:\\\\Users")
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with one stored notebook, one line each."""
+    notebook = nbformat.read(path, as_version=4)
+    found = []
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        found.append(f"is not valid: {error}")
+    if path.stat().st_size > SIZE_LIMIT:
+        found.append(f"has {path.stat().st_size:,} bytes, more than {SIZE_LIMIT:,}")
+    if "widgets" in notebook.metadata:
+        found.append("carries metadata.widgets")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    counts = [cell.execution_count for cell in code]
+    if counts != list(range(1, len(code) + 1)):
+        found.append("was not run once from top to bottom")
+    for cell in code:
+        wide = max(map(len, cell.source.split("\n")))
+        if wide > 88 and "set-up" not in cell.metadata.get("tags", []):
+            found.append(f"has a line of {wide} characters: {cell.source[:40]!r}")
+        for output in cell.outputs:
+            if output.output_type == "error":
+                found.append(f"stores a traceback: {output.ename}")
+            if output.get("name") == "stderr":
+                found.append(f"stores stderr: {output.text[:60]!r}")
+            text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+            if PATHS.search(text):
+                found.append(f"shows a path of a machine: {PATHS.search(text)[0]!r}")
+            data = output.get("data", {})
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if "image/png" in data and not alt:
+                found.append("stores a picture without alt text")
+    return found
+
+
+if __name__ == "__main__":
+    lines = [f"{name} {line}" for name in sys.argv[1:] for line in problems(Path(name))]
+    print("\n".join(lines))
+    sys.exit(bool(lines))
