@@ -1,0 +1,81 @@
+"""The notebooks as they are stored, and as learners re-run them."""
+
+import sys
+
+import nbformat
+import pytest
+from check_notebooks import problems
+from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, execute, small, stderr
+
+sys.path.insert(0, str(NOTEBOOKS))
+import sync_setup  # noqa: E402
+
+by_name = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
+any_notebook = pytest.mark.parametrize("path", SERIES + SOLUTIONS, ids=lambda path: path.stem)
+
+
+def tagged(path, tag):
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if tag in cell.metadata.get("tags", [])]
+
+
+@pytest.fixture(autouse=True)
+def kernel_environment(monkeypatch):
+    """Kernels find the sample story and no network, as under nbval."""
+    monkeypatch.setenv(
+        "WILLOWS_KD_CORPUS", str(NOTEBOOKS.parent / "willows_kd/assets/sample_story.txt")
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_there_are_four_notebooks_each_with_solutions():
+    assert [path.stem[:2] for path in SERIES] == ["01", "02", "03", "04"]
+    assert [path.stem for path in SOLUTIONS] == [f"{path.stem}_solutions" for path in SERIES]
+
+
+@any_notebook
+def test_what_is_stored_is_one_clean_run(path):
+    assert problems(path) == []
+
+
+@any_notebook
+def test_the_set_up_cell_is_the_same_everywhere(path):
+    assert [cell.source for cell in tagged(path, "set-up")] == [sync_setup.set_up_cell()]
+
+
+@by_name
+def test_the_colab_line_follows_the_address(path):
+    assert [cell.source for cell in tagged(path, "colab")] == [sync_setup.colab_line(path)]
+
+
+def test_an_address_in_pyproject_reaches_badge_and_set_up_cell(monkeypatch):
+    monkeypatch.setattr(sync_setup, "address", lambda: "https://github.com/owner/name")
+    assert 'REPOSITORY = "https://github.com/owner/name"' in sync_setup.set_up_cell()
+    assert "/github/owner/name/blob/main/notebooks/" in sync_setup.colab_line(SERIES[0])
+
+
+@by_name
+@pytest.mark.parametrize(
+    "dial",
+    [{"TEMPERATURE": 0.5, "ALPHA": 1.0}, {"TEMPERATURE": 20.0, "ALPHA": 0.3, "SEED": 7}],
+    ids=["cold and hard", "hot and mixed"],
+)
+def test_a_notebook_runs_at_other_settings(path, dial, tmp_path):
+    assert stderr(execute(small(path, **dial), tmp_path)) == ""
+
+
+@by_name
+def test_cells_run_twice_and_back_again(path, tmp_path):
+    """A learner goes down, then back to the dial, then down again, each cell twice."""
+    notebook = small(path)
+    down = range(len(notebook.cells))
+    twice = [index for index in down for _ in range(2)]
+    assert stderr(execute(notebook, tmp_path, order=twice)) == ""
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_solutions_are_well_done(path, tmp_path):
+    notebook = execute(nbformat.read(path, as_version=4), tmp_path)
+    printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    assert "well done" in printed
+    assert "not yet" not in printed
