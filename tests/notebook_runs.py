@@ -18,7 +18,7 @@ def turn_dial(path: Path, **values):
     assert len(places) == 1, f"{path.name} has {len(places)} cells tagged parameters"
     known = notebook.cells[places[0]].source
     lines = [f"{name} = {value!r}" for name, value in values.items() if f"{name} =" in known]
-    notebook.cells.insert(places[0] + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+    notebook.cells.insert(places[0] + 1, nbformat.v4.new_code_cell("\n".join(lines) or "pass"))
     return notebook
 
 

@@ -1,0 +1,182 @@
+"""JupyterLab in a real browser: every notebook opens, runs, and its widgets live.
+
+Needs Chromium (Debian: `apt-get install chromium`); skipped where there is none.
+Screenshots of each notebook are left in tests/artifacts/.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from notebook_runs import NOTEBOOKS, SERIES, small
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+ARTIFACTS = Path(__file__).parent / "artifacts"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
+MINUTES = 60_000  # milliseconds
+# Every cell in the page, seen or not; no pop-up with news of Jupyter.
+SETTINGS = {
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+}
+RAN = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
+    .every(prompt => prompt.textContent.match(/[0-9]/))"""
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found: `apt-get install chromium` (or your system's way)"
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab over copies of the notebooks, on few blocks."""
+    folder = tmp_path_factory.mktemp("lab")
+    for path in SERIES:
+        nbformat.write(unrun(small(path)), folder / path.name)
+    for name, settings in SETTINGS.items():
+        file = folder / ".config" / "lab" / "user-settings" / "@jupyterlab"
+        file = file / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(settings)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = f"-m jupyter lab --no-browser --port={port} --allow-root".split()
+    command += ["--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}"]
+    story = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
+    places = {
+        "JUPYTER_CONFIG_DIR": str(folder / ".config"),
+        "XDG_CACHE_HOME": str(folder / ".cache"),
+    }
+    environment = {**os.environ, **places, "WILLOWS_KD_CORPUS": str(story), "HF_HUB_OFFLINE": "1"}
+    with (folder / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *command], stdout=log, stderr=log, env=environment, cwd=folder
+        )
+    address = f"http://127.0.0.1:{port}/lab"
+    try:
+        wait_until_answering(address)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def unrun(notebook):
+    """The notebook with nothing stored in it, so that all it shows has been run."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def wait_until_answering(address: str, seconds: float = 120) -> None:
+    """Return when the server answers."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(lab, browser, request):
+    """A page with a notebook opened and run from top to bottom; a screenshot afterwards."""
+    path = request.param
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.goto(f"{lab}/tree/{path.name}?reset")
+    page.wait_for_selector(".jp-Notebook", timeout=2 * MINUTES)
+    page.wait_for_selector(
+        '.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTES
+    )
+    page.click('.lm-MenuBar-item:has-text("Run")')
+    page.click('[data-command="runmenu:run-all"]')
+    try:
+        page.wait_for_function(RAN, timeout=3 * MINUTES)
+        yield page
+    finally:
+        photograph(page, ARTIFACTS / f"{path.stem}.png")
+        page.close()
+
+
+def photograph(page, path: Path) -> None:
+    """Save a picture of the whole notebook."""
+    height = page.evaluate("document.querySelector('.jp-WindowedPanel-inner').scrollHeight")
+    page.set_viewport_size({"width": 1300, "height": height + 200})
+    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+    page.wait_for_timeout(1000)
+    path.parent.mkdir(exist_ok=True)
+    page.screenshot(path=path)
+
+
+SHOWN = "() => [...document.querySelectorAll('.widget-output img')].map(one => one.src).join()"
+ANSWERED = """() => [...document.querySelectorAll('.widget-html')]
+    .some(one => one.innerText.includes('The owl'))"""
+
+
+def move_slider(page) -> None:
+    """Move the first explorer's slider one step and wait for another picture."""
+    before = page.evaluate(SHOWN)
+    assert before, "the explorer shows no picture"
+    page.focus(".widget-box:has(.widget-output) .noUi-handle")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=MINUTES)
+
+
+def type_prompt(page) -> None:
+    """Type into the first prompt box and wait for text that goes on from there."""
+    box = page.query_selector(".widget-text input")
+    box.fill("The owl")
+    box.press("Enter")
+    page.wait_for_function(ANSWERED, timeout=MINUTES)
+
+
+@pytest.mark.parametrize("opened", SERIES, ids=lambda path: path.stem, indirect=True)
+def test_a_notebook_runs_in_the_browser_and_its_widgets_live(opened, request):
+    page = opened
+    assert page.query_selector_all('[data-mime-type="application/vnd.jupyter.error"]') == []
+    assert page.query_selector_all('[data-mime-type="application/vnd.jupyter.stderr"]') == []
+    assert "Error displaying widget" not in page.inner_text(".jp-Notebook")
+    source = request.node.callspec.params["opened"].read_text()
+    if "kd.explore_" in source:
+        move_slider(page)
+    if "kd.prompt_box" in source:
+        type_prompt(page)
+    assert page.query_selector_all('[data-mime-type="application/vnd.jupyter.error"]') == []
+
+
+def test_the_series_has_widgets_to_try():
+    sources = [path.read_text() for path in SERIES]
+    assert any("kd.explore_" in source for source in sources)
+    assert any("kd.prompt_box" in source for source in sources)
