@@ -37,7 +37,13 @@ def test_the_defaults_are_accepted():
 
 def test_every_setting_stands_in_the_tables_of_this_file():
     fields = {field.name for field in dataclasses.fields(kd.DistillConfig)}
-    assert fields == {*RANGES, *NAMES}
+    assert fields == {*RANGES, *NAMES, "gradient_checkpointing"}
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_a_switch_is_true_or_false(value):
+    with pytest.raises(kd.InputError, match="it must be True or False"):
+        kd.DistillConfig(gradient_checkpointing=value)
 
 
 def test_the_divergences_that_can_be_named_are_those_that_exist():

@@ -197,7 +197,9 @@ def test_with_alpha_below_1_the_teacher_is_asked_once_for_each_forward_pass(
     teacher, student, blocks
 ):
     asked_while_training = []
-    teacher.register_forward_pre_hook(lambda *_: asked_while_training.append(student.training))
+    note = lambda *_: asked_while_training.append(student.training)  # noqa: E731
+    teacher.base_model.register_forward_pre_hook(note)
+    student.eval()
     run(teacher, student, blocks, batch_size=4, accumulation=2)
     assert sum(asked_while_training) == 6
 
@@ -209,7 +211,7 @@ def test_the_student_sees_each_training_block_once_an_epoch(teacher, student, bl
         if module.training:
             seen.extend(map(tuple, inputs[0].tolist()))
 
-    student.register_forward_pre_hook(remember)
+    student.base_model.register_forward_pre_hook(remember)
     run(teacher, student, first(blocks, 21), epochs=2, batch_size=4)
     train = sorted(map(tuple, blocks.train[:21].tolist()))
     assert sorted(seen[:21]) == sorted(seen[21:]) == train

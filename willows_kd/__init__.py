@@ -30,6 +30,8 @@ PUBLIC_NAMES = {
     ],
     "config": ["DistillConfig"],
     "distillation": ["distill"],
+    "streaming": ["streaming_loss"],
+    "teacher_cache": ["cache_teacher"],
     "evaluation": ["quality", "token_scores", "verbatim", "compare", "as_markdown"],
     "cost": ["latency", "peak_memory", "size_on_disk"],
     "plots": [

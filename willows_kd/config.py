@@ -28,6 +28,8 @@ class DistillConfig:
         dropout: of the student while it trains.
         seed: orders the blocks and draws the dropout.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
+        gradient_checkpointing: keep only each layer's input for the backward pass and
+            compute the rest again: slower, in less memory.
     """
 
     temperature: float = 2.0
@@ -43,6 +45,7 @@ class DistillConfig:
     dropout: float = 0.0
     seed: int = 0
     dtype: str = "float32"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         """Refuse what cannot work, and say what would be accepted.
@@ -63,6 +66,9 @@ class DistillConfig:
         self._check("dropout", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("seed", int, "from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
         self._check("dtype", str, f"one of {', '.join(DTYPES)}", DTYPES)
+        if not isinstance(self.gradient_checkpointing, bool):
+            value = self.gradient_checkpointing
+            raise InputError(f"gradient_checkpointing is {value!r}; it must be True or False")
 
     def _check(self, name, kind, accepted, test):
         value = getattr(self, name)

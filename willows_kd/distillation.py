@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,8 @@ from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError
 from willows_kd.evaluation import quality
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
-from willows_kd.models import common_vocabulary
+from willows_kd.models import can_stream, common_vocabulary, hidden_states, output_weights
+from willows_kd.streaming import streaming_loss
 
 
 def distill(
@@ -50,11 +52,11 @@ def distill(
         InputError: teacher and student do not share a vocabulary.
     """
     config = config or DistillConfig()
-    vocabulary = common_vocabulary(teacher, student)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         student.to(accelerator.device)
     teacher.to(student.device)
+    objective = Objective(teacher, student, config, blocks.train[:1].to(student.device))
     plan = [steps_of_epoch(len(blocks.train), config, epoch) for epoch in range(config.epochs)]
     total_steps = sum(map(len, plan))
     optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.learning_rate)
@@ -62,18 +64,18 @@ def distill(
     schedule = LambdaLR(
         optimizer, lambda step: warm_up_and_cosine(step, config.warmup * total_steps, total_steps)
     )
-    wrapped = accelerator.prepare_model(student, device_placement=False)
+    objective = accelerator.prepare_model(objective, device_placement=False)
     main_process = accelerator.is_main_process
     history: list[dict] = []
     tokens, seconds = 0, 0.0
     bar = tqdm(total=total_steps, unit="step", leave=False, disable=not main_process)
-    with bar, reproducible(config.seed), train_mode(teacher, student, config.dropout):
+    with bar, reproducible(config.seed), train_mode(teacher, student, config):
         for epoch, steps in enumerate(plan, start=1):
             for step in steps:
                 start = time.perf_counter()
                 row = {"step": len(history) + 1, "epoch": epoch}
                 seen = blocks.train[step]
-                row |= backward(accelerator, teacher, wrapped, seen, vocabulary, config)
+                row |= backward(accelerator, teacher, objective, seen, config)
                 if not math.isfinite(row["loss"]):
                     raise InputError(
                         f"the loss became {row['loss']} at step {row['step']}; "
@@ -99,26 +101,28 @@ def distill(
     return history
 
 
-def backward(accelerator, teacher, student, blocks, vocabulary: int, config) -> dict:
+def backward(accelerator, teacher, objective, blocks, config) -> dict:
     """The gradient of one optimiser step, and its losses in nats per token.
 
     Each forward pass weighs as much as the tokens it holds, out of those of the whole
     step, all processes together: how a step is cut up does not change it.
 
     Args:
+        objective: an `Objective`, as `accelerator.prepare_model` returned it.
         blocks: the token ids of the step, shape (blocks, block_size).
     """
+    device = accelerator.unwrap_model(objective).student.device
     sums = torch.zeros(3)
     parts = blocks.split(config.batch_size)
     for i, part in enumerate(parts):
         mine = part[accelerator.process_index :: accelerator.num_processes]
         weight = len(mine) / len(blocks)
         # a process without a block of its own still has to take part: with weight 0
-        ids = (mine if len(mine) else part[:1]).to(accelerator.unwrap_model(student).device)
+        ids = (mine if len(mine) else part[:1]).to(device)
         is_last = i == len(parts) - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(student):
-            soft, hard = losses(teacher, student, ids, vocabulary, config)
-            loss = mix(hard, soft, config.alpha)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
+            answer = accelerator.unwrap_model(objective).ask(teacher, ids)
+            loss, soft, hard = objective(ids, answer)
             # DistributedDataParallel takes the mean over processes where the sum is wanted
             accelerator.backward(loss * weight * accelerator.num_processes)
         sums += weight * torch.stack([loss, soft, hard]).detach().float().cpu()
@@ -130,20 +134,58 @@ def backward(accelerator, teacher, student, blocks, vocabulary: int, config) -> 
     }
 
 
-def losses(teacher, student, ids: torch.Tensor, vocabulary: int, config: DistillConfig):
-    """The soft-label and the hard-label loss of some blocks; 0 for one that has no weight."""
-    soft = hard = torch.zeros((), device=ids.device)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        student_logits, labels = shift(student(ids, use_cache=False).logits, ids)
-        student_logits = student_logits[..., :vocabulary]
-        if config.alpha > 0:
-            hard = hard_label_loss(student_logits, labels)
-        if config.alpha < 1:
-            with torch.no_grad():
-                teacher_logits, _ = shift(teacher(ids, use_cache=False).logits, ids)
-            divergence = DIVERGENCES[config.divergence]
-            soft = divergence(student_logits, teacher_logits[..., :vocabulary], config.temperature)
-    return soft, hard
+class Objective(nn.Module):
+    """A student and what it is to minimise: one module, for DistributedDataParallel to wrap.
+
+    Where the logits of teacher and student are hidden states times output weights, as
+    in GPT-2, the loss goes straight from these to gradients (`streaming.py`); else it
+    is the same loss of the logits.
+    """
+
+    def __init__(self, teacher, student, config: DistillConfig, ids: torch.Tensor):
+        """As it suits these models; `ids` are a few blocks to try them on."""
+        super().__init__()
+        self.student, self.config = student, config
+        self.vocabulary = common_vocabulary(teacher, student)
+        asked = [student, teacher] if config.alpha < 1 else [student]
+        self.streaming = all(can_stream(model, ids) for model in asked)
+        if self.streaming:
+            self.teacher_head = output_weights(asked[-1], self.vocabulary).detach()
+
+    @torch.no_grad()
+    def ask(self, teacher, ids: torch.Tensor) -> torch.Tensor | None:
+        """What the loss needs of the teacher: hidden states or logits, or nothing."""
+        if self.config.alpha == 1:
+            return None
+        with self.autocast(ids):
+            if self.streaming:
+                return hidden_states(teacher, ids)
+            return teacher(ids, use_cache=False).logits[..., : self.vocabulary]
+
+    def forward(self, ids: torch.Tensor, answer: torch.Tensor | None):
+        """The loss of some blocks, and its soft-label and hard-label parts without gradient."""
+        config = self.config
+        with self.autocast(ids):
+            if self.streaming:
+                hidden = hidden_states(self.student, ids)[:, :-1]
+                head = output_weights(self.student, self.vocabulary)
+                teacher = (None, None) if answer is None else (answer[:, :-1], self.teacher_head)
+                how = config.temperature, config.alpha, config.divergence
+                return streaming_loss(hidden, head, *teacher, ids[:, 1:], *how)
+            logits, labels = shift(self.student(ids, use_cache=False).logits, ids)
+            logits = logits[..., : self.vocabulary]
+            soft = hard = torch.zeros((), device=ids.device)
+            if config.alpha > 0:
+                hard = hard_label_loss(logits, labels)
+            if config.alpha < 1:
+                divergence = DIVERGENCES[config.divergence]
+                soft = divergence(logits, answer[:, :-1], config.temperature)
+            return mix(hard, soft, config.alpha), soft, hard
+
+    def autocast(self, ids: torch.Tensor):
+        """Half-precision arithmetic where the settings ask for it."""
+        wanted = self.config.dtype == "bfloat16"
+        return torch.autocast(ids.device.type, torch.bfloat16, enabled=wanted)
 
 
 def end_of_epoch(teacher, student, blocks: Blocks, steps, history: list[dict]) -> dict:
@@ -191,19 +233,30 @@ def reproducible(seed: int):
 
 
 @contextlib.contextmanager
-def train_mode(teacher: nn.Module, student: nn.Module, dropout: float):
-    """Teacher in eval mode, student in train mode with this dropout; then all as before."""
+def train_mode(teacher: nn.Module, student: nn.Module, config: DistillConfig):
+    """Teacher in eval mode, student in train mode as configured; then all as before."""
     modes = teacher.training, student.training
     layers = [module for module in student.modules() if isinstance(module, nn.Dropout)]
     before = [layer.p for layer in layers]
     teacher.eval()
     student.train()
     for layer in layers:
-        layer.p = dropout
+        layer.p = config.dropout
+    if config.gradient_checkpointing:
+        quietly(student.gradient_checkpointing_enable, {"use_reentrant": False})
     try:
         yield
     finally:
+        if config.gradient_checkpointing:
+            quietly(student.gradient_checkpointing_disable)
         for layer, p in zip(layers, before, strict=True):
             layer.p = p
         teacher.train(modes[0])
         student.train(modes[1])
+
+
+def quietly(action: Callable, *arguments) -> None:
+    """Call what newer versions of `transformers` have renamed, without their warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        action(*arguments)

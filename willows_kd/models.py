@@ -324,6 +324,36 @@ def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int
     return min(sizes)
 
 
+# -- from hidden states to logits --------------------------------------------------------
+
+
+def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
+    """What a model's output weights are applied to, shape (blocks, block_size, width)."""
+    return model.base_model(ids, use_cache=False).last_hidden_state
+
+
+def output_weights(model, vocabulary: int) -> torch.Tensor:
+    """A model's output weights for the first tokens of its vocabulary, (vocabulary, width)."""
+    weights = model.get_output_embeddings().weight
+    return weights if len(weights) == vocabulary else weights[:vocabulary]
+
+
+@torch.no_grad()
+def can_stream(model, ids: torch.Tensor) -> bool:
+    """Whether a model's logits are hidden states times output weights: seen by trying.
+
+    They are more than that where a head has a bias, or where logits are capped or scaled.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    with eval_mode(model):
+        hidden = getattr(model.base_model(ids, use_cache=False), "last_hidden_state", None)
+        return hidden is not None and torch.allclose(
+            head(hidden), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
+        )
+
+
 # -- using and saving ------------------------------------------------------------------
 
 

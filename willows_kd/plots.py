@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from willows_kd.evaluation import with_intervals
 from willows_kd.models import layer_stack
@@ -352,9 +353,12 @@ def plot_history(
         if teacher_perplexity is not None:
             right.axhline(teacher_perplexity, color=QUIET, linewidth=1, marker="", label="teacher")
         left.set(xlabel="optimiser step", ylabel="training loss (nats per token)", yscale="log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_locator(NullLocator())
         left.set_title("Training: compare shapes, not heights")
         right.set(xlabel="epoch", ylabel="validation perplexity")
-        right.xaxis.get_major_locator().set_params(integer=True)
+        right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         best = min(ends, key=ends.get)
         right.set_title(f"Lowest at the end: {best}, {ends[best]:.1f}")
         right.legend()

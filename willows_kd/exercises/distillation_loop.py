@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from willows_kd.exercises import not_yet, well_done
 from willows_kd.losses import forward_kl, hard_label_loss, mix
 
 ALPHA_SIDE = "alpha is on the wrong side: it weighs the hard labels, 1 - alpha the soft ones"
@@ -167,15 +168,3 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 def stopped(error: Exception) -> bool:
     """Say that the learner's function raised an error."""
     return not_yet(f"your function stops with {type(error).__name__}: {error}")
-
-
-def not_yet(problem: str) -> bool:
-    """Say what is wrong; False."""
-    print(f"not yet: {problem}.")
-    return False
-
-
-def well_done(what: str) -> bool:
-    """Say that all is right; True."""
-    print(f"well done: {what}.")
-    return True

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from willows_kd.exercises import not_yet, well_done
+
 
 def check_agreement(my_agreement: Callable) -> bool:
     """Whether `my_agreement(teacher_logits, student_logits)` is the top-1 agreement.
@@ -189,15 +191,3 @@ def one_number(function: Callable, *arguments) -> tuple[float, str | None]:
 def close(found: float, wanted: float, relative: float = 1e-5) -> bool:
     """Whether two numbers are equal but for rounding."""
     return math.isclose(found, wanted, rel_tol=relative, abs_tol=1e-9)
-
-
-def not_yet(problem: str) -> bool:
-    """Say what is wrong; False."""
-    print(f"not yet: {problem}.")
-    return False
-
-
-def well_done(what: str) -> bool:
-    """Say that all is right; True."""
-    print(f"well done: {what}.")
-    return True

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from willows_kd.exercises import not_yet, well_done
+
 # -- exercise 1 ------------------------------------------------------------------------
 
 # vocabulary, positions, width, layers: chosen so that each set of parts has a size of its own
@@ -204,15 +206,3 @@ def one_number(function: Callable, *arguments) -> tuple[float, str | None]:
     except (TypeError, ValueError):
         return math.nan, f"your function returns a {type(result).__name__}; a number is wanted."
     return found, "your function returns 0: write it first." if found == 0 else None
-
-
-def not_yet(problem: str) -> bool:
-    """Print what is wrong."""
-    print("not yet:", problem)
-    return False
-
-
-def well_done(what: str) -> bool:
-    """Print that all is well."""
-    print("well done:", what)
-    return True

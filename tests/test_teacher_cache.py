@@ -1,0 +1,244 @@
+"""The teacher's cache: the same student as from the teacher itself, and never a stale answer."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import willows_kd as kd
+from willows_kd.gutenberg import cache_folder
+from willows_kd.teacher_cache import RECORD, TeacherCache, asked_about
+
+
+@pytest.fixture
+def teacher(make_gpt2):
+    return make_gpt2(layers=3, initializer_range=0.15)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "caches"
+
+
+def forbid(model):
+    """Any pass through the model from here on is an error."""
+
+    def refuse(*_):
+        raise AssertionError("the teacher was asked")
+
+    return model.base_model.register_forward_pre_hook(refuse)
+
+
+def train(teacher, blocks, student, **changes):
+    student = copy.deepcopy(student)
+    config = kd.DistillConfig(**{"epochs": 2, "batch_size": 4} | changes)
+    return student, kd.distill(teacher, student, blocks, config)
+
+
+def files(folder, name="*.npy"):
+    return sorted(folder.glob(f"*/{name}"))
+
+
+# -- the same answers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_student_is_the_same_to_the_bit_and_the_teacher_is_not_asked(
+    teacher, blocks, folder, temperature, alpha
+):
+    student = kd.student_from_teacher(teacher)
+    how = {"temperature": temperature, "alpha": alpha}
+    live, history = train(teacher, blocks, student, **how)
+    cache = kd.cache_teacher(teacher, blocks, folder=folder)
+    forbid(teacher)
+    cached, cached_history = train(cache, blocks, student, **how)
+    pairs = zip(live.state_dict().values(), cached.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for row, other in zip(history, cached_history, strict=True):
+        assert row | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_it_answers_quality_as_the_teacher_does(teacher, blocks, folder):
+    student = kd.student_from_teacher(teacher)
+    cache = kd.cache_teacher(teacher, blocks, folder=folder)
+    assert kd.quality(student, blocks.validation, teacher=cache) == kd.quality(
+        student, blocks.validation, teacher=teacher
+    )
+
+
+def test_a_block_that_it_does_not_know_is_refused(teacher, blocks, folder):
+    cache = kd.cache_teacher(teacher, blocks, folder=folder)
+    with pytest.raises(kd.InputError, match="made for other blocks"):
+        cache(blocks.test[:1])
+
+
+def test_float16_halves_it_and_says_what_that_costs(teacher, blocks, folder, capsys):
+    whole = kd.cache_teacher(teacher, blocks, folder=folder)
+    assert "KL" not in capsys.readouterr().out
+    half = kd.cache_teacher(teacher, blocks, dtype="float16", folder=folder)
+    assert half.nbytes == whole.nbytes / 2
+    said = capsys.readouterr().out
+    lost = float(said.split("it loses ")[1].split()[0])
+    ids = asked_about(blocks, teacher.config.vocab_size)
+    with torch.no_grad():
+        few = ids[:: max(1, len(ids) // 8)][:8]
+        wanted = kd.forward_kl(half(few).logits, teacher(few).logits).item()
+    assert lost == pytest.approx(wanted, rel=0.1, abs=1e-8)
+    assert lost < 1e-4
+
+
+def test_top_k_keeps_the_k_largest_and_the_rest_as_one_lump(teacher, blocks, folder):
+    k, vocabulary = 5, teacher.config.vocab_size
+    cache = kd.cache_teacher(teacher, blocks, top_k=k, folder=folder)
+    ids = blocks.train[:2]
+    with torch.no_grad():
+        p = teacher(ids).logits.softmax(-1)
+    q = cache(ids).logits.softmax(-1)
+    kept = p.topk(k).indices
+    torch.testing.assert_close(q.gather(-1, kept), p.gather(-1, kept), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(q.sum(-1), torch.ones(q.shape[:2]))
+    rest = (1 - p.gather(-1, kept).sum(-1)) / (vocabulary - k)
+    torch.testing.assert_close(q.min(-1).values, rest, rtol=1e-3, atol=1e-8)
+    assert cache.nbytes == asked_about(blocks, vocabulary).numel() * k * 8
+
+
+def test_more_of_the_k_lose_less_and_a_student_learns_from_them(teacher, blocks, folder):
+    perplexity = {
+        k: kd.quality(kd.cache_teacher(teacher, blocks, top_k=k, folder=folder), blocks.validation)
+        for k in (4, 64, teacher.config.vocab_size - 1)
+    }
+    exact = kd.quality(teacher, blocks.validation)["perplexity"]
+    gaps = [abs(np.log(found["perplexity"] / exact)) for found in perplexity.values()]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[2] < 1e-4
+    cache = kd.cache_teacher(teacher, blocks, top_k=64, folder=folder)
+    _, history = train(cache, blocks, kd.student_from_teacher(teacher), epochs=4)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+# -- kept, found again, never stale ----------------------------------------------------
+
+
+def test_it_is_found_again_without_asking_the_teacher(teacher, blocks, folder, capsys):
+    kd.cache_teacher(teacher, blocks, folder=folder)
+    said = capsys.readouterr().out
+    size = asked_about(blocks, teacher.config.vocab_size).numel() * teacher.config.n_embd * 4
+    assert f"{size / 1e6:,.1f} MB" in said
+    with torch.no_grad():
+        ids = blocks.train[:1]
+        wanted = teacher(ids).logits
+    teacher.transformer.register_forward_pre_hook(lambda _m, args: assert_one_block(args))
+    again = kd.cache_teacher(teacher, blocks, folder=folder)
+    assert isinstance(again, TeacherCache)
+    assert capsys.readouterr().out == ""
+    torch.testing.assert_close(again(ids).logits, wanted)
+
+
+def assert_one_block(args):
+    """Whether logits are hidden states times weights is seen by one block; no more is asked."""
+    assert len(args[0]) == 1
+
+
+@pytest.mark.parametrize("what", ["weights", "blocks", "validation", "settings", "dtype", "top_k"])
+def test_another_question_gets_another_cache(teacher, blocks, folder, what):
+    kd.cache_teacher(teacher, blocks, folder=folder)
+    how = {}
+    if what == "weights":
+        with torch.no_grad():
+            teacher.transformer.h[0].attn.c_attn.bias[0] += 1e-3
+    elif what in ("blocks", "validation"):
+        part = "train" if what == "blocks" else "validation"
+        blocks = dataclasses.replace(blocks, **{part: getattr(blocks, part).flip(0)})
+    elif what == "settings":
+        teacher.config.layer_norm_epsilon = 1e-4
+    else:
+        how = {"dtype": {"dtype": "float16"}, "top_k": {"top_k": 3}}[what]
+    kd.cache_teacher(teacher, blocks, folder=folder, **how)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "cut", "no record", "bad record", "no file"])
+def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, damage):
+    kd.cache_teacher(teacher, blocks, folder=folder)
+    [file], [record] = files(folder), files(folder, RECORD)
+    whole = file.read_bytes()
+    if damage == "flip a bit":
+        file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 16]) + whole[-6:])
+    elif damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "no file":
+        file.unlink()
+    elif damage == "no record":
+        record.unlink()
+    else:
+        record.write_text(record.read_text()[:30])
+    cache = kd.cache_teacher(teacher, blocks, folder=folder)
+    assert file.read_bytes() == whole
+    with torch.no_grad():
+        torch.testing.assert_close(cache(blocks.train[:3]).logits, teacher(blocks.train[:3]).logits)
+
+
+def test_interrupted_while_writing_it_leaves_nothing(teacher, blocks, folder):
+    passes = []
+
+    def stop(*_):
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+
+    hook = teacher.transformer.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        kd.cache_teacher(teacher, blocks, folder=folder)
+    hook.remove()
+    assert files(folder, "*") == []
+    kd.cache_teacher(teacher, blocks, folder=folder)
+    assert len(files(folder)) == 1
+
+
+def test_where_nothing_can_be_written_the_teacher_is_asked_and_a_warning_says_so(
+    teacher, blocks, tmp_path
+):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="no cache, the teacher is asked each time"):
+        found = kd.cache_teacher(teacher, blocks, folder=tmp_path / "file")
+    assert found is teacher
+
+
+def test_by_default_it_lies_in_the_users_cache(teacher, blocks):
+    kd.cache_teacher(teacher, blocks)
+    [record] = files(cache_folder() / "teachers", RECORD)
+    assert json.loads(record.read_text())["dtype"] == "float32"
+
+
+# -- what cannot be --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, float16"),
+        ({"top_k": 0}, "top_k is 0; it must be a whole number from 1 to 4095"),
+        ({"top_k": 4096}, "top_k is 4096; it must be a whole number from 1 to 4095"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number from 1 to 4095"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(teacher, blocks, folder, how, message):
+    with pytest.raises(kd.InputError, match=message):
+        kd.cache_teacher(teacher, blocks, folder=folder, **how)
+    assert not folder.exists()
+
+
+def test_a_teacher_whose_logits_are_more_than_a_product_needs_top_k(teacher, blocks, folder):
+    head = torch.nn.Linear(teacher.config.n_embd, teacher.config.vocab_size)
+    torch.nn.init.normal_(head.bias)
+    teacher.set_output_embeddings(head)
+    with pytest.raises(kd.InputError, match="give top_k to keep log-probabilities instead"):
+        kd.cache_teacher(teacher, blocks, folder=folder)
+    cache = kd.cache_teacher(teacher, blocks, top_k=4, folder=folder)
+    with torch.no_grad():
+        best = teacher(blocks.train[:2]).logits.argmax(-1)
+    assert torch.equal(cache(blocks.train[:2]).logits.argmax(-1), best)

@@ -1,0 +1,254 @@
+"""What a teacher knows, paid for once: kept on disk, and asked instead of the teacher.
+
+Kept are the final hidden states, 768 numbers a token for GPT-2 where its logits are
+50,257. The logits are those times the output weights, so soft labels at any temperature
+cost one matrix product, and no pass through the teacher's layers.
+"""
+
+import hashlib
+import json
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from willows_kd.corpus import Blocks
+from willows_kd.errors import InputError
+from willows_kd.evaluation import windows
+from willows_kd.gutenberg import cache_folder
+from willows_kd.losses import forward_kl
+from willows_kd.models import can_stream, eval_mode, hidden_states, whole_directory
+
+AT_ONCE = 8  # blocks in a pass through the teacher: as in training, so that rounding is the same
+RECORD = "cache.json"
+DTYPES = ("float32", "float16")
+
+
+def cache_teacher(
+    teacher,
+    blocks: Blocks,
+    dtype: str = "float32",
+    top_k: int | None = None,
+    folder: str | Path | None = None,
+) -> nn.Module:
+    """Run a teacher once over the training and validation blocks, and keep what it knows.
+
+    The cache is found again by a digest of the teacher's weights and settings, of the
+    blocks (token ids, and so of the tokenizer) and of what is asked for here: one that
+    is stale is never used, one that is damaged is made again. It stays until its
+    folder is deleted.
+
+    Args:
+        teacher: a causal language model.
+        blocks: what it will be asked about.
+        dtype: "float32", or "float16" for half the size; the error is then printed.
+        top_k: keep the k largest log-probabilities at T = 1 and the rest as one lump,
+            spread evenly, instead of hidden states: smaller yet for a small k, and no
+            longer exact. Works with any teacher.
+        folder: where caches are kept; None for a folder in the user's cache.
+
+    Returns:
+        what `distill` and `quality` take in place of the teacher, for these blocks.
+        Where the folder cannot be written: the teacher itself, with a warning.
+
+    Raises:
+        InputError: a setting is not possible for this teacher.
+    """
+    check(teacher, blocks, dtype, top_k)
+    ids = asked_about(blocks, teacher.config.vocab_size)
+    folder = Path(folder) if folder else cache_folder() / "teachers"
+    place = folder / digest(teacher, ids, dtype, top_k)
+    kept = {"dtype": dtype, "top_k": top_k, "tokens": ids.numel()}
+    shapes = layout(teacher, ids, dtype, top_k)
+    with PartialState().local_main_process_first():
+        if not is_whole(place, shapes):
+            nbytes = sum(np.dtype(kind).itemsize * np.prod(s) for s, kind in shapes.values())
+            print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {place}")
+            try:
+                write(place, teacher, ids, shapes, kept)
+            except (InputError, OSError) as error:
+                warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
+                return teacher
+    cache = TeacherCache(teacher, ids, place, shapes, top_k)
+    if dtype == "float16" or top_k:
+        report(teacher, cache, ids)
+    return cache
+
+
+class TeacherCache(nn.Module):
+    """Answers as its teacher would about the blocks it was made for, from a file.
+
+    It has the parts of a `transformers` model that the losses and `quality` use.
+    """
+
+    def __init__(self, teacher, ids: torch.Tensor, place: Path, shapes: dict, top_k: int | None):
+        """Open the files in `place`, memory-mapped."""
+        super().__init__()
+        self.config, self.top_k = teacher.config, top_k
+        files = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in shapes}
+        self.base_model = Recall(ids, files)
+        self.head = teacher.get_output_embeddings()
+        self.nbytes = sum(file.nbytes for file in files.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it answers: where the teacher's head is."""
+        return self.head.weight.device
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The teacher's head; None where log-probabilities are kept instead of hidden states."""
+        return None if self.top_k else self.head
+
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
+        """Logits of blocks of shape (blocks, block_size).
+
+        Raises:
+            InputError: a block is not among those that the cache was made for.
+        """
+        if not self.top_k:
+            hidden = self.base_model(ids).last_hidden_state
+            return CausalLMOutput(logits=self.head(hidden.to(self.head.weight.dtype)))
+        tokens, values = (self.base_model.read(name, ids) for name in ("tokens", "values"))
+        values = values.float()
+        others = self.config.vocab_size - self.top_k
+        lump = -torch.expm1(values.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7))
+        logits = (lump / others).log().expand(*values.shape[:-1], self.config.vocab_size)
+        return CausalLMOutput(logits=logits.scatter(-1, tokens.long(), values))
+
+
+class Recall(nn.Module):
+    """Finds again what is kept of a block, by its token ids."""
+
+    def __init__(self, ids: torch.Tensor, files: dict[str, np.ndarray]):
+        super().__init__()
+        self.rows = {block.tobytes(): row for row, block in enumerate(ids.numpy())}
+        self.files = files
+
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> BaseModelOutput:
+        """Final hidden states, shape (blocks, block_size, width), in float32."""
+        return BaseModelOutput(last_hidden_state=self.read("hidden", ids).float())
+
+    def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of a file that belong to some blocks, on the device of these."""
+        try:
+            rows = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
+        except KeyError:
+            raise InputError(
+                "the teacher's cache was made for other blocks; make it again with cache_teacher"
+            ) from None
+        return torch.from_numpy(self.files[name][rows]).to(ids.device)
+
+
+def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
+    """Refuse what cannot be kept."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    vocabulary = teacher.config.vocab_size
+    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k < vocabulary):
+        raise InputError(
+            f"top_k is {top_k!r}; it must be a whole number from 1 to {vocabulary - 1}"
+        )
+    if top_k is None and not can_stream(teacher, blocks.train[:1].to(teacher.device)):
+        raise InputError(
+            "this teacher's logits are more than its hidden states times its output weights; "
+            "give top_k to keep log-probabilities instead"
+        )
+
+
+def asked_about(blocks: Blocks, vocabulary: int) -> torch.Tensor:
+    """All that `distill` asks a teacher: training blocks, and windows over validation blocks."""
+    seen = [window for window, _ in windows(blocks.validation, vocabulary)]
+    return torch.cat([blocks.train, *seen]).contiguous()
+
+
+def digest(teacher, ids: torch.Tensor, dtype: str, top_k: int | None) -> str:
+    """A name that is another one as soon as anything is that the answers depend on."""
+    config = teacher.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    made = hashlib.sha256(json.dumps([config, dtype, top_k], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(teacher.state_dict().items()):
+        made.update(name.encode())
+        made.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    made.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes())
+    return made.hexdigest()[:24]
+
+
+def layout(teacher, ids: torch.Tensor, dtype: str, top_k: int | None) -> dict:
+    """The files of a cache: the shape and type of each, by name."""
+    if top_k:
+        shape = *ids.shape, top_k
+        return {"values": (shape, dtype), "tokens": (shape, "int32")}
+    return {"hidden": ((*ids.shape, teacher.get_output_embeddings().in_features), dtype)}
+
+
+def is_whole(place: Path, shapes: dict) -> bool:
+    """Whether a cache is there, complete, and as it was written."""
+    try:
+        sums = json.loads((place / RECORD).read_text())["checksums"]
+        for name, (shape, dtype) in shapes.items():
+            file = np.load(place / f"{name}.npy", mmap_mode="r")
+            if file.shape != shape or file.dtype != dtype or checksum(file) != sums[name]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def checksum(file: np.ndarray) -> int:
+    """CRC-32 of an array's bytes, block by block."""
+    value = 0
+    for block in file:
+        value = zlib.crc32(np.ascontiguousarray(block), value)
+    return value
+
+
+def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
+    """Ask the teacher, and write a cache: whole, or not at all.
+
+    Raises:
+        InputError, OSError: the place cannot be written.
+    """
+    with whole_directory(place) as partial:
+        files = {
+            name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+        starts = tqdm(range(0, len(ids), AT_ONCE), unit="pass", leave=False)
+        for start, answer in zip(starts, answers(teacher, ids, kept["top_k"]), strict=True):
+            for name, tensor in answer.items():
+                files[name][start : start + len(tensor)] = tensor.cpu().numpy()
+        kept["checksums"] = {name: checksum(file) for name, file in files.items()}
+        for file in files.values():
+            file.flush()
+        (partial / RECORD).write_text(json.dumps(kept, indent=2) + "\n")
+
+
+@torch.no_grad()
+def answers(teacher, ids: torch.Tensor, top_k: int | None) -> Iterator[dict[str, torch.Tensor]]:
+    """What a teacher says about the blocks, a few at a time."""
+    with eval_mode(teacher):
+        for part in ids.split(AT_ONCE):
+            part = part.to(teacher.device)
+            if not top_k:
+                yield {"hidden": hidden_states(teacher, part).float()}
+                continue
+            log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
+            values, tokens = log_p.topk(top_k, dim=-1)
+            yield {"values": values, "tokens": tokens.int()}
+
+
+@torch.no_grad()
+def report(teacher, cache: TeacherCache, ids: torch.Tensor) -> None:
+    """Print what a cache that is not exact costs and loses, on a few blocks."""
+    few = ids[:: max(1, len(ids) // 8)][:8].to(teacher.device)
+    with eval_mode(teacher):
+        lost = forward_kl(cache(few).logits.float(), teacher(few).logits.float()).item()
+    print(f"{cache.nbytes / ids.numel():,.0f} bytes a token; it loses {lost:.2g} nats a token (KL)")
