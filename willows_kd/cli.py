@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         if options.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped: nothing was saved", file=sys.stderr)
@@ -90,6 +91,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("seed", "orders the blocks", settings.seed, type=int)
     add("device", "auto, cpu, cuda, cuda:1, mps ...", "auto")
     add("dtype", "of the arithmetic", settings.dtype, choices=DTYPES)
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="slower, in less memory"
+    )
+    parser.add_argument(
+        "--cache_teacher",
+        action="store_true",
+        help="run the teacher once and keep what it knows on disk, for this run and later ones",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output directory that is not ours"
     )

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from willows_kd.corpus import Corpus, load_corpus, pack
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError
 from willows_kd.evaluation import as_markdown, compare
+from willows_kd.teacher_cache import cache_teacher
 
 GPT2_VOCABULARY = 50_257
 
@@ -30,6 +32,9 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     Raises:
         InputError: something that was given cannot be used. Nothing was written.
     """
+    main_process = models.processes().is_main_process
+    if not main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
     for name in ("model_dir", "student", "dataset_path", "output_dir"):
         if getattr(options, name) == "":
             raise InputError(f"{name} is empty; leave it out or give a path")
@@ -59,7 +64,12 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     sys.stdout.flush()
 
     untrained = copy.deepcopy(student)
-    history, finished = train(teacher, student, blocks, config)
+    asked = (
+        cache_teacher(teacher, blocks) if options.cache_teacher and config.alpha < 1 else teacher
+    )
+    history, finished = train(asked, student, blocks, config)
+    if not main_process:
+        return 0
     if not finished:
         print("stopped: no epoch was finished, nothing was saved", file=sys.stderr)
         return 130
@@ -109,7 +119,8 @@ def check_inputs_stay(options) -> None:
 def find_device(name: str) -> torch.device:
     """The device of that name, `auto` for the GPU where there is one."""
     if name == "auto":
-        return models.best_device()
+        state = models.processes()
+        return state.device if state.num_processes > 1 else models.best_device()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which a device without memory (meta) refuses too

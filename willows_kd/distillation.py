@@ -17,7 +17,13 @@ from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError
 from willows_kd.evaluation import quality
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
-from willows_kd.models import can_stream, common_vocabulary, hidden_states, output_weights
+from willows_kd.models import (
+    can_stream,
+    common_vocabulary,
+    hidden_states,
+    output_weights,
+    processes,
+)
 from willows_kd.streaming import streaming_loss
 
 
@@ -52,6 +58,7 @@ def distill(
         InputError: teacher and student do not share a vocabulary.
     """
     config = config or DistillConfig()
+    processes()
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         student.to(accelerator.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from accelerate import PartialState
 from huggingface_hub.utils import get_session
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -33,6 +34,15 @@ class HubError(InputError):
 def best_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def processes() -> PartialState:
+    """The processes that a launcher started, joined over their GPUs, or over the CPU without.
+
+    Accelerate itself joins processes on CPUs only where it is told to.
+    """
+    launched = "LOCAL_RANK" in os.environ
+    return PartialState(cpu=launched and not torch.cuda.is_available())
 
 
 # -- loading ---------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -24,7 +23,7 @@ from willows_kd.errors import InputError
 from willows_kd.evaluation import windows
 from willows_kd.gutenberg import cache_folder
 from willows_kd.losses import forward_kl
-from willows_kd.models import can_stream, eval_mode, hidden_states, whole_directory
+from willows_kd.models import can_stream, eval_mode, hidden_states, processes, whole_directory
 
 AT_ONCE = 8  # blocks in a pass through the teacher: as in training, so that rounding is the same
 RECORD = "cache.json"
@@ -67,7 +66,7 @@ def cache_teacher(
     place = folder / digest(teacher, ids, dtype, top_k)
     kept = {"dtype": dtype, "top_k": top_k, "tokens": ids.numel()}
     shapes = layout(teacher, ids, dtype, top_k)
-    with PartialState().local_main_process_first():
+    with processes().local_main_process_first():
         if not is_whole(place, shapes):
             nbytes = sum(np.dtype(kind).itemsize * np.prod(s) for s, kind in shapes.values())
             print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {place}")
