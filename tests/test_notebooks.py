@@ -74,8 +74,7 @@ def test_cells_run_twice_and_back_again(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-def test_solutions_are_well_done(path, tmp_path):
-    notebook = execute(nbformat.read(path, as_version=4), tmp_path)
-    printed = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
-    assert "well done" in printed
-    assert "not yet" not in printed
+def test_solutions_end_by_asserting_that_all_checks_are_content(path):
+    """nbval runs them, so a check that is not fails there."""
+    code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert code[-1].endswith(("assert done_1 and done_2 and done_3", "assert all(checks)"))

@@ -69,7 +69,7 @@ def cache_teacher(
     with processes().local_main_process_first():
         if not is_whole(place, shapes):
             nbytes = sum(np.dtype(kind).itemsize * np.prod(s) for s, kind in shapes.values())
-            print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {place}")
+            print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {tidy(folder)}")
             try:
                 write(place, teacher, ids, shapes, kept)
             except (InputError, OSError) as error:
@@ -79,6 +79,12 @@ def cache_teacher(
     if dtype == "float16" or top_k:
         report(teacher, cache, ids)
     return cache
+
+
+def tidy(path: Path) -> str:
+    """A path as a person writes it, with ~ for the home directory."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 class TeacherCache(nn.Module):
