@@ -77,7 +77,7 @@ def test_the_conda_environment_installs_the_project_and_nothing_else():
     assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
     assert names == ["python", "pip"]
     assert pip == {"pip": ["-e .[lab,test]"]}
-    assert set(GROUPS) == {"dependencies", "lab", "test"}
+    assert set(GROUPS) == {"dependencies", "lab", "test", "bench"}
 
 
 def test_conda_and_pip_ask_for_the_same_python():
