@@ -730,3 +730,32 @@ sys.exit(f"imported: {{slow}}" if slow else 0)
     done = process("-c", code)
     assert done.returncode == 0, done.stderr
     assert "usage: " in done.stdout if "--help" in arguments else "error: " in done.stderr
+
+
+# -- the teacher's cache ---------------------------------------------------------------
+
+
+def test_with_the_cache_the_student_is_the_same_to_the_bit(good_run, quick, place, tmp_path):
+    more = ["--epochs", "2", "--seed", "3", "--cache_teacher"]
+    assert run(command_line(place, tmp_path / "student", *more)) == 0
+    assert len(list((gutenberg.cache_folder() / "teachers").iterdir())) == 1
+    wanted = load_file(good_run.folder / "model.safetensors")
+    found = load_file(tmp_path / "student" / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_cache_that_cannot_be_written_is_a_line_and_no_more(
+    distil, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert distil("--cache_teacher") == 0
+    said = capsys.readouterr()
+    assert "⚠️ no cache, the teacher is asked each time: " in said.out
+    assert "Warning" not in said.out + said.err
+    assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+def test_gradient_checkpointing_reaches_the_settings(distil, tmp_path):
+    assert distil("--gradient_checkpointing") == 0
+    assert settings_of(tmp_path / "student")["gradient_checkpointing"] is True

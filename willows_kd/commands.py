@@ -64,9 +64,8 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     sys.stdout.flush()
 
     untrained = copy.deepcopy(student)
-    asked = (
-        cache_teacher(teacher, blocks) if options.cache_teacher and config.alpha < 1 else teacher
-    )
+    cached = options.cache_teacher and config.alpha < 1
+    asked = plainly_cached(teacher, blocks) if cached else teacher
     history, finished = train(asked, student, blocks, config)
     if not main_process:
         return 0
@@ -167,6 +166,16 @@ def quietly_pack(corpus: Corpus, tokenizer, block_size: int):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return pack(corpus, tokenizer, block_size)
+
+
+def plainly_cached(teacher, blocks):
+    """`cache_teacher`, with its warning as a line like the others."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        asked = cache_teacher(teacher, blocks)
+    for warning in said:
+        print(f"⚠️ {warning.message}")
+    return asked
 
 
 def train(teacher, student, blocks, config: DistillConfig) -> tuple[list[dict], int]:
