@@ -129,7 +129,7 @@ def opened(lab, browser, request):
     )
     try:
         run_all(page)
-        page.wait_for_function(RAN, timeout=3 * MINUTES)
+        page.wait_for_function(RAN, timeout=15 * MINUTES)  # cores may be busy
         yield page
     finally:
         photograph(page, ARTIFACTS / f"{path.stem}.png")
@@ -168,7 +168,7 @@ def move_slider(page) -> None:
     assert before, "the explorer shows no picture"
     page.focus(".widget-box:has(.widget-output) .noUi-handle")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=MINUTES)
+    page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=3 * MINUTES)
 
 
 def type_prompt(page) -> None:
@@ -176,7 +176,7 @@ def type_prompt(page) -> None:
     box = page.query_selector(".widget-text input")
     box.fill("The owl")
     box.press("Enter")
-    page.wait_for_function(ANSWERED, timeout=MINUTES)
+    page.wait_for_function(ANSWERED, timeout=3 * MINUTES)
 
 
 @pytest.mark.parametrize("opened", SERIES, ids=lambda path: path.stem, indirect=True)
