@@ -110,10 +110,16 @@ def timed(action: Callable, model) -> float:
         return time.perf_counter() - start
 
 
-def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> None:
+def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Generate exactly so many tokens, with the key-value cache; a long prompt is cut to fit."""
     positions = getattr(model.config, "max_position_embeddings", None) or 2**30
-    past, token = None, ids[:, : max(1, positions - new_tokens)].to(model.device)
-    for _ in range(new_tokens):
-        out = model(token, past_key_values=past, use_cache=True)
-        past, token = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+    prompt = ids[:, : max(1, positions - new_tokens)].to(model.device)
+    with quiet_transformers():
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
