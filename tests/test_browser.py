@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -76,7 +77,7 @@ def lab(tmp_path_factory):
     address = f"http://127.0.0.1:{port}/lab"
     try:
         wait_until_answering(address)
-        yield address
+        yield SimpleNamespace(address=address, folder=folder)
     finally:
         server.terminate()
         server.wait(30)
@@ -108,6 +109,34 @@ def sync_api():
     return pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
 
 
+HOSTILE = """<img src=x onerror="document.title='broken in'"><script>document.title=1</script>"""
+HOSTILE_CELLS = [
+    "import willows_kd as kd\n"
+    "teacher, tokenizer = kd.load_teacher()\n"
+    "student = kd.student_from_teacher(teacher, 1)\n"
+    f"text = {HOSTILE!r}",
+    "from pathlib import Path\n"
+    "Path('hostile.txt').write_text(chr(10).join([text, ''] * 3000))\n"
+    "corpus = kd.load_corpus('hostile.txt')\n"
+    "blocks = kd.pack(corpus, tokenizer)\n"
+    "corpus.chapters[0].title, corpus.text[:200]",
+    "kd.prompt_box({text: teacher, 'student': student}, tokenizer, prompt=text)",
+    "kd.explore_temperature(teacher, tokenizer, [text, 'The Mole'])",
+    "kd.explore_tokens(teacher, student, tokenizer, text)",
+    "kd.compare({text: teacher}, blocks, tokenizer)",
+    "kd.load_corpus(text)",  # an error's message, too
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(lab):
+    """A notebook beside the others, whose text would run code if it were shown as HTML."""
+    cells = [nbformat.v4.new_code_cell(source) for source in HOSTILE_CELLS]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbformat.write(notebook, lab.folder / "hostile.ipynb")
+    return lab.folder / "hostile.ipynb"
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium."""
@@ -120,9 +149,9 @@ def browser():
 @pytest.fixture
 def opened(lab, browser, request):
     """A page with a notebook opened and run from top to bottom; a screenshot afterwards."""
-    path = request.param
+    path = request.getfixturevalue("hostile") if request.param == "hostile" else request.param
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
-    page.goto(f"{lab}/tree/{path.name}?reset")
+    page.goto(f"{lab.address}/tree/{path.name}?reset")
     page.wait_for_selector(".jp-Notebook", timeout=2 * MINUTES)
     page.wait_for_selector(
         '.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTES
@@ -171,10 +200,10 @@ def move_slider(page) -> None:
     page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=3 * MINUTES)
 
 
-def type_prompt(page) -> None:
+def type_prompt(page, prompt: str = "The owl") -> None:
     """Type into the first prompt box and wait for text that goes on from there."""
     box = page.query_selector(".widget-text input")
-    box.fill("The owl")
+    box.fill(prompt)
     box.press("Enter")
     page.wait_for_function(ANSWERED, timeout=3 * MINUTES)
 
@@ -191,6 +220,22 @@ def test_a_notebook_runs_in_the_browser_and_its_widgets_live(opened, request):
     if "kd.prompt_box" in source:
         type_prompt(page)
     assert page.query_selector_all('[data-mime-type="application/vnd.jupyter.error"]') == []
+
+
+@pytest.mark.parametrize("opened", ["hostile"], indirect=True)
+def test_text_that_would_run_code_is_shown_as_text(opened):
+    page = opened
+    shown = page.inner_text(".jp-Notebook")
+    assert shown.count("onerror=") >= len(HOSTILE_CELLS)  # it is to be seen, as text
+    errors = page.query_selector_all('[data-mime-type="application/vnd.jupyter.error"]')
+    assert len(errors) == 1  # the last cell's
+    assert "does not exist" in errors[0].inner_text()
+    outputs = ".jp-OutputArea-output"
+    assert page.query_selector_all(f"{outputs} img[onerror], {outputs} script") == []
+    assert page.title() not in ("broken in", "1")
+    type_prompt(page, HOSTILE + " The owl")
+    assert page.query_selector_all(f"{outputs} img[onerror], {outputs} script") == []
+    assert page.title() not in ("broken in", "1")
 
 
 def test_the_series_has_widgets_to_try():

@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from willows_kd import commands, corpus, evaluation, gutenberg, models
+from willows_kd.checkpoints import Checkpoints
 from willows_kd.cli import main, parse
 
 ROOT = Path(__file__).parent.parent
@@ -408,7 +410,10 @@ BAD_INPUTS = [
     ("--learning_rate x", "invalid float value"),
     ("--dtype float16", "float32"),
     ("--divergence l2", "forward_kl"),
+    ("--checkpoint_minutes often", "invalid float value"),
     # values out of range
+    ("--checkpoint_minutes -1", "checkpoint minutes are -1.0; they must be at least 0"),
+    ("--checkpoint_minutes nan", "at least 0"),
     ("--temperature 0", "temperature is 0.0; it must be above 0"),
     ("--temperature -1", "temperature is -1.0"),
     ("--temperature nan", "temperature is nan"),
@@ -461,6 +466,7 @@ BAD_INPUTS = [
     ("--output_dir {place}/short.txt/student", "cannot be written"),
     ("--output_dir {place}/short.txt/below/student", "cannot be written"),
     ("--overwrite --output_dir {place}/short.txt", "is a file"),
+    ("--overwrite --output_dir /", "root of a disk"),
 ]
 
 
@@ -552,16 +558,16 @@ def ends(monkeypatch):
     ends = SimpleNamespace(weights={}, stop=lambda row: False)
     real = commands.distill
 
-    def watched(teacher, student, blocks, config, on_step):
+    def watched(teacher, student, blocks, config, on_step, *more):
         def step(row):
             if "average_loss" in row:
                 weights = student.state_dict().items()
                 ends.weights[row["epoch"]] = {k: v.clone() for k, v in weights}
             on_step(row)
             if ends.stop(row):
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
-        return real(teacher, student, blocks, config, step)
+        return real(teacher, student, blocks, config, step, *more)
 
     monkeypatch.setattr(commands, "distill", watched)
     return ends
@@ -574,15 +580,23 @@ def assert_saved(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, weights[name]), name
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("epochs", ["1", "2"])
-def test_ctrl_c_in_the_first_epoch_saves_nothing(epochs, distil, ends, tmp_path, capsys):
+def test_ctrl_c_in_the_first_epoch_saves_a_checkpoint_only(epochs, distil, ends, tmp_path, capsys):
     ends.stop = lambda row: row["step"] == 2
     assert distil("--epochs", epochs) == 130
     said = capsys.readouterr()
     assert "Saving" not in said.out
-    assert "nothing was saved" in said.err
+    assert "stopped: nothing was saved; add --resume to go on from where it stopped" in said.err
     assert "Traceback" not in said.err
-    assert listing(tmp_path) == {}
+    assert set(listing(tmp_path)) == {
+        "student.checkpoints",
+        "student.checkpoints/lock",
+        "student.checkpoints/step_00000002.safetensors",
+    }
 
 
 def test_ctrl_c_while_loading_saves_nothing(distil, tmp_path, capsys, monkeypatch):
@@ -595,6 +609,20 @@ def test_ctrl_c_while_loading_saves_nothing(distil, tmp_path, capsys, monkeypatc
     assert listing(tmp_path) == {}
 
 
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(distil, tmp_path, capsys, monkeypatch):
+    def write(text):
+        if "Epoch 2" in text:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(commands.tqdm, "write", write)
+    assert distil("--epochs", "3") == 130
+    said = capsys.readouterr()
+    assert "stopped: nothing was saved" in said.err
+    assert "Traceback" not in said.err
+    assert names(tmp_path) == {"student.checkpoints"}
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_ctrl_c_later_saves_the_student_of_the_last_finished_epoch(
     epochs, distil, ends, tmp_path, capsys
@@ -603,6 +631,7 @@ def test_ctrl_c_later_saves_the_student_of_the_last_finished_epoch(
     assert distil("--epochs", str(epochs)) == 130
     said = capsys.readouterr()
     assert "✅ Distilled model saved successfully!" in said.out
+    assert f"stopped: the student is that of epoch 1 of {epochs}; add --resume" in said.out
     assert "Traceback" not in said.err
     folder = tmp_path / "student"
     assert settings_of(folder)["epochs_finished"] == 1
@@ -616,7 +645,7 @@ def test_ctrl_c_at_the_very_end_of_an_epoch_saves_the_student_that_it_names(
     epoch, distil, ends, tmp_path
 ):
     ends.stop = lambda row: row["epoch"] == epoch and "average_loss" in row
-    assert distil("--epochs", "3") in (0, 130)
+    assert distil("--epochs", "3") == (0 if epoch == 3 else 130)
     finished = settings_of(tmp_path / "student")["epochs_finished"]
     assert history_of(tmp_path / "student")["epoch"].max() == finished == epoch
     assert_saved(tmp_path / "student", ends.weights[finished])
@@ -627,25 +656,114 @@ def test_ctrl_c_while_an_epoch_is_reported_saves_the_student_that_it_names(
 ):
     def write(text):
         if "Epoch 2" in text:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(commands.tqdm, "write", write)
     assert distil("--epochs", "3") == 130
     finished = settings_of(tmp_path / "student")["epochs_finished"]
-    assert history_of(tmp_path / "student")["epoch"].max() == finished
+    assert history_of(tmp_path / "student")["epoch"].max() == finished == 2
     assert_saved(tmp_path / "student", ends.weights[finished])
 
 
 def test_ctrl_c_while_the_table_is_measured_saves_the_trained_student(
-    distil, ends, tmp_path, monkeypatch
+    distil, ends, tmp_path, monkeypatch, capsys
 ):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "compare", interrupted)
     assert distil() == 130
+    assert "stopped: the student is trained, but was not compared" in capsys.readouterr().out
     assert settings_of(tmp_path / "student")["epochs_finished"] == 1
     assert_saved(tmp_path / "student", ends.weights[1])
+    assert names(tmp_path) == {"student"}
+
+
+# -- going on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_stopped_run_that_is_resumed_makes_the_same_student(
+    step, distil, ends, good_run, tmp_path, capsys
+):
+    same = ["--epochs", "2", "--seed", "3"]
+    ends.stop = lambda row: row["step"] == step
+    assert distil(*same) == 130
+    ends.stop = lambda row: False
+    assert distil(*same, "--resume") == 0
+    assert f"Going on after step {step}, from " in capsys.readouterr().out
+    assert_saved(tmp_path / "student", load_file(good_run.folder / "model.safetensors"))
+    pd.testing.assert_frame_equal(
+        history_of(tmp_path / "student").drop(columns="seconds"),
+        history_of(good_run.folder).drop(columns="seconds"),
+        check_exact=True,
+    )
+    assert names(tmp_path) == {"student"}
+
+
+def test_a_stopped_run_is_not_thrown_away_unasked(distil, ends, tmp_path, capsys):
+    ends.stop = lambda row: row["step"] == 2
+    assert distil() == 130
+    before = listing(tmp_path)
+    ends.stop = lambda row: False
+    capsys.readouterr()
+    assert distil() == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'student.checkpoints'} holds a run that was stopped; "
+        "--resume goes on with it, --overwrite starts afresh\n"
+    )
+    assert distil("--resume", "--temperature", "3") == 2
+    assert "temperature was 2.0, is 3.0" in capsys.readouterr().err
+    assert listing(tmp_path) == before
+    assert distil("--overwrite", "--temperature", "3") == 0
+    assert settings_of(tmp_path / "student")["temperature"] == 3
+    assert names(tmp_path) == {"student"}
+
+
+def test_what_killed_runs_left_is_tidied_up(distil, tmp_path):
+    assert distil() == 0
+    student = tmp_path / "student"
+    shutil.copytree(student, tmp_path / ".student.12345.partial")
+    (tmp_path / ".student.12345.partial" / "README.md").unlink()
+    student.rename(tmp_path / ".student.12345.replaced")  # killed between two renames
+    (tmp_path / ".students.1.partial").mkdir()  # another's
+    assert distil("--dataset_path", "missing.txt") == 2
+    assert names(tmp_path) == {"student", ".students.1.partial"}
+    assert "README.md" in names(student)
+
+
+def test_a_second_run_on_the_same_output_directory_is_refused(distil, tmp_path, capsys):
+    with Checkpoints(tmp_path / "student.checkpoints").locked():
+        # as another process would see it: filelock counts the locks of this one
+        other = process("-c", SECOND_RUN, str(tmp_path / "student"))
+    assert other.returncode == 2
+    assert other.stderr.startswith("error: another run is writing to ")
+    assert other.stderr.count("\n") == 1
+    assert listing(tmp_path) == {}
+
+
+SECOND_RUN = """
+import sys
+from willows_kd.cli import main
+sys.exit(main(["distill", "--output_dir", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ("student", "student.checkpoints"),
+        ("a/student/", "a/student.checkpoints"),
+        (".", "{here}.checkpoints"),
+        ("a/..", "{here}.checkpoints"),
+        ("../b", "../b.checkpoints"),
+    ],
+)
+def test_the_checkpoints_are_beside_the_output(given, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = commands.beside(Path(given))
+    assert found == Path(folder.format(here=tmp_path))
+    assert found.resolve().parent == Path(given).resolve().parent
 
 
 # -- other teachers --------------------------------------------------------------------

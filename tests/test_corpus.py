@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import willows_kd as kd
+from willows_kd import corpus as corpus_file
 from willows_kd import gutenberg
 from willows_kd.corpus import (
     FRONT_MATTER_LIMIT,
@@ -457,6 +458,34 @@ def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
     first, second = (tokenizer(text)["input_ids"] for text in texts)
     assert tokenize(texts, tokenizer).tolist() == [*first, tokenizer.eos_token_id, *second]
     assert tokenize(texts, without).tolist() == [*first, *second]
+
+
+@repeatable
+@given(
+    st.lists(st.sampled_from([*"ab.,'’é ", " \n", "\n\n", "\t", "the mole", "1908"]), max_size=60),
+    st.integers(1, 12),
+)
+def test_a_long_text_that_is_cut_has_the_tokens_of_the_whole(tokenizer, words, longest):
+    text = "".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_file, "LONGEST_PIECE", longest)
+        pieces = corpus_file.cut(text)
+    assert "".join(pieces) == text
+    whole = tokenizer(text)["input_ids"]
+    if all(piece[:1].isspace() for piece in pieces[1:]):  # no word was longer than a piece
+        assert [i for piece in pieces for i in tokenizer(piece)["input_ids"]] == whole
+    else:
+        assert tokenizer.decode([i for p in pieces for i in tokenizer(p)["input_ids"]]) == text
+
+
+def test_a_chapter_of_a_million_characters_is_one_text(story, tokenizer):
+    chapter = "\n\n".join(40 * [story.text])
+    tokens = corpus_file.tokenize([chapter, "The end."], tokenizer)
+    assert tokens.tolist() == (
+        tokenizer(chapter, verbose=False)["input_ids"]
+        + [tokenizer.eos_token_id]
+        + tokenizer("The end.")["input_ids"]
+    )
 
 
 def test_the_sample_story_fills_blocks_of_the_default_size(story, tokenizer):

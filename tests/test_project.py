@@ -32,7 +32,7 @@ every_file = pytest.mark.parametrize("name", FILES)
 FLOORS = [
     {"errors", "config"},
     {"gutenberg", "corpus", "models", "soft_labels", "losses", "streaming"},
-    {"cost", "evaluation", "distillation", "teacher_cache"},
+    {"cost", "evaluation", "distillation", "teacher_cache", "checkpoints", "stopping"},
     {"style", "plots", "widgets", "exercises"},
     {"commands"},
     {"cli", "__main__"},
@@ -183,7 +183,7 @@ def test_arrows_point_one_way():
 @pytest.mark.parametrize("name", ["soft_labels", "losses", "streaming"])
 def test_the_mathematics_knows_tensors_only(name):
     assert outside(name) <= {"torch"}
-    assert inside(name) <= {"soft_labels", "losses"}
+    assert inside(name) <= {"errors", "soft_labels", "losses"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in DRAWING])

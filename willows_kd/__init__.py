@@ -30,6 +30,7 @@ PUBLIC_NAMES = {
     ],
     "config": ["DistillConfig"],
     "distillation": ["distill"],
+    "checkpoints": ["Checkpoints"],
     "streaming": ["streaming_loss"],
     "teacher_cache": ["cache_teacher"],
     "evaluation": ["quality", "token_scores", "verbatim", "compare", "as_markdown"],

@@ -99,8 +99,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the teacher once and keep what it knows on disk, for this run and later ones",
     )
+    add("checkpoint_minutes", "between two checkpoints, besides each epoch's end", 5.0, type=float)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output directory that is not ours"
+        "--resume", action="store_true", help="go on with a run that was stopped, if there is one"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output directory that is not ours, or a run that was stopped",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 import willows_kd
 from willows_kd import models
+from willows_kd.checkpoints import Checkpoints
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Corpus, load_corpus, pack
 from willows_kd.distillation import distill
@@ -27,7 +28,7 @@ GPT2_VOCABULARY = 50_257
 
 
 def distill_to_directory(options, config: DistillConfig) -> int:
-    """Run the whole job and return the exit code.
+    """Run the whole job, with checkpoints beside the output directory, and return the exit code.
 
     Raises:
         InputError: something that was given cannot be used. Nothing was written.
@@ -38,10 +39,32 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     for name in ("model_dir", "student", "dataset_path", "output_dir"):
         if getattr(options, name) == "":
             raise InputError(f"{name} is empty; leave it out or give a path")
+    output = Path(options.output_dir)
+    models.check_output(output, options.overwrite)
+    checkpoints = Checkpoints(beside(output), options.checkpoint_minutes)
+    with checkpoints.locked() if main_process else contextlib.nullcontext():
+        if main_process:
+            models.tidy_after_killed_runs(output)
+        if main_process and checkpoints.files() and not (options.resume or options.overwrite):
+            raise InputError(
+                f"{checkpoints.folder} holds a run that was stopped; "
+                "--resume goes on with it, --overwrite starts afresh"
+            )
+        return train_and_save(options, config, checkpoints)
+
+
+def beside(output: Path) -> Path:
+    """Where the checkpoints of an output directory are: `student.checkpoints` for `student`."""
+    named = output if output.name.strip(".") else output.resolve()
+    return named.with_name(f"{named.name}.checkpoints")
+
+
+def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> int:
+    """Check, load, train, save, compare; returns the exit code."""
+    main_process = models.processes().is_main_process
     device = find_device(options.device)
     bundled = options.model_dir is None
     teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
-    models.check_output(Path(options.output_dir), options.overwrite)
     check_inputs_stay(options)
     tokenizer = models.load_tokenizer(teacher_name)
     models.check_context(teacher_name, options.block_size)
@@ -66,11 +89,11 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     untrained = copy.deepcopy(student)
     cached = options.cache_teacher and config.alpha < 1
     asked = plainly_cached(teacher, blocks) if cached else teacher
-    history, finished = train(asked, student, blocks, config)
+    history, finished = train(asked, student, blocks, config, checkpoints, options.resume)
     if not main_process:
         return 0
     if not finished:
-        print("stopped: no epoch was finished, nothing was saved", file=sys.stderr)
+        print(f"stopped: nothing was saved{how_to_go_on(checkpoints)}", file=sys.stderr)
         return 130
     table = None
     if finished == config.epochs:
@@ -94,8 +117,13 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     }
     models.save_model(student, tokenizer, options.output_dir, extra, options.overwrite)
     print("✅ Distilled model saved successfully!")
+    if finished < config.epochs:
+        stopped = f"stopped: the student is that of epoch {finished} of {config.epochs}"
+        print(f"{stopped}{how_to_go_on(checkpoints)}")
+        return 130
+    checkpoints.clear()
     if table is None:
-        print(f"stopped: the student is that of epoch {finished} of {config.epochs}")
+        print("stopped: the student is trained, but was not compared")
         return 130
     print(f"\n{as_markdown(table)}")
     print(f"\nMeasured on the held-out test text of {corpus.title}, with {describe(table)}.")
@@ -178,28 +206,35 @@ def plainly_cached(teacher, blocks):
     return asked
 
 
-def train(teacher, student, blocks, config: DistillConfig) -> tuple[list[dict], int]:
-    """Distil, and survive Ctrl-C: the student is then that of the last finished epoch.
+def train(
+    teacher, student, blocks, config: DistillConfig, checkpoints: Checkpoints, resume: bool
+) -> tuple[list[dict], int]:
+    """Distil; where Ctrl-C stops it, the student is that of the last epoch finished here.
 
     Returns:
-        the history, and how many epochs were finished.
+        the history of the finished epochs, and how many those are.
     """
     kept: dict = {"epoch": 0}
-    rows: list[dict] = []
 
     def on_step(row: dict) -> None:
-        rows.append(row)
         if "average_loss" in row:
             weights = student.state_dict().items()
             kept["weights"] = {k: v.detach().to("cpu", copy=True) for k, v in weights}
             kept["epoch"] = row["epoch"]
             tqdm.write(f"✅ Epoch {row['epoch']}: Average Loss {row['average_loss']:.4f}")
 
-    with contextlib.suppress(KeyboardInterrupt):
-        distill(teacher, student, blocks, config, on_step)
+    history = distill(teacher, student, blocks, config, on_step, checkpoints, resume)
+    last = history[-1] if history else {}
+    if last.get("epoch") == config.epochs and "average_loss" in last:
+        return history, config.epochs
     if kept["epoch"]:
         student.load_state_dict(kept["weights"])
-    return [row for row in rows if row["epoch"] <= kept["epoch"]], kept["epoch"]
+    return [row for row in history if row["epoch"] <= kept["epoch"]], kept["epoch"]
+
+
+def how_to_go_on(checkpoints: Checkpoints) -> str:
+    """What to say to somebody who stopped a run."""
+    return "; add --resume to go on from where it stopped" if checkpoints.files() else ""
 
 
 def describe(table: pd.DataFrame) -> str:

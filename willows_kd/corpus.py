@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from willows_kd import gutenberg
-from willows_kd.errors import InputError
+from willows_kd.errors import InputError, is_whole, kind, require
 
 SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
 
@@ -60,6 +60,8 @@ def load_corpus(source: str | os.PathLike | None = None) -> Corpus:
         InputError: the file is missing, empty or not text; or the book was asked
             for and cannot be had.
     """
+    usable = source is None or (isinstance(source, str | os.PathLike) and str(source))
+    require(usable, f"the source is {source!r}; give the path of a text file")
     if source == "sample":
         return read_book(SAMPLE_STORY, provenance="the sample story that ships with willows_kd")
     if source not in (None, "willows"):
@@ -87,8 +89,9 @@ def read_book(path: str | os.PathLike, provenance: str | None = None) -> Corpus:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the path of a text file") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # the latter where a path holds a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(path)!r} cannot be read ({reason})") from error
     return parse_book(decode(raw, str(path)), path.stem, provenance or str(path))
 
 
@@ -299,8 +302,13 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
     Warns:
         UserWarning: once, where empty lines or chapters were skipped.
     """
-    if block_size < 2:
-        raise InputError(f"block_size is {block_size}; a block needs at least 2 tokens")
+    require(isinstance(corpus, Corpus), f"corpus is {kind(corpus)}; give what load_corpus returns")
+    require(callable(tokenizer), f"tokenizer is {kind(tokenizer)}; give that of the teacher")
+    whole = "a whole number, " if not isinstance(block_size, int) else ""
+    require(
+        is_whole(block_size, 2),
+        f"block_size is {block_size!r}; a block needs {whole}at least 2 tokens",
+    )
     if corpus.skipped:
         warnings.warn(f"skipped {corpus.skipped} empty lines or chapters", stacklevel=2)
     tensors, remainder = {}, {}
@@ -316,6 +324,9 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
     return Blocks(**tensors, remainder=remainder)
 
 
+LONGEST_PIECE = 100_000  # characters
+
+
 def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
     """The token ids of some texts in a row, an end-of-text token between them, shape (tokens,)."""
     if not texts:
@@ -327,12 +338,34 @@ def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
         encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)
         return {"ids": encoded["input_ids"]}
 
-    with quiet_progress():
-        texts = Dataset.from_dict({"text": texts})
-        rows = texts.map(ids_of, batched=True, batch_size=16, remove_columns="text")
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces = [torch.tensor(between + row, dtype=torch.long) for row in rows["ids"]]
-    return torch.cat(pieces)[len(between) :]
+    cuts = [cut(text) for text in texts]
+    pieces = [piece for pieces in cuts for piece in pieces]
+    begins = [i == 0 for pieces in cuts for i in range(len(pieces))]
+    with quiet_progress():
+        rows = Dataset.from_dict({"text": pieces})
+        rows = rows.map(ids_of, batched=True, batch_size=16, remove_columns="text")
+    tokens = []
+    for row, begins_text in zip(rows.with_format("numpy"), begins, strict=True):
+        tokens += [torch.tensor(between if begins_text else [], dtype=torch.long)]
+        tokens += [torch.from_numpy(row["ids"].astype("int64"))]
+    return torch.cat(tokens)[len(between) :]
+
+
+def cut(text: str) -> list[str]:
+    """A very long text in pieces, since a tokenizer's memory grows with the longest.
+
+    Each piece begins with white space, as the words of a byte-level BPE do, so that its
+    tokens are those of the whole.
+    """
+    starts = [0]
+    while len(text) - starts[-1] > LONGEST_PIECE:
+        begin, end = starts[-1] + 1, starts[-1] + LONGEST_PIECE
+        at = max(text.rfind(" ", begin, end), text.rfind("\n", begin, end))
+        while at > begin and text[at - 1].isspace():
+            at -= 1
+        starts.append(at if at >= begin else end)
+    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
 @contextlib.contextmanager

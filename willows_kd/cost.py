@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from willows_kd.errors import is_whole, kind, require
 from willows_kd.models import eval_mode, quiet_transformers
 
 
@@ -30,6 +31,7 @@ def peak_memory(model, ids: torch.Tensor) -> int:
             running sum of all that the profiler saw allocated and freed.
         ids: token ids, shape (batch, tokens).
     """
+    check_ids(ids)
     ids = ids.to(model.device)
     weights = sum(tensor.nbytes for tensor in {id(p): p for p in model.parameters()}.values())
     with torch.inference_mode(), eval_mode(model):
@@ -83,6 +85,9 @@ def latency(
         new_tokens: how many to generate, greedily, with the key-value cache.
         repeats: rounds that count.
     """
+    check_ids(ids)
+    for name, value in (("new_tokens", new_tokens), ("repeats", repeats)):
+        require(is_whole(value), f"{name} is {value!r}; it must be a whole number, at least 1")
     prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
     seconds = {name: {"forward": [], "per_token": []} for name in models}
     for round_ in range(repeats + 1):
@@ -96,6 +101,12 @@ def latency(
         name: {what: statistics.median(values) for what, values in found.items()}
         for name, found in seconds.items()
     }
+
+
+def check_ids(ids: torch.Tensor) -> None:
+    """Refuse what is no batch of token ids."""
+    usable = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
+    require(usable, f"ids are {kind(ids)}; give token ids of shape (batch, tokens)")
 
 
 def timed(action: Callable, model) -> float:

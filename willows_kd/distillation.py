@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,9 +13,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from willows_kd.checkpoints import Checkpoints, describe_run, go_on
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
-from willows_kd.errors import InputError
+from willows_kd.errors import kind, require
 from willows_kd.evaluation import quality
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
 from willows_kd.models import (
@@ -23,7 +25,9 @@ from willows_kd.models import (
     hidden_states,
     output_weights,
     processes,
+    require_model,
 )
+from willows_kd.stopping import check_finite, plain_failures, stopping_softly
 from willows_kd.streaming import streaming_loss
 
 
@@ -33,11 +37,14 @@ def distill(
     blocks: Blocks,
     config: DistillConfig | None = None,
     on_step: Callable[[dict], None] | None = None,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
 ) -> list[dict]:
     """Train a student, in place, on its teacher's soft labels.
 
     The teacher is in eval mode throughout, takes no gradient, and is left as it was.
-    The same seed, machine and thread count give the same student.
+    The same seed, machine and thread count give the same student, stopped and resumed
+    or not. Ctrl-C ends the training after the step at hand, a second one at once.
 
     Args:
         teacher, student: causal language models with one vocabulary.
@@ -46,66 +53,107 @@ def distill(
         config: the settings; the defaults where None. `alpha=1` never asks the
             teacher: it is the hard-label control, on the same path.
         on_step: called after each optimiser step with that step's row.
+        checkpoints: a folder to keep the last two checkpoints in, or `Checkpoints`,
+            which also says how often; None keeps none.
+        resume: go on from the newest checkpoint there, where there is one.
 
     Returns:
         The history, a row (dict) a step, ready for `pandas.DataFrame`: step, epoch,
         loss, soft_loss and hard_loss (nats per token, None where not asked for),
         learning_rate, gradient_norm, tokens (seen so far) and seconds (of training).
         The last row of an epoch also has average_loss, validation_perplexity and
-        validation_kl.
+        validation_kl. Where Ctrl-C stopped it, the history is that far, and the student
+        as of its last row.
 
     Raises:
-        InputError: teacher and student do not share a vocabulary.
+        InputError: teacher and student do not share a vocabulary, the loss or gradient is no
+            longer a number, memory is out, or the checkpoints are of another run.
     """
-    config = config or DistillConfig()
+    config = DistillConfig() if config is None else config
+    checkpoints = Checkpoints(checkpoints) if isinstance(checkpoints, str | Path) else checkpoints
+    check(teacher, student, blocks, config)
+    require(not resume or checkpoints, "to resume, name the folder: checkpoints=...")
     processes()
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         student.to(accelerator.device)
     teacher.to(student.device)
     objective = Objective(teacher, student, config, blocks.train[:1].to(student.device))
-    plan = [steps_of_epoch(len(blocks.train), config, epoch) for epoch in range(config.epochs)]
-    total_steps = sum(map(len, plan))
     optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.learning_rate)
     optimizer.zero_grad()
-    schedule = LambdaLR(
-        optimizer, lambda step: warm_up_and_cosine(step, config.warmup * total_steps, total_steps)
-    )
-    objective = accelerator.prepare_model(objective, device_placement=False)
+    plan = plan_steps(len(blocks.train), config)
     main_process = accelerator.is_main_process
-    history: list[dict] = []
-    tokens, seconds = 0, 0.0
-    bar = tqdm(total=total_steps, unit="step", leave=False, disable=not main_process)
-    with bar, reproducible(config.seed), train_mode(teacher, student, config):
-        for epoch, steps in enumerate(plan, start=1):
-            for step in steps:
-                start = time.perf_counter()
-                row = {"step": len(history) + 1, "epoch": epoch}
-                seen = blocks.train[step]
-                row |= backward(accelerator, teacher, objective, seen, config)
-                if not math.isfinite(row["loss"]):
-                    raise InputError(
-                        f"the loss became {row['loss']} at step {row['step']}; "
-                        "lower the learning rate or the temperature"
-                    )
+    with contextlib.ExitStack() as stack:
+        if checkpoints and main_process:
+            stack.enter_context(checkpoints.locked())
+        run = describe_run(teacher, student, blocks, config) if checkpoints else None
+        history = go_on(accelerator, checkpoints, student, optimizer, run) if resume else []
+        done = len(history)
+        schedule = LambdaLR(
+            optimizer, lambda s: warm_up_and_cosine(s + done, config.warmup * len(plan), len(plan))
+        )
+        objective = accelerator.prepare_model(objective, device_placement=False)
+        bar = stack.enter_context(progress(plan, done, main_process))
+        stack.enter_context(reproducible())
+        stack.enter_context(train_mode(teacher, student, config))
+        stop = stack.enter_context(stopping_softly(accelerator.num_processes == 1))
+        for epoch, step, ends_epoch in plan[done:]:
+            start = time.perf_counter()
+            so_far = history[-1] if history else {"tokens": 0, "seconds": 0.0}
+            row = {"step": len(history) + 1, "epoch": epoch}
+            # dropout that follows from seed and step, so that a resumed run draws it alike
+            torch.manual_seed(config.seed * 2**31 + row["step"])
+            with plain_failures(row["step"], checkpoints):
+                row |= backward(accelerator, teacher, objective, blocks.train[step], config)
                 norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
                 row |= {"gradient_norm": norm.item(), "learning_rate": schedule.get_last_lr()[0]}
+                check_finite(row)
                 optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                tokens += seen.numel()
-                seconds += time.perf_counter() - start
-                row |= {"tokens": tokens, "seconds": seconds}
-                history.append(row)
-                if step is steps[-1]:
-                    row |= end_of_epoch(teacher, student, blocks, steps, history)
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False
-                )
-                bar.update()
-                if on_step and main_process:
-                    on_step(row)
+            optimizer.zero_grad()
+            schedule.step()
+            row["tokens"] = so_far["tokens"] + len(step) * blocks.block_size
+            row["seconds"] = so_far["seconds"] + time.perf_counter() - start
+            history.append(row)
+            if ends_epoch:
+                row |= end_of_epoch(teacher, student, blocks, history, config)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {row['tokens'] / row['seconds']:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+            if on_step and main_process:
+                on_step(row)
+            if checkpoints and main_process and (ends_epoch or stop.asked or checkpoints.due()):
+                checkpoints.keep(student, optimizer, history, run)
+            if stop.asked and len(history) < len(plan):
+                tqdm.write(f"stopped after step {len(history)} of {len(plan)}")
+                break
     return history
+
+
+def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
+    """Refuse what cannot be distilled, before anything is done.
+
+    Raises:
+        InputError: with what would be accepted.
+    """
+    require_model(teacher, "teacher")
+    require_model(student, "student")
+    require(isinstance(blocks, Blocks), f"blocks are {kind(blocks)}; give what pack returns")
+    require(isinstance(config, DistillConfig), f"config is {kind(config)}; give a DistillConfig")
+    same = "teacher and student are one model; make the student with student_from_teacher"
+    require(student is not teacher, same)
+    trained = any(p.requires_grad for p in student.parameters())
+    require(trained, "no weight of the student takes gradients; set requires_grad_(True)")
+    for name, model in (("teacher", teacher), ("student", student)):
+        longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        fits = f"the {name} takes at most {longest}; pack the corpus again with that block_size"
+        require(blocks.block_size <= longest, f"blocks have {blocks.block_size} tokens, {fits}")
+
+
+def progress(plan: list, done: int, shown: bool) -> tqdm:
+    """A progress bar over the optimiser steps, for one process of several."""
+    return tqdm(total=len(plan), initial=done, unit="step", leave=False, disable=not shown)
 
 
 def backward(accelerator, teacher, objective, blocks, config) -> dict:
@@ -195,16 +243,26 @@ class Objective(nn.Module):
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=wanted)
 
 
-def end_of_epoch(teacher, student, blocks: Blocks, steps, history: list[dict]) -> dict:
+def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) -> dict:
     """The epoch's average loss over its blocks, and what the validation blocks say."""
-    sizes = [len(step) for step in steps]
-    weighted = (row["loss"] * n for row, n in zip(history[-len(steps) :], sizes, strict=True))
+    epoch = history[-1]["epoch"]
+    sizes = [len(step) for step in steps_of_epoch(len(blocks.train), config, epoch - 1)]
+    weighted = (row["loss"] * n for row, n in zip(history[-len(sizes) :], sizes, strict=True))
     found = quality(student, blocks.validation, teacher=teacher)
     return {
         "average_loss": sum(weighted) / sum(sizes),
         "validation_perplexity": found["perplexity"],
         "validation_kl": found["kl_to_teacher"],
     }
+
+
+def plan_steps(blocks: int, config: DistillConfig) -> list[tuple[int, torch.Tensor, bool]]:
+    """All optimiser steps: the epoch, which blocks it sees, and whether the epoch ends there."""
+    plan = []
+    for epoch in range(1, config.epochs + 1):
+        steps = steps_of_epoch(blocks, config, epoch - 1)
+        plan += [(epoch, step, step is steps[-1]) for step in steps]
+    return plan
 
 
 def steps_of_epoch(blocks: int, config: DistillConfig, epoch: int) -> tuple[torch.Tensor, ...]:
@@ -232,10 +290,9 @@ def parameter_groups(student: nn.Module, config: DistillConfig) -> list[dict]:
 
 
 @contextlib.contextmanager
-def reproducible(seed: int):
-    """Random numbers that follow from the seed alone; the caller's own go on undisturbed."""
+def reproducible():
+    """The caller's random numbers go on undisturbed, whatever is drawn here."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
         yield
 
 

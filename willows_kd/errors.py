@@ -7,3 +7,20 @@ class InputError(ValueError):
     The message is one line: what was wrong, and what would be accepted. The
     command line prints it as it stands; a notebook shows it as the last line.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise an `InputError` with this message where a condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
+def is_whole(value, least: int = 1) -> bool:
+    """Whether a value is a whole number, and at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def kind(value) -> str:
+    """What a value is, for a message: `a list`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

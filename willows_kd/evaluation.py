@@ -13,8 +13,9 @@ from torch import nn
 
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
+from willows_kd.errors import is_whole, kind, require
 from willows_kd.losses import kl
-from willows_kd.models import common_vocabulary, complete, eval_mode
+from willows_kd.models import common_vocabulary, complete, eval_mode, require_model
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
@@ -41,6 +42,15 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
         kl_to_teacher: KL(teacher || model) in nats per token, at T = 1.
         agreement: share of tokens where both have the same first choice.
     """
+    require_model(model, "model")
+    require(
+        isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and len(blocks) > 0,
+        f"blocks are {kind(blocks)}; give token ids of shape (blocks, block_size), at least "
+        "one block, such as Blocks.test",
+    )
+    ids = blocks.min().item(), blocks.max().item()
+    known = model.config.vocab_size
+    require(ids[0] >= 0 and ids[1] < known, f"a token id is {ids[1]}; the model knows {known}")
     per_token: dict[str, list[torch.Tensor]] = {}
     with eval_mode(model, teacher):
         for window, scored in windows(blocks, model.config.vocab_size):
@@ -111,6 +121,7 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int
 
 def verbatim(sample: str, training_text: str, words: int = 6) -> float:
     """The share of a sample's runs of so many words that stand in the training text."""
+    require(is_whole(words), f"words is {words!r}; it must be a whole number, at least 1")
     sample_words, training_words = (re.findall(r"\w+", t.lower()) for t in (sample, training_text))
     runs = list(zip(*(sample_words[i:] for i in range(words)), strict=False))
     known = set(zip(*(training_words[i:] for i in range(words)), strict=False))
@@ -157,6 +168,9 @@ def compare(
         seeds: for the functions.
         split: "test", or "validation" while choices are still to be made.
     """
+    given = isinstance(models, dict) and models
+    require(given, f"models are {kind(models)}; give at least one in a dict, by name")
+    require(split in ("test", "validation"), f"split is {split!r}; it must be test or validation")
     made = {
         name: [model] if isinstance(model, nn.Module) else [model(seed) for seed in seeds]
         for name, model in models.items()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from willows_kd.errors import require
 from willows_kd.soft_labels import check_temperature
 
 Divergence = Callable[..., torch.Tensor]
@@ -51,8 +52,7 @@ def jensen_shannon(
     0 as `beta` tends to 0 or 1; only divided by beta, or by 1 - beta, does it tend to
     the forward, or reverse, KL. So `beta` must lie strictly between.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"beta is {beta}; it must lie between 0 and 1, both excluded")
+    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
     log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     per_token = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
@@ -86,16 +86,31 @@ def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
         labels: token ids, shape (...).
         mask: True where a token counts, shape (...).
     """
+    check_labels(labels, student_logits.shape[:-1])
     logits = blank(at_least_float32(student_logits), mask)
     per_token = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return masked_mean(per_token.view(labels.shape), mask)
 
 
+def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
+    """Refuse what are no token ids, or not one for each prediction."""
+    require(
+        labels.shape == shape and not labels.is_floating_point(),
+        f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+        f"they must be token ids (torch.long) of shape {tuple(shape)}",
+    )
+
+
 def mix(hard_loss, soft_loss, alpha: float):
     """alpha · hard + (1 - alpha) · soft: `alpha` weighs the hard labels."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it must lie between 0 (soft only) and 1 (hard only)")
+    check_alpha(alpha)
     return alpha * hard_loss + (1 - alpha) * soft_loss
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse a weight that is none."""
+    accepted = "it must lie between 0 (soft only) and 1 (hard only)"
+    require(0 <= alpha <= 1, f"alpha is {alpha}; {accepted}")
 
 
 def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,17 +124,23 @@ def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, 
         logits of shape (batch, block_size - 1, vocabulary), without the last position,
         which has no next token, and labels of shape (batch, block_size - 1).
     """
+    require(
+        logits.ndim == 3 and logits.shape[:2] == input_ids.shape,
+        f"logits of shape {tuple(logits.shape)} do not go with ids of shape "
+        f"{tuple(input_ids.shape)}; they must be (batch, block_size, vocabulary) and "
+        "(batch, block_size)",
+    )
     return logits[:, :-1], input_ids[:, 1:]
 
 
 def log_softened(student_logits, teacher_logits, temperature, mask=None):
     """log softmax(z/T) of both over the vocabulary; the teacher's takes no gradient."""
     check_temperature(temperature)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
-            f"{tuple(teacher_logits.shape)}; they must be equal"
-        )
+    require(
+        student_logits.shape == teacher_logits.shape,
+        f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
+        f"{tuple(teacher_logits.shape)}; they must be equal",
+    )
     student = blank(at_least_float32(student_logits), mask) / temperature
     teacher = blank(at_least_float32(teacher_logits.detach()), mask) / temperature
     return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
@@ -141,10 +162,10 @@ def blank(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros for the logits of tokens that do not count: an infinity there would spread."""
     if mask is None:
         return logits
-    if mask.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}; it must have {tuple(logits.shape[:-1])}"
-        )
+    require(
+        mask.shape == logits.shape[:-1],
+        f"the mask has shape {tuple(mask.shape)}; it must have {tuple(logits.shape[:-1])}",
+    )
     return logits.masked_fill(~mask.bool()[..., None], 0)
 
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import glob
+import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -17,7 +20,7 @@ from huggingface_hub.utils import get_session
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from willows_kd.errors import InputError
+from willows_kd.errors import InputError, is_whole, kind, require
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
@@ -60,7 +63,7 @@ def load_teacher(name_or_path=None, device=None) -> tuple[PreTrainedModel, objec
         InputError: it is not there, is no causal language model, is damaged, or has
             only pickled weights, which are never loaded.
     """
-    name_or_path = str(name_or_path or BUNDLED_TEACHER)
+    name_or_path = BUNDLED_TEACHER if name_or_path is None else name_or_path
     tokenizer = load_tokenizer(name_or_path)
     return load_model(name_or_path, device).eval(), tokenizer
 
@@ -116,6 +119,8 @@ def load_model(name_or_path, device=None) -> PreTrainedModel:
 
 def check_model(name_or_path) -> None:
     """Refuse a local directory that cannot hold a causal language model, before loading it."""
+    named = isinstance(name_or_path, str | os.PathLike) and str(name_or_path).strip()
+    require(named, f"the model is {name_or_path!r}; give a directory or a name on the hub")
     path = Path(name_or_path)
     if not path.exists():
         if looks_like_a_path(str(name_or_path)):
@@ -242,10 +247,11 @@ def student_from_teacher(
     Raises:
         InputError: `layers` is not between 1 and the teacher's, or `init` is unknown.
     """
+    require_model(teacher, "teacher")
     depth = teacher.config.num_hidden_layers
     layers = max(1, depth // 2) if layers is None else layers
-    if not 1 <= layers <= depth:
-        raise InputError(f"layers is {layers}; this teacher allows 1 to {depth}")
+    fits = is_whole(layers) and layers <= depth
+    require(fits, f"layers is {layers!r}; this teacher allows 1 to {depth}")
     if init not in ("teacher", "first", "random"):
         raise InputError(f"init is {init!r}; it must be teacher, first or random")
     kept = list(range(layers)) if init == "first" else evenly_spaced(depth, layers)
@@ -260,6 +266,12 @@ def student_from_teacher(
     if init != "random":
         student.load_state_dict(keep_layers(teacher, kept))
     return student.to(teacher.device)
+
+
+def require_model(model, name: str) -> None:
+    """Refuse what is no model, such as the pair that `load_teacher` returns."""
+    is_model = isinstance(model, nn.Module) and hasattr(model, "config")
+    require(is_model, f"{name} is {kind(model)}; give a model: teacher, tokenizer = load_teacher()")
 
 
 def evenly_spaced(depth: int, layers: int) -> list[int]:
@@ -303,6 +315,8 @@ def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
     Raises:
         InputError: sizes differ (both are named), or the same text gets other ids.
     """
+    is_tokenizer = hasattr(teacher_tokenizer, "get_vocab")
+    require(is_tokenizer, f"tokenizer is {kind(teacher_tokenizer)}; give that of the teacher")
     sizes = len(teacher_tokenizer), len(student_tokenizer)
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -364,6 +378,18 @@ def can_stream(model, ids: torch.Tensor) -> bool:
         )
 
 
+def weights_digest(model) -> str:
+    """A name for a model's weights and settings: another as soon as any of them is."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    made = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        made.update(name.encode())
+        made.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return made.hexdigest()[:24]
+
+
 # -- using and saving ------------------------------------------------------------------
 
 
@@ -382,6 +408,13 @@ def complete(
     Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
     of sampling; temperature 0 takes the likeliest.
     """
+    require_model(model, "model")
+    require(isinstance(prompt, str), f"prompt is {kind(prompt)}; give a text, which may be empty")
+    require(is_whole(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed")
+    require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
+    require(is_whole(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens")
+    require(is_whole(seed, 0) and seed < 2**64, f"seed is {seed!r}; it must be from 0 to 2**64 - 1")
+    prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
         "input_ids"
     ]
@@ -430,6 +463,8 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory to write to")
+    if not directory.resolve().name:
+        raise InputError(f"{directory} is the root of a disk; give a directory below it")
     taken = directory.is_dir() and any(directory.iterdir())
     if taken and not overwrite and not (directory / SETTINGS_FILE).exists():
         raise InputError(
@@ -443,6 +478,21 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from error
+
+
+def tidy_after_killed_runs(directory: Path) -> None:
+    """Put back an output that a killed run had moved aside, and remove what else it left.
+
+    For the one process that may write there.
+    """
+    directory = Path(directory).resolve()
+    left = f".{glob.escape(directory.name)}.*"
+    for replaced in directory.parent.glob(f"{left}.replaced"):
+        if not directory.exists():
+            os.rename(replaced, directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+    for partial in directory.parent.glob(f"{left}.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

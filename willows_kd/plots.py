@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from willows_kd.errors import require
 from willows_kd.evaluation import with_intervals
 from willows_kd.models import layer_stack
 from willows_kd.soft_labels import entropy, soften, top_k
@@ -335,12 +336,16 @@ def plot_history(
         histories: what `distill` returned, by name.
         teacher_perplexity: on the same validation blocks, drawn as a line.
     """
+    trained = isinstance(histories, dict) and histories and all(histories.values())
+    require(trained, "there is no history to draw; give what distill returned, by name")
     with figure(columns=2, width=9.5) as (fig, (left, right)):
         ends = {}
         for i, (name, history) in enumerate(histories.items()):
             frame = pd.DataFrame(history)
             look = {"color": COLOURS[i % 5], "linestyle": LINES[(i + i // 5) % 5]}
             left.plot(frame["step"], frame["loss"], label=name, linewidth=1, marker="", **look)
+            if "validation_perplexity" not in frame:  # stopped before an epoch's end
+                continue
             epochs = frame.dropna(subset=["validation_perplexity"])
             right.plot(
                 epochs["epoch"],
@@ -359,9 +364,10 @@ def plot_history(
         left.set_title("Training: compare shapes, not heights")
         right.set(xlabel="epoch", ylabel="validation perplexity")
         right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        best = min(ends, key=ends.get)
-        right.set_title(f"Lowest at the end: {best}, {ends[best]:.1f}")
-        right.legend()
+        best = min(ends, key=ends.get, default=None)
+        found = f"Lowest at the end: {best}, {ends[best]:.1f}" if ends else "No epoch was finished"
+        right.set_title(found)
+        (right if ends else left).legend()
     return fig
 
 

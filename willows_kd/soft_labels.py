@@ -3,9 +3,12 @@
 Tensors only. Logits have shape (..., vocabulary); probabilities likewise.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
+
+from willows_kd.errors import is_whole, kind, require
 
 
 def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -15,16 +18,20 @@ def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     (Hinton, Vinyals & Dean 2015, equation 1). The sum is taken in float32.
 
     Raises:
-        ValueError: the temperature is not a positive, finite number.
+        InputError: the temperature is not a positive, finite number.
     """
     check_temperature(temperature)
+    require(isinstance(logits, torch.Tensor), f"logits are {kind(logits)}; give a tensor")
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature that no softmax can take."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be a positive, finite number")
+    number = isinstance(temperature, Real | torch.Tensor)
+    require(
+        number and 0 < temperature < float("inf"),
+        f"temperature is {temperature!r}; it must be a positive, finite number",
+    )
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -48,5 +55,9 @@ class TopK(NamedTuple):
 
 def top_k(logits: torch.Tensor, k: int = 10, temperature: float = 1.0) -> TopK:
     """The k likeliest tokens at a temperature. Their order is the same at every temperature."""
-    probabilities, tokens = soften(logits, temperature).topk(k, dim=-1)
+    softened = soften(logits, temperature)
+    vocabulary = softened.shape[-1]
+    fits = is_whole(k) and k <= vocabulary
+    require(fits, f"k is {k!r}; it must be a whole number from 1 to {vocabulary}")
+    probabilities, tokens = softened.topk(k, dim=-1)
     return TopK(probabilities, tokens, (1 - probabilities.sum(dim=-1)).clamp_min(0))

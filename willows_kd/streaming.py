@@ -17,7 +17,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from willows_kd.losses import DIVERGENCES, at_least_float32
+from willows_kd.errors import is_whole, require
+from willows_kd.losses import DIVERGENCES, at_least_float32, check_alpha, check_labels
 from willows_kd.soft_labels import check_temperature
 
 CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT-2's vocabulary
@@ -54,9 +55,13 @@ def streaming_loss(
         gradients, its soft-label and hard-label parts, 0 for one that has no weight.
     """
     check_temperature(temperature)
-    if divergence not in DIVERGENCES:
-        known = ", ".join(DIVERGENCES)
-        raise ValueError(f"divergence is {divergence!r}; it must be one of {known}")
+    check_alpha(alpha)
+    check_labels(labels, student_hidden.shape[:-1])
+    known = ", ".join(DIVERGENCES)
+    require(divergence in DIVERGENCES, f"divergence is {divergence!r}; it must be one of {known}")
+    require(chunk is None or is_whole(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
+    if alpha < 1:
+        check_teacher(student_hidden, student_head, teacher_hidden, teacher_head)
     counted = ... if mask is None else mask.bool()
     student_hidden, labels = student_hidden[counted], labels[counted]
     if alpha < 1:
@@ -66,6 +71,19 @@ def streaming_loss(
     teacher = (teacher_hidden, teacher_head) if alpha < 1 else (None, None)
     return StreamingLoss.apply(
         student_hidden.flatten(0, -2), student_head, *teacher, labels.flatten(), settings
+    )
+
+
+def check_teacher(student_hidden, student_head, teacher_hidden, teacher_head) -> None:
+    """Refuse a teacher that is missing, or says nothing about these tokens."""
+    given = teacher_hidden is not None and teacher_head is not None
+    require(given, "with alpha below 1 the teacher's hidden states and output weights are needed")
+    require(
+        teacher_hidden.shape[:-1] == student_hidden.shape[:-1]
+        and len(teacher_head) == len(student_head),
+        f"the student has {tuple(student_hidden.shape[:-1])} tokens and {len(student_head)} logits "
+        f"each, the teacher {tuple(teacher_hidden.shape[:-1])} and {len(teacher_head)}; "
+        "they must be equal",
     )
 
 

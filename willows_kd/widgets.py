@@ -11,12 +11,14 @@ import torch
 from IPython.display import display
 
 from willows_kd.cost import eval_mode
+from willows_kd.errors import require
 from willows_kd.models import complete
 from willows_kd.plots import plot_soft_labels, plot_token_view
 
 
 def explore_temperature(model, tokenizer, prompts: list[str], temperatures=(0.5, 8.0)):
     """Soft labels of the next token after a prompt, with the temperature on a slider."""
+    require(prompts, "no prompts were given; give a list of at least one text")
     logits = {prompt: next_token_logits(model, tokenizer, prompt) for prompt in prompts}
     low, high = temperatures
     controls = {
@@ -35,6 +37,7 @@ def explore_temperature(model, tokenizer, prompts: list[str], temperatures=(0.5,
 def explore_tokens(teacher, student, tokenizer, text: str):
     """Teacher and student side by side, one position of a text at a time."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    require(ids.shape[1] > 1, f"the text {text!r} is too short; give one of at least two tokens")
     both = [all_logits(model, ids) for model in (teacher, student)]
     controls = {
         "position": ipywidgets.IntSlider(

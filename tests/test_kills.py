@@ -1,0 +1,103 @@
+"""Real processes, killed at random moments and resumed: the student is the same, to the bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+KILLS = 30
+KILLS_OF_TWO = 3
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 -m willows_kd distill"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux does")
+
+
+@pytest.fixture
+def teacher(make_gpt2):
+    """A tiny teacher with opinions."""
+    return make_gpt2(initializer_range=0.15)
+
+
+@pytest.fixture
+def options(model_dir, story, tmp_path) -> list[str]:
+    """A job of some forty steps, each followed by a checkpoint."""
+    text = tmp_path / "text.txt"
+    text.write_text(story.text[:40_000], encoding="utf-8")
+    given = f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --epochs 2"
+    return [*given.split(), "--checkpoint_minutes", "0"]
+
+
+def python(*arguments) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        env=ALONE,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def outputs(folder: Path) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
+    weights = load_file(folder / "model.safetensors")
+    return weights, pd.read_csv(folder / "history.csv").drop(columns="seconds")
+
+
+def test_killed_at_any_moment_nothing_is_lost(options, tmp_path):
+    before, whole, killed = set(tmp_path.iterdir()), tmp_path / "whole", tmp_path / "killed"
+    python("-m", "willows_kd", "distill", "--output_dir", whole, *options)
+    script = Path(__file__).with_name("killed_runs.py")
+    found = json.loads(python(script, KILLS, 0, killed, "--resume", *options))
+    print(found)
+    assert found["end"] == 0
+    assert found["killed"] == KILLS
+    assert found["writing"] >= KILLS // 3
+    (weights, history), (again, history_again) = outputs(whole), outputs(killed)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    pd.testing.assert_frame_equal(history_again, history, check_exact=True)
+    assert set(tmp_path.iterdir()) == before | {whole, killed}  # and nothing half-written
+
+
+def test_two_processes_that_are_killed_go_on_together(options, tmp_path):
+    before, whole, killed = set(tmp_path.iterdir()), tmp_path / "whole", tmp_path / "killed"
+    launch = [*LAUNCH.split(), *options, "--output_dir"]
+    python(*launch, whole)
+    draw = random.Random(0)
+    for _ in range(KILLS_OF_TWO):
+        last = newest(killed)
+        running = subprocess.Popen(
+            [sys.executable, *launch, str(killed), "--resume"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=ALONE,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 300
+        while newest(killed) == last and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.2))
+        assert running.poll() is None, "it ended before it was killed"
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    python(*launch, killed, "--resume")
+    (weights, history), (again, history_again) = outputs(whole), outputs(killed)
+    torch.testing.assert_close(again, weights)
+    pd.testing.assert_frame_equal(history_again, history)
+    assert set(tmp_path.iterdir()) == before | {whole, killed}
+
+
+def newest(output: Path) -> str:
+    """The name of the newest checkpoint beside an output directory."""
+    found = output.with_name(f"{output.name}.checkpoints").glob("step_*.safetensors")
+    return max((file.name for file in found), default="")
