@@ -260,7 +260,7 @@ ODD_TEXTS = {
     "mixed line ends": "\r\n\r\n".join(f"The {n}th\rday\nof rain." for n in range(3_000)),
     "right to left": "\n\n".join(f"شجرة الصفصاف {n} عند النهر" for n in range(600)),
     "emoji": "\n\n".join(f"🐀🚣 {n} 🌊👨‍👩‍👧" for n in range(900)),
-    "null characters": "The Mole\0 had been working. " * 900,
+    "null characters": ("The Mole had been working. " * 40 + "\0") * 30,
     "a page of HTML": "<script>alert(1)</script><img src=x onerror=alert(1)>\n\n" * 300,
     "only headings": "\n\n".join(f"CHAPTER {n}\n\nText." for n in range(1, 900)),
 }
@@ -280,13 +280,8 @@ def test_an_odd_prompt_is_continued(teacher, tokenizer):
         assert isinstance(kd.complete(teacher, tokenizer, prompt, 2), str)
 
 
-def test_a_history_that_was_stopped_early_is_drawn(teacher, student_history):
-    figure = kd.plot_history({"stopped": student_history})
-    assert figure.axes[1].get_title() == "No epoch was finished"
+def test_a_history_that_was_stopped_early_is_drawn(teacher, blocks):
+    history = kd.distill(teacher, kd.student_from_teacher(teacher, 1), blocks)[:2]
+    figure = kd.plot_history({"stopped": history})
+    assert figure.axes[1].get_title(loc="left") == "No epoch was finished"
     assert len(figure.axes[0].lines) == 1
-
-
-@pytest.fixture
-def student_history(teacher, blocks):
-    history = kd.distill(teacher, kd.student_from_teacher(teacher, 1), blocks)
-    return [row for row in history if "average_loss" not in row and row["epoch"] == 1]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +123,8 @@ FURNITURE = re.compile(
     r"\[Illustration[^\]]*\]|\{\d+\}|\[Pg\s*\d+\]|^[ \t]*(?:[*·•][ \t]*){3,}$", re.MULTILINE
 )
 HEADING = re.compile(
-    r"(?P<word>chapter\s+)?(?P<number>[ivxlc]+|\d{1,3})(?P<stop>[.:—–-]*)(?P<title>\s+\S.*|\S.*)?",
+    r"(?P<word>chapter\s+)?(?P<number>(?a:[ivxlc]+|\d{1,3}))(?P<stop>[.:—–-]*)"
+    r"(?P<title>\s+\S.*|\S.*)?",
     re.IGNORECASE,
 )
 PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -241,21 +243,31 @@ def split(corpus: Corpus) -> Splits:
 
     *The Wind in the Willows*: chapters I-X train, XI validates, XII tests. Any
     other text: the last tenth tests and the tenth before validates, cut where a
-    paragraph ends.
+    paragraph ends, or, in one longer than a tenth of the text, a word.
     """
     texts = [chapter.text for chapter in corpus.chapters]
     if is_willows(corpus):
         return Splits(texts[:-2], texts[-2:-1], texts[-1:])
-    paragraphs = [(i, p) for i, text in enumerate(texts) for p in text.split("\n\n")]
-    total = sum(len(p) for _, p in paragraphs)
+    total = sum(map(len, texts))
     parts: list[dict[int, list[str]]] = [{}, {}, {}]
     seen = 0
-    for chapter, paragraph in paragraphs:
-        middle = seen + len(paragraph) / 2
-        part = 0 if middle < 0.8 * total else 1 if middle < 0.9 * total else 2
-        parts[part].setdefault(chapter, []).append(paragraph)
-        seen += len(paragraph)
-    return Splits(*(["\n\n".join(found) for found in part.values()] for part in parts))
+    for chapter, text in enumerate(texts):
+        for between, piece in pieces(text, longest=total // 10 + 1):
+            middle = seen + len(piece) / 2
+            part = parts[0 if middle < 0.8 * total else 1 if middle < 0.9 * total else 2]
+            part.setdefault(chapter, []).extend([between, piece])
+            seen += len(between) + len(piece)
+    return Splits(*(["".join(found[1:]) for found in part.values()] for part in parts))
+
+
+def pieces(text: str, longest: int) -> Iterator[tuple[str, str]]:
+    """What stands before each paragraph, and the paragraph; one that is too long, in several."""
+    for i, paragraph in enumerate(text.split("\n\n")):
+        for j, piece in enumerate(cut(paragraph, longest)):
+            if j and piece[0].isspace():
+                yield piece[0], piece[1:]
+            else:
+                yield "" if j or not i else "\n\n", piece
 
 
 def is_willows(corpus: Corpus) -> bool:
@@ -324,7 +336,7 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
     return Blocks(**tensors, remainder=remainder)
 
 
-LONGEST_PIECE = 100_000  # characters
+LONGEST_PIECE = 100_000  # characters: a tokenizer's memory grows with the longest
 
 
 def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
@@ -339,11 +351,10 @@ def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
         return {"ids": encoded["input_ids"]}
 
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    cuts = [cut(text) for text in texts]
-    pieces = [piece for pieces in cuts for piece in pieces]
-    begins = [i == 0 for pieces in cuts for i in range(len(pieces))]
+    cuts = [cut(text, LONGEST_PIECE) for text in texts]
+    begins = [i == 0 for found in cuts for i in range(len(found))]
     with quiet_progress():
-        rows = Dataset.from_dict({"text": pieces})
+        rows = Dataset.from_dict({"text": [piece for found in cuts for piece in found]})
         rows = rows.map(ids_of, batched=True, batch_size=16, remove_columns="text")
     tokens = []
     for row, begins_text in zip(rows.with_format("numpy"), begins, strict=True):
@@ -352,15 +363,15 @@ def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
     return torch.cat(tokens)[len(between) :]
 
 
-def cut(text: str) -> list[str]:
-    """A very long text in pieces, since a tokenizer's memory grows with the longest.
+def cut(text: str, longest: int) -> list[str]:
+    """A text in pieces of so many characters at most.
 
-    Each piece begins with white space, as the words of a byte-level BPE do, so that its
-    tokens are those of the whole.
+    Each piece begins with white space where there is any, as the words of a byte-level
+    BPE do, so that its tokens are those of the whole.
     """
     starts = [0]
-    while len(text) - starts[-1] > LONGEST_PIECE:
-        begin, end = starts[-1] + 1, starts[-1] + LONGEST_PIECE
+    while len(text) - starts[-1] > longest:
+        begin, end = starts[-1] + 1, starts[-1] + longest
         at = max(text.rfind(" ", begin, end), text.rfind("\n", begin, end))
         while at > begin and text[at - 1].isspace():
             at -= 1
