@@ -16,7 +16,7 @@ STEPS = 3_000
 WARM = 500  # steps until allocators have what they need
 GROWTH = 2_000  # bytes a step: a row of the history has half of that
 TEXT = 20_000_000  # characters
-FACTOR = 14  # bytes of memory a character, at most
+FACTOR = 26  # bytes of memory a character, at most: some ten copies of the text, and its tokens
 
 
 def resident() -> int:
