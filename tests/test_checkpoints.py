@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     newest, before = Checkpoints(folder).files()
     newest.write_bytes(damage(newest.read_bytes()))
     run(teacher, student, blocks, folder, resume=True)
-    assert f"Going on after step 3, from {before}" in capsys.readouterr().out
+    assert f"Going on after step 3, from checkpoints/{before.name}" in capsys.readouterr().out
     assert same(student, uninterrupted[1])
 
 

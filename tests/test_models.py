@@ -364,6 +364,22 @@ def become_a_file(folder: Path) -> None:
     folder.write_text("no model")
 
 
+def become_a_loop(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(path)
+
+
+def index_only(folder: Path) -> None:
+    """Weights that are said to lie elsewhere, outside of the directory even."""
+    file = folder / "model.safetensors"
+    shards = {name: "../outside-00001-of-00001.safetensors" for name in load_file(file)}
+    index = json.dumps({"metadata": {}, "weight_map": shards})
+    (folder / "model.safetensors.index.json").write_text(index)
+    file.rename(folder / "model-00002-of-00002.safetensors")
+
+
 def drop_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -391,6 +407,18 @@ DAMAGES = {
     ),
     "weights lack a layer": (drop_last_layer, "lacks weights (transformer.h.3."),
     "weights have other shapes": (lambda d: write_config(d, n_embd=64), "transformer."),
+    "weights are a web page": (
+        lambda d: (d / "model.safetensors").write_text("<html>Sign in</html>"),
+        "cannot be loaded",
+    ),
+    "weights are a pickle": (
+        lambda d: (d / "model.safetensors").write_bytes(pickle.dumps({"weight": [1.0]})),
+        "cannot be loaded",
+    ),
+    "weights are a loop": (lambda d: become_a_loop(d / "model.safetensors"), "cannot be loaded"),
+    "config is a loop": (lambda d: become_a_loop(d / "config.json"), "no config.json"),
+    "a loop": (become_a_loop, "does not exist"),
+    "an index without its shards": (index_only, "cannot be loaded"),
     "no tokenizer": (drop_tokenizer, "has no tokenizer"),
     "tokenizer is cut": (
         lambda d: (d / "tokenizer.json").write_text('{"version":'),

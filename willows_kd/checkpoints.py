@@ -210,7 +210,8 @@ def go_on(accelerator, checkpoints: Checkpoints, student, optimizer, run: dict) 
     shared = "is not the same on all machines; put it on a disk that they share"
     require(far.min() == far.max(), f"{checkpoints.folder} {shared}")
     if accelerator.is_main_process and found:
-        tqdm.write(f"Going on after step {len(history)}, from {found.file}")
+        place = f"{checkpoints.folder.name}/{found.file.name}"
+        tqdm.write(f"Going on after step {len(history)}, from {place}")
     elif accelerator.is_main_process:
         tqdm.write(f"Nothing to resume in {checkpoints.folder}: starting from the beginning")
     return history

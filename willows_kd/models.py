@@ -176,7 +176,7 @@ def may_ask_hub(name_or_path) -> bool:
     if Path(name_or_path).exists():
         return False
     try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        get_session().head(huggingface_hub.hf_hub_url(str(name_or_path), "config.json"), timeout=5)
     except Exception:  # whatever the HTTP client calls it, there is no hub
         return False
     return True
@@ -194,9 +194,21 @@ def plain_errors(name_or_path, what: str):
         if not Path(name_or_path).exists() and isinstance(error, OSError):
             raise HubError(
                 f"{name_or_path} is no local directory and the model hub did not give it "
-                "(no connection, or no such name)"
+                f"({hub_answer(error) or 'no connection, or no such name'})"
             ) from error
         raise InputError(f"{name_or_path} {what}: {reason[:200]}") from error
+
+
+def hub_answer(error: BaseException | None) -> str | None:
+    """What a hub answered that did not give a file, as far as its status tells."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 404):
+            return f"it answered {status}: no such name, or one to log in for"
+        if status:
+            return f"it answered {status}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
