@@ -1,6 +1,6 @@
 """Ask a hub for a teacher, once for each name given, and print as JSON what came of it.
 
-    HF_ENDPOINT=http://127.0.0.1:PORT python tests/hub_faults.py NAME...
+HF_ENDPOINT=http://127.0.0.1:PORT python tests/hub_faults.py NAME...
 """
 
 import json

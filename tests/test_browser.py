@@ -132,7 +132,8 @@ HOSTILE_CELLS = [
 def hostile(lab):
     """A notebook beside the others, whose text would run code if it were shown as HTML."""
     cells = [nbformat.v4.new_code_cell(source) for source in HOSTILE_CELLS]
-    notebook = nbformat.v4.new_notebook(cells=cells)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     nbformat.write(notebook, lab.folder / "hostile.ipynb")
     return lab.folder / "hostile.ipynb"
 

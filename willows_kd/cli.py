@@ -31,7 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
         from willows_kd.commands import distill_to_directory
 
         return distill_to_directory(options, config)
-    except InputError as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InputError, OSError) as error:  # the latter is the machine's: a full disk
         if options.debug:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
@@ -40,9 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped: nothing was saved", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -98,8 +98,10 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
     table = None
     if finished == config.epochs:
         named = {"teacher": teacher, "student before": untrained, "student": student}
-        with contextlib.suppress(KeyboardInterrupt):  # the student is there: save it all the same
+        try:
             table = compare(named, blocks, tokenizer)
+        except (KeyboardInterrupt, OSError) as error:  # the student is there: save it all the same
+            uncompared = str(error) or "stopped"
     settings = {
         "teacher": "willows_kd's bundled teacher" if bundled else teacher_name,
         "student": student_name,
@@ -123,7 +125,7 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
         return 130
     checkpoints.clear()
     if table is None:
-        print("stopped: the student is trained, but was not compared")
+        print(f"{uncompared}: the student is trained, but was not compared")
         return 130
     print(f"\n{as_markdown(table)}")
     print(f"\nMeasured on the held-out test text of {corpus.title}, with {describe(table)}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,10 @@ from willows_kd.models import eval_mode, quiet_transformers
 def size_on_disk(model) -> int:
     """Bytes of the weights as `save_pretrained` writes them."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(" ".join(str(error).split())) from error
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 

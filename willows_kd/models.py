@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub.utils import get_session
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -521,8 +522,9 @@ def whole_directory(directory: Path):
             os.rename(directory, replaced)
         os.rename(partial, directory)
         made = []
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{directory} cannot be written: {reason}") from error
     finally:
         if replaced.exists() and not directory.exists():
             os.rename(replaced, directory)
