@@ -10,7 +10,8 @@ import torch
 
 import willows_kd as kd
 from willows_kd.gutenberg import cache_folder
-from willows_kd.teacher_cache import RECORD, TeacherCache, asked_about
+from willows_kd.models import weights_digest
+from willows_kd.teacher_cache import RECORD, TeacherCache, asked_about, digest
 
 
 @pytest.fixture
@@ -180,6 +181,16 @@ def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, dama
     assert file.read_bytes() == whole
     with torch.no_grad():
         torch.testing.assert_close(cache(blocks.train[:3]).logits, teacher(blocks.train[:3]).logits)
+
+
+def test_what_a_killed_run_left_is_removed(teacher, blocks, folder):
+    ids = asked_about(blocks, teacher.config.vocab_size)
+    place = folder / digest(weights_digest(teacher), ids, "float32", None)
+    left = place.with_name(f".{place.name}.12345.partial")
+    left.mkdir(parents=True)
+    (left / "hidden.npy").write_bytes(b"half")
+    kd.cache_teacher(teacher, blocks, folder=folder)
+    assert list(folder.iterdir()) == [place]
 
 
 def test_interrupted_while_writing_it_leaves_nothing(teacher, blocks, folder):

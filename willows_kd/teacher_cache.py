@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -29,6 +30,7 @@ from willows_kd.models import (
     hidden_states,
     processes,
     require_model,
+    tidy_after_killed_runs,
     weights_digest,
     whole_directory,
 )
@@ -225,9 +227,25 @@ def checksum(file: np.ndarray) -> int:
 def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
     """Ask the teacher, and write a cache: whole, or not at all.
 
+    Another run that is writing the same cache is waited for, and what a killed one left
+    is removed.
+
     Raises:
         InputError, OSError: the place cannot be written.
     """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f".{place.name}.lock")
+    with FileLock(lock):
+        try:
+            tidy_after_killed_runs(place)
+            if not is_whole(place, shapes):
+                fill(place, teacher, ids, shapes, kept)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
+    """Write what the teacher says, a few blocks at a time."""
     with whole_directory(place) as partial:
         files = {
             name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
