@@ -40,6 +40,7 @@ SETTINGS = {
 }
 STARTED = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
     .some(prompt => prompt.textContent.match(/[*0-9]/))"""
+IDLE = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
 RAN = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
     .every(prompt => prompt.textContent.match(/[0-9]/))"""
 
@@ -157,12 +158,10 @@ def opened(lab, browser, request):
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     page.goto(f"{lab.address}/tree/{path.name}?reset")
     page.wait_for_selector(".jp-Notebook", timeout=2 * MINUTES)
-    page.wait_for_selector(
-        '.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTES
-    )
+    page.wait_for_selector(IDLE, timeout=2 * MINUTES)
     try:
         run_all(page)
-        page.wait_for_function(RAN, timeout=15 * MINUTES)  # cores may be busy
+        wait_until_run(page)
         yield page
     finally:
         photograph(page, ARTIFACTS / f"{path.stem}.png")
@@ -178,6 +177,21 @@ def run_all(page) -> None:
             page.wait_for_function(STARTED, timeout=MINUTES / 3)
             return
         page.keyboard.press("Escape")
+
+
+def wait_until_run(page) -> None:
+    """Return when all cells have run; asks again where JupyterLab lost the kernel on the way.
+
+    On a busy machine a kernel that is slow to start is connected to twice, and what was
+    sent to it before is forgotten: cells wait, and the kernel has nothing to do.
+    """
+    for _ in range(15):  # minutes: cores may be busy
+        with contextlib.suppress(sync_api().TimeoutError):
+            page.wait_for_function(RAN, timeout=MINUTES)
+            return
+        if page.query_selector(IDLE):
+            run_all(page)
+    page.wait_for_function(RAN, timeout=MINUTES)
 
 
 def photograph(page, path: Path) -> None:
