@@ -1,5 +1,6 @@
 """Real processes, killed at random moments and resumed: the student is the same, to the bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -81,20 +82,52 @@ def test_two_processes_that_are_killed_go_on_together(options, tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=ALONE,
-            start_new_session=True,
         )
         deadline = time.monotonic() + 300
         while newest(killed) == last and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.2))
         assert running.poll() is None, "it ended before it was killed"
-        os.killpg(running.pid, signal.SIGKILL)
+        kill_family(running.pid)
         running.wait()
     python(*launch, killed, "--resume")
     (weights, history), (again, history_again) = outputs(whole), outputs(killed)
     torch.testing.assert_close(again, weights)
     pd.testing.assert_frame_equal(history_again, history)
     assert set(tmp_path.iterdir()) == before | {whole, killed}
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started; a launcher's are in sessions of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                parents[int(stat.parent.name)] = int(parent)
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
+def kill_family(pid: int) -> None:
+    """Kill them all at once, and wait until all are gone."""
+    members = family(pid)
+    for member in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(is_alive(member) for member in members) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still holds what it held: it is neither gone nor a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def newest(output: Path) -> str:
