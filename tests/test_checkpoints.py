@@ -484,3 +484,13 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     with Checkpoints(folder).locked(), Checkpoints(folder).locked():
         assert (folder / "lock").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_of_a_checkpoint_goes_with_the_folder(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step_00000001.partial", ".tmpWZ6tDL", "lock"):
+        (folder / name).touch()
+    with Checkpoints(folder).locked():
+        pass
+    assert list(tmp_path.iterdir()) == []

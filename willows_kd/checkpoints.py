@@ -137,8 +137,9 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints, and what a killed run left of one."""
-        for file in (*self.files(), *self.folder.glob("step_*.partial")):
-            file.unlink(missing_ok=True)
+        for pattern in ("step_*.safetensors", "step_*.partial", ".tmp*"):  # the last: safetensors'
+            for file in self.folder.glob(pattern):
+                file.unlink(missing_ok=True)
 
 
 class Checkpoint:
