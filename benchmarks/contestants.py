@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import willows_kd as kd
+from willows_kd.chunked_loss import chunked_loss
 from willows_kd.corpus import split
 from willows_kd.distillation import parameter_groups, steps_of_epoch, warm_up_and_cosine
-from willows_kd.streaming import streaming_loss
 
 LINE_WIDTH = 72  # characters: as Project Gutenberg breaks the lines of a book
 STEPS = 10_000  # of the schedule: no race is as long, so after the warm-up the rate stays put
@@ -78,7 +78,7 @@ class Course:
             temperature=1.0,
             epochs=-(-STEPS * batch_size // whole),
             batch_size=batch_size,
-            warmup=WARMUP_STEPS / STEPS,
+            warmup_ratio=WARMUP_STEPS / STEPS,
             weight_decay=0.0,
             seed=SEED,
         )
@@ -105,7 +105,8 @@ class Course:
         groups = parameter_groups(student, self.config)
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate)
         return optimizer, LambdaLR(
-            optimizer, lambda step: warm_up_and_cosine(step, self.config.warmup * total, total)
+            optimizer,
+            lambda step: warm_up_and_cosine(step, self.config.warmup_ratio * total, total),
         )
 
 
@@ -160,7 +161,7 @@ def random_course(shape: Shape, lines=()) -> Course:
 OnStep = Callable[[dict], None]
 
 
-def ours(course: Course, student, on_step: OnStep, cached=False, streaming=True):
+def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True):
     """`kd.distill`, without the look at the validation blocks that the others do not take."""
     teacher = course.cache[0] if cached else course.teacher
 
@@ -168,8 +169,8 @@ def ours(course: Course, student, on_step: OnStep, cached=False, streaming=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # the progress bar
             stack.enter_context(patch("willows_kd.distillation.end_of_epoch", return_value={}))
-            if not streaming:
-                no_stream = patch("willows_kd.distillation.can_stream", return_value=False)
+            if not chunked:
+                no_stream = patch("willows_kd.distillation.has_linear_head", return_value=False)
                 stack.enter_context(no_stream)
             kd.distill(teacher, student, course.blocks, course.config, on_step)
 
@@ -307,14 +308,14 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-REFERENCE = "ours, plain loss"
+REFERENCE = "ours, full-logits loss"
 CACHED = "ours, cached teacher"
 LINES = "line by line"
 CONTESTANTS = {
     "ours": ours,
     CACHED: functools.partial(ours, cached=True),
-    REFERENCE: functools.partial(ours, streaming=False),
-    "ours, plain loss, cached teacher": functools.partial(ours, cached=True, streaming=False),
+    REFERENCE: functools.partial(ours, chunked=False),
+    "ours, full-logits loss, cached teacher": functools.partial(ours, cached=True, chunked=False),
     LINES: line_by_line,
     "Hugging Face Trainer": hugging_face,
     "TRL GKDTrainer": trl,
@@ -347,8 +348,8 @@ def naive_loss(hidden, head, teacher_hidden, teacher_head, labels):
 
 
 def our_loss(hidden, head, teacher_hidden, teacher_head, labels):
-    """`willows_kd.streaming`."""
-    return streaming_loss(hidden, head, teacher_hidden, teacher_head, labels)[0]
+    """`willows_kd.chunked_loss`."""
+    return chunked_loss(hidden, head, teacher_hidden, teacher_head, labels)[0]
 
 
 def liger_loss(hidden, head, teacher_hidden, teacher_head, labels):
@@ -374,7 +375,7 @@ def checkpointed_loss(hidden, head, teacher_hidden, teacher_head, labels):
 NAIVE = "all logits at once"
 LOSSES = {
     NAIVE: naive_loss,
-    "ours, streaming": our_loss,
+    "ours, chunked": our_loss,
     "Liger, chunked": liger_loss,
     "torch checkpoint over chunks": checkpointed_loss,
 }

@@ -159,7 +159,7 @@ def seen_steps(name: str, course: Course, steps: int) -> list[dict]:
 
 
 def parity(names: list[str]) -> pd.DataFrame:
-    """How far each contestant's first losses are from those of our plain loss."""
+    """How far each contestant's first losses are from those of our full-logits loss."""
     course, rows = tiny_course(), []
     reference = [row["loss"] for row in seen_steps(REFERENCE, course, PARITY_STEPS)]
     for name in names:

@@ -48,7 +48,7 @@ def stream(**changes):
         "teacher_head": HEAD,
         "labels": LABELS,
     }
-    return kd.streaming_loss(**(given | changes))
+    return kd.chunked_loss(**(given | changes))
 
 
 BAD = {
@@ -154,13 +154,13 @@ BAD = {
     "mix(nan)": (lambda t: kd.mix(1.0, 1.0, math.nan), "alpha is nan"),
     "shift(2-D)": (lambda t: kd.shift(LOGITS[0], LABELS), "(batch, block_size, vocabulary)"),
     "shift(lengths)": (lambda t: kd.shift(LOGITS, torch.zeros(2, 4)), "do not go with ids"),
-    "streaming_loss(alpha)": (lambda t: stream(alpha=2), "alpha is 2"),
-    "streaming_loss(divergence)": (lambda t: stream(divergence="l2"), "one of forward_kl"),
-    "streaming_loss(chunk)": (lambda t: stream(chunk=0), "at least 1 token"),
-    "streaming_loss(labels)": (lambda t: stream(labels=LABELS[:3]), "of shape (4,)"),
-    "streaming_loss(tokens)": (lambda t: stream(teacher_hidden=HIDDEN[:3]), "must be equal"),
-    "streaming_loss(vocabulary)": (lambda t: stream(teacher_head=HEAD[:9]), "must be equal"),
-    "streaming_loss(no teacher)": (
+    "chunked_loss(alpha)": (lambda t: stream(alpha=2), "alpha is 2"),
+    "chunked_loss(divergence)": (lambda t: stream(divergence="l2"), "one of forward_kl"),
+    "chunked_loss(chunk)": (lambda t: stream(chunk=0), "at least 1 token"),
+    "chunked_loss(labels)": (lambda t: stream(labels=LABELS[:3]), "of shape (4,)"),
+    "chunked_loss(tokens)": (lambda t: stream(teacher_hidden=HIDDEN[:3]), "must be equal"),
+    "chunked_loss(vocabulary)": (lambda t: stream(teacher_head=HEAD[:9]), "must be equal"),
+    "chunked_loss(no teacher)": (
         lambda t: stream(teacher_hidden=None, teacher_head=None),
         "the teacher's hidden states and output weights are needed",
     ),

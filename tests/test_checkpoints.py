@@ -21,7 +21,12 @@ from willows_kd import checkpoints as checkpoints_file
 from willows_kd.checkpoints import KEPT, Checkpoints
 
 CONFIG = kd.DistillConfig(
-    epochs=2, batch_size=5, accumulation=2, dropout=0.2, alpha=0.3, learning_rate=3e-3
+    epochs=2,
+    batch_size=5,
+    gradient_accumulation_steps=2,
+    dropout=0.2,
+    alpha=0.3,
+    learning_rate=3e-3,
 )
 STEPS = 6  # of two epochs over 24 blocks, ten at a time
 EVERY_STEP = 0.0

@@ -294,10 +294,10 @@ def test_alpha_chooses_between_the_soft_and_the_hard_labels(alpha, asked_for, di
 
 def test_accumulation_makes_of_two_batches_one_step(distil, tmp_path):
     histories = {}
-    for batch, accumulation in [(8, 1), (4, 2), (4, 1)]:
-        options = f"--batch_size {batch} --accumulation {accumulation}".split()
+    for batch, steps in [(8, 1), (4, 2), (4, 1)]:
+        options = f"--batch_size {batch} --gradient_accumulation_steps {steps}".split()
         assert distil(*options) == 0
-        histories[batch, accumulation] = history_of(tmp_path / "student")
+        histories[batch, steps] = history_of(tmp_path / "student")
     assert len(histories[4, 2]) == len(histories[8, 1]) < len(histories[4, 1])
     for name in ("loss", "gradient_norm"):
         one, two = (histories[k][name].tolist() for k in [(8, 1), (4, 2)])
@@ -401,7 +401,7 @@ BAD_INPUTS = [
     ("--epochs many", "invalid int value: 'many'"),
     ("--epochs 1.5", "invalid int value: '1.5'"),
     ("--batch_size 2.5", "invalid int value"),
-    ("--accumulation x", "invalid int value"),
+    ("--gradient_accumulation_steps x", "invalid int value"),
     ("--block_size x", "invalid int value"),
     ("--layers x", "invalid int value"),
     ("--seed x", "invalid int value"),
@@ -427,7 +427,7 @@ BAD_INPUTS = [
     ("--learning_rate 1.5", "at most 1"),
     ("--learning_rate nan", "learning_rate is nan"),
     ("--batch_size 0", "batch_size is 0"),
-    ("--accumulation 0", "accumulation is 0"),
+    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0"),
     ("--seed -1", "seed is -1"),
     ("--seed 4294967296", "2**32 - 1"),
     ("--block_size 1", "block_size is 1; this model takes 2 to 128"),
@@ -761,7 +761,7 @@ sys.exit(main(["distill", "--output_dir", sys.argv[1]]))
 )
 def test_the_checkpoints_are_beside_the_output(given, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = commands.beside(Path(given))
+    found = commands.checkpoints_folder(Path(given))
     assert found == Path(folder.format(here=tmp_path))
     assert found.resolve().parent == Path(given).resolve().parent
 

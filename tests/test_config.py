@@ -17,16 +17,16 @@ RANGES = {
     "temperature": ("above 0 and at most 1000", [0.01, 1, 2.5, 1000], [0, 0.0, -1, 1000.1]),
     "alpha": ("from 0 (soft labels only) to 1 (hard labels only)", [0, 0.5, 1], [-0.1, 1.1]),
     "learning_rate": ("above 0 and at most 1", [1e-6, 1], [0, -1e-3, 1.1]),
-    "warmup": ("from 0 to 1", [0, 0.1, 1], [-0.1, 1.1]),
+    "warmup_ratio": ("from 0 to 1", [0, 0.1, 1], [-0.1, 1.1]),
     "weight_decay": ("at least 0", [0, 0.1, 10], [-0.1]),
     "max_grad_norm": ("above 0", [0.1, 1, 1e9], [0, -1]),
     "dropout": ("at least 0 and below 1", [0, 0.5, 0.99], [-0.1, 1, 1.5]),
     "epochs": ("at least 1", [1, 100], [0, -1]),
     "batch_size": ("at least 1", [1, 64], [0, -8]),
-    "accumulation": ("at least 1", [1, 16], [0, -1]),
+    "gradient_accumulation_steps": ("at least 1", [1, 16], [0, -1]),
     "seed": ("from 0 to 2**32 - 1", [0, 7, 2**32 - 1], [-1, 2**32]),
 }
-WHOLE_NUMBERS = ["epochs", "batch_size", "accumulation", "seed"]
+WHOLE_NUMBERS = ["epochs", "batch_size", "gradient_accumulation_steps", "seed"]
 NAMES = {"divergence": DIVERGENCE_NAMES, "dtype": DTYPES}
 
 

@@ -111,7 +111,7 @@ def test_the_loop_is_the_loop_written_by_hand(teacher, student, blocks, alpha, t
     teacher, student = teacher.double(), student.double()
     same_student = copy.deepcopy(student)
     config = kd.DistillConfig(
-        temperature, alpha, epochs=2, warmup=0, max_grad_norm=0.3, learning_rate=3e-3
+        temperature, alpha, epochs=2, warmup_ratio=0, max_grad_norm=0.3, learning_rate=3e-3
     )
     history = kd.distill(teacher, student, blocks, config)
     rows = by_hand(teacher, same_student, blocks, config)
@@ -121,15 +121,22 @@ def test_the_loop_is_the_loop_written_by_hand(teacher, student, blocks, alpha, t
 
 
 @pytest.mark.parametrize("blocks_to_train_on", [24, 21], ids=["even", "uneven last step"])
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (4, 2), (1, 8)])
+@pytest.mark.parametrize(("batch_size", "gradient_accumulation_steps"), [(2, 4), (4, 2), (1, 8)])
 def test_how_a_step_is_cut_up_does_not_change_it(
-    teacher, student, blocks, blocks_to_train_on, batch_size, accumulation
+    teacher, student, blocks, blocks_to_train_on, batch_size, gradient_accumulation_steps
 ):
     few = first(blocks, blocks_to_train_on)
     teacher, whole, cut = teacher.double(), student.double(), copy.deepcopy(student).double()
     settings = {"alpha": 0.3, "seed": 5}
-    expected = run(teacher, whole, few, batch_size=8, accumulation=1, **settings)
-    found = run(teacher, cut, few, batch_size=batch_size, accumulation=accumulation, **settings)
+    expected = run(teacher, whole, few, batch_size=8, gradient_accumulation_steps=1, **settings)
+    found = run(
+        teacher,
+        cut,
+        few,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        **settings,
+    )
     columns = "loss", "soft_loss", "hard_loss", "gradient_norm", "learning_rate", "tokens"
     assert numbers(found, *columns) == pytest.approx(numbers(expected, *columns), rel=1e-5)
     assert furthest_apart(whole, cut) < 1e-5
@@ -200,7 +207,7 @@ def test_with_alpha_below_1_the_teacher_is_asked_once_for_each_forward_pass(
     note = lambda *_: asked_while_training.append(student.training)  # noqa: E731
     teacher.base_model.register_forward_pre_hook(note)
     student.eval()
-    run(teacher, student, blocks, batch_size=4, accumulation=2)
+    run(teacher, student, blocks, batch_size=4, gradient_accumulation_steps=2)
     assert sum(asked_while_training) == 6
 
 
@@ -222,16 +229,20 @@ def test_the_student_sees_each_training_block_once_an_epoch(teacher, student, bl
 @given(
     blocks=st.integers(1, 200),
     batch_size=st.integers(1, 20),
-    accumulation=st.integers(1, 6),
+    gradient_accumulation_steps=st.integers(1, 6),
     epoch=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_the_steps_of_an_epoch_are_all_blocks_once(blocks, batch_size, accumulation, epoch, seed):
-    config = kd.DistillConfig(batch_size=batch_size, accumulation=accumulation, seed=seed)
+def test_the_steps_of_an_epoch_are_all_blocks_once(
+    blocks, batch_size, gradient_accumulation_steps, epoch, seed
+):
+    config = kd.DistillConfig(
+        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, seed=seed
+    )
     steps = steps_of_epoch(blocks, config, epoch)
     assert sorted(torch.cat(steps).tolist()) == list(range(blocks))
-    assert all(len(step) == batch_size * accumulation for step in steps[:-1])
-    assert 1 <= len(steps[-1]) <= batch_size * accumulation
+    assert all(len(step) == batch_size * gradient_accumulation_steps for step in steps[:-1])
+    assert 1 <= len(steps[-1]) <= batch_size * gradient_accumulation_steps
 
 
 def test_the_order_of_the_blocks_follows_from_seed_and_epoch():
@@ -463,7 +474,7 @@ def test_the_average_loss_weighs_each_step_by_its_blocks(teacher, student, block
 
 
 def test_the_learning_rate_rises_to_its_peak_and_then_falls(teacher, student, blocks):
-    history = run(teacher, student, blocks, batch_size=2, warmup=0.25, learning_rate=2e-3)
+    history = run(teacher, student, blocks, batch_size=2, warmup_ratio=0.25, learning_rate=2e-3)
     rates = [row["learning_rate"] for row in history]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(2e-3)

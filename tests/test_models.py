@@ -269,7 +269,7 @@ def test_a_student_of_impossible_depth_is_refused(layers, teacher):
 
 
 def test_an_unknown_init_is_refused(teacher):
-    with pytest.raises(kd.InputError, match="'last'; it must be teacher, first or random"):
+    with pytest.raises(kd.InputError, match="'last'; it must be spaced, first or random"):
         kd.student_from_teacher(teacher, 2, "last")
 
 

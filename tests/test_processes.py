@@ -28,7 +28,16 @@ def text(tmp_path, story):
 def run(launcher: list[str], model_dir, text, output, *more: str) -> str:
     """Distil in new processes, with one thread each; returns what they said."""
     options = f"--model_dir {model_dir} --dataset_path {text} --output_dir {output}".split()
-    options += ["--block_size", "32", "--batch_size", "5", "--accumulation", "2", "--epochs", "2"]
+    options += [
+        "--block_size",
+        "32",
+        "--batch_size",
+        "5",
+        "--gradient_accumulation_steps",
+        "2",
+        "--epochs",
+        "2",
+    ]
     result = subprocess.run(
         [sys.executable, "-m", *launcher, "willows_kd", "distill", *options, *more],
         capture_output=True,

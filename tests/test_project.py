@@ -31,7 +31,7 @@ every_file = pytest.mark.parametrize("name", FILES)
 # The house of design.md: a file may import from its own floor and those below it.
 FLOORS = [
     {"errors", "config"},
-    {"gutenberg", "corpus", "models", "soft_labels", "losses", "streaming"},
+    {"gutenberg", "corpus", "models", "soft_labels", "losses", "chunked_loss"},
     {"cost", "evaluation", "distillation", "teacher_cache", "checkpoints", "stopping"},
     {"style", "plots", "widgets", "exercises"},
     {"commands"},
@@ -180,7 +180,7 @@ def test_arrows_point_one_way():
     assert {(a, b) for a, b in arrows if a != b and (b, a) in arrows} == set()
 
 
-@pytest.mark.parametrize("name", ["soft_labels", "losses", "streaming"])
+@pytest.mark.parametrize("name", ["soft_labels", "losses", "chunked_loss"])
 def test_the_mathematics_knows_tensors_only(name):
     assert outside(name) <= {"torch"}
     assert inside(name) <= {"errors", "soft_labels", "losses"}

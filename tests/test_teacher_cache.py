@@ -11,7 +11,7 @@ import torch
 import willows_kd as kd
 from willows_kd.gutenberg import cache_folder
 from willows_kd.models import weights_digest
-from willows_kd.teacher_cache import RECORD, TeacherCache, asked_about, digest
+from willows_kd.teacher_cache import RECORD, TeacherCache, blocks_to_cache, digest
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_float16_halves_it_and_says_what_that_costs(teacher, blocks, folder, cap
     assert half.nbytes == whole.nbytes / 2
     said = capsys.readouterr().out
     lost = float(said.split("it loses ")[1].split()[0])
-    ids = asked_about(blocks, teacher.config.vocab_size)
+    ids = blocks_to_cache(blocks, teacher.config.vocab_size)
     with torch.no_grad():
         few = ids[:: max(1, len(ids) // 8)][:8]
         wanted = kd.forward_kl(half(few).logits, teacher(few).logits).item()
@@ -104,7 +104,7 @@ def test_top_k_keeps_the_k_largest_and_the_rest_as_one_lump(teacher, blocks, fol
     torch.testing.assert_close(q.sum(-1), torch.ones(q.shape[:2]))
     rest = (1 - p.gather(-1, kept).sum(-1)) / (vocabulary - k)
     torch.testing.assert_close(q.min(-1).values, rest, rtol=1e-3, atol=1e-8)
-    assert cache.nbytes == asked_about(blocks, vocabulary).numel() * k * 8
+    assert cache.nbytes == blocks_to_cache(blocks, vocabulary).numel() * k * 8
 
 
 def test_more_of_the_k_lose_less_and_a_student_learns_from_them(teacher, blocks, folder):
@@ -127,7 +127,7 @@ def test_more_of_the_k_lose_less_and_a_student_learns_from_them(teacher, blocks,
 def test_it_is_found_again_without_asking_the_teacher(teacher, blocks, folder, capsys):
     kd.cache_teacher(teacher, blocks, folder=folder)
     said = capsys.readouterr().out
-    size = asked_about(blocks, teacher.config.vocab_size).numel() * teacher.config.n_embd * 4
+    size = blocks_to_cache(blocks, teacher.config.vocab_size).numel() * teacher.config.n_embd * 4
     assert f"{size / 1e6:,.1f} MB" in said
     with torch.no_grad():
         ids = blocks.train[:1]
@@ -184,7 +184,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, dama
 
 
 def test_what_a_killed_run_left_is_removed(teacher, blocks, folder):
-    ids = asked_about(blocks, teacher.config.vocab_size)
+    ids = blocks_to_cache(blocks, teacher.config.vocab_size)
     place = folder / digest(weights_digest(teacher), ids, "float32", None)
     left = place.with_name(f".{place.name}.12345.partial")
     left.mkdir(parents=True)

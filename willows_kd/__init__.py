@@ -31,7 +31,7 @@ PUBLIC_NAMES = {
     "config": ["DistillConfig"],
     "distillation": ["distill"],
     "checkpoints": ["Checkpoints"],
-    "streaming": ["streaming_loss"],
+    "chunked_loss": ["chunked_loss"],
     "teacher_cache": ["cache_teacher"],
     "evaluation": ["quality", "token_scores", "verbatim", "compare", "as_markdown"],
     "cost": ["latency", "peak_memory", "size_on_disk"],

@@ -126,7 +126,7 @@ class Checkpoints:
             other.unlink(missing_ok=True)
         self.last_time = time.monotonic()
 
-    def keep(self, student: nn.Module, optimizer, history: list[dict], run: dict) -> None:
+    def try_save(self, student: nn.Module, optimizer, history: list[dict], run: dict) -> None:
         """Save; where that cannot be done, say so, for the training to go on."""
         try:
             self.save(student, optimizer, history, run)
@@ -195,7 +195,7 @@ class Checkpoint:
         return list(self.history)
 
 
-def go_on(accelerator, checkpoints: Checkpoints, student, optimizer, run: dict) -> list[dict]:
+def resume_run(accelerator, checkpoints: Checkpoints, student, optimizer, run: dict) -> list[dict]:
     """Put student and optimiser where the newest checkpoint has them; returns its history.
 
     Raises:

@@ -86,7 +86,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("epochs", "passes over the training text", settings.epochs, type=int)
     add("learning_rate", "AdamW's peak", settings.learning_rate, type=float)
     add("batch_size", "blocks in a forward pass", settings.batch_size, type=int)
-    add("accumulation", "forward passes in an optimiser step", settings.accumulation, type=int)
+    add(
+        "gradient_accumulation_steps",
+        "forward passes in an optimiser step",
+        settings.gradient_accumulation_steps,
+        type=int,
+    )
     add("block_size", "tokens in a block", 128, type=int)
     add("seed", "orders the blocks", settings.seed, type=int)
     add("device", "auto, cpu, cuda, cuda:1, mps ...", "auto")

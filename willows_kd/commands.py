@@ -33,7 +33,7 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     Raises:
         InputError: something that was given cannot be used. Nothing was written.
     """
-    main_process = models.processes().is_main_process
+    main_process = models.distributed_state().is_main_process
     if not main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
     for name in ("model_dir", "student", "dataset_path", "output_dir"):
@@ -41,10 +41,10 @@ def distill_to_directory(options, config: DistillConfig) -> int:
             raise InputError(f"{name} is empty; leave it out or give a path")
     output = Path(options.output_dir)
     models.check_output(output, options.overwrite)
-    checkpoints = Checkpoints(beside(output), options.checkpoint_minutes)
+    checkpoints = Checkpoints(checkpoints_folder(output), options.checkpoint_minutes)
     with checkpoints.locked() if main_process else contextlib.nullcontext():
         if main_process:
-            models.tidy_after_killed_runs(output)
+            models.clean_up_interrupted_writes(output)
         if main_process and checkpoints.files() and not (options.resume or options.overwrite):
             raise InputError(
                 f"{checkpoints.folder} holds a run that was stopped; "
@@ -53,7 +53,7 @@ def distill_to_directory(options, config: DistillConfig) -> int:
         return train_and_save(options, config, checkpoints)
 
 
-def beside(output: Path) -> Path:
+def checkpoints_folder(output: Path) -> Path:
     """Where the checkpoints of an output directory are: `student.checkpoints` for `student`."""
     named = output if output.name.strip(".") else output.resolve()
     return named.with_name(f"{named.name}.checkpoints")
@@ -61,7 +61,7 @@ def beside(output: Path) -> Path:
 
 def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> int:
     """Check, load, train, save, compare; returns the exit code."""
-    main_process = models.processes().is_main_process
+    main_process = models.distributed_state().is_main_process
     device = find_device(options.device)
     bundled = options.model_dir is None
     teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
@@ -71,7 +71,7 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
     student_name = choose_student(options, tokenizer)
     corpus = None if options.dataset_path is None else load_corpus(options.dataset_path)
     if corpus and len(corpus.text) < 100 * options.block_size:  # may be too short: see at once
-        quietly_pack(corpus, tokenizer, options.block_size)
+        pack_without_warning(corpus, tokenizer, options.block_size)
 
     print(f"🔍 Loading teacher model from: {'the bundled teacher' if bundled else teacher_name}")
     teacher, _ = models.load_teacher(teacher_name, device)
@@ -80,7 +80,7 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
     corpus = corpus or load_corpus()
     print("⚙️ Tokenizing dataset...")
-    blocks = quietly_pack(corpus, tokenizer, options.block_size)
+    blocks = pack_without_warning(corpus, tokenizer, options.block_size)
     print("🚀 Starting distillation training...")
     if corpus.skipped:
         print(f"⚠️ Skipping empty input batch... ({corpus.skipped} empty lines or chapters)")
@@ -88,12 +88,12 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
 
     untrained = copy.deepcopy(student)
     cached = options.cache_teacher and config.alpha < 1
-    asked = plainly_cached(teacher, blocks) if cached else teacher
+    asked = cache_with_printed_warnings(teacher, blocks) if cached else teacher
     history, finished = train(asked, student, blocks, config, checkpoints, options.resume)
     if not main_process:
         return 0
     if not finished:
-        print(f"stopped: nothing was saved{how_to_go_on(checkpoints)}", file=sys.stderr)
+        print(f"stopped: nothing was saved{how_to_resume(checkpoints)}", file=sys.stderr)
         return 130
     table = None
     if finished == config.epochs:
@@ -121,7 +121,7 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
     print("✅ Distilled model saved successfully!")
     if finished < config.epochs:
         stopped = f"stopped: the student is that of epoch {finished} of {config.epochs}"
-        print(f"{stopped}{how_to_go_on(checkpoints)}")
+        print(f"{stopped}{how_to_resume(checkpoints)}")
         return 130
     checkpoints.clear()
     if table is None:
@@ -148,7 +148,7 @@ def check_inputs_stay(options) -> None:
 def find_device(name: str) -> torch.device:
     """The device of that name, `auto` for the GPU where there is one."""
     if name == "auto":
-        state = models.processes()
+        state = models.distributed_state()
         return state.device if state.num_processes > 1 else models.best_device()
     try:
         device = torch.device(name)
@@ -191,14 +191,14 @@ def load_or_make_student(options, name: str, teacher, device):
     return student
 
 
-def quietly_pack(corpus: Corpus, tokenizer, block_size: int):
+def pack_without_warning(corpus: Corpus, tokenizer, block_size: int):
     """`pack` without its warning, which the command words in its own way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return pack(corpus, tokenizer, block_size)
 
 
-def plainly_cached(teacher, blocks):
+def cache_with_printed_warnings(teacher, blocks):
     """`cache_teacher`, with its warning as a line like the others."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
@@ -234,7 +234,7 @@ def train(
     return [row for row in history if row["epoch"] <= kept["epoch"]], kept["epoch"]
 
 
-def how_to_go_on(checkpoints: Checkpoints) -> str:
+def how_to_resume(checkpoints: Checkpoints) -> str:
     """What to say to somebody who stopped a run."""
     return "; add --resume to go on from where it stopped" if checkpoints.files() else ""
 

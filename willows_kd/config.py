@@ -21,8 +21,8 @@ class DistillConfig:
         epochs: passes over the training blocks.
         learning_rate: AdamW's peak, after the warm-up and before the cosine.
         batch_size: blocks in one forward pass, over all processes.
-        accumulation: forward passes in one optimiser step.
-        warmup: share of all steps over which the learning rate rises.
+        gradient_accumulation_steps: forward passes in one optimiser step.
+        warmup_ratio: share of all steps over which the learning rate rises.
         weight_decay: AdamW's, on matrices only.
         max_grad_norm: the gradient is scaled down to this norm where it is longer.
         dropout: of the student while it trains.
@@ -38,8 +38,8 @@ class DistillConfig:
     epochs: int = 3
     learning_rate: float = 1e-3
     batch_size: int = 8
-    accumulation: int = 1
-    warmup: float = 0.1
+    gradient_accumulation_steps: int = 1
+    warmup_ratio: float = 0.1
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     dropout: float = 0.0
@@ -59,8 +59,8 @@ class DistillConfig:
         self._check("epochs", int, "at least 1", lambda v: v >= 1)
         self._check("learning_rate", float, "above 0 and at most 1", lambda v: 0 < v <= 1)
         self._check("batch_size", int, "at least 1", lambda v: v >= 1)
-        self._check("accumulation", int, "at least 1", lambda v: v >= 1)
-        self._check("warmup", float, "from 0 to 1", unit_range)
+        self._check("gradient_accumulation_steps", int, "at least 1", lambda v: v >= 1)
+        self._check("warmup_ratio", float, "from 0 to 1", unit_range)
         self._check("weight_decay", float, "at least 0", lambda v: v >= 0)
         self._check("max_grad_norm", float, "above 0", lambda v: v > 0)
         self._check("dropout", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
@@ -70,12 +70,12 @@ class DistillConfig:
             value = self.gradient_checkpointing
             raise InputError(f"gradient_checkpointing is {value!r}; it must be True or False")
 
-    def _check(self, name, kind, accepted, test):
+    def _check(self, name, type_, accepted, test):
         value = getattr(self, name)
-        whole = "a whole number, " if kind is int else ""
-        numeric = (int, float) if kind is float else kind
+        whole = "a whole number, " if type_ is int else ""
+        numeric = (int, float) if type_ is float else type_
         right_type = isinstance(value, numeric) and not isinstance(value, bool)
-        finite = right_type and (kind is str or abs(value) < math.inf)
+        finite = right_type and (type_ is str or abs(value) < math.inf)
         if not finite or not (test(value) if callable(test) else value in test):
             raise InputError(f"{name} is {value!r}; it must be {whole}{accepted}")
 

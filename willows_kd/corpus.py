@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from willows_kd import gutenberg
-from willows_kd.errors import InputError, is_whole, kind, require
+from willows_kd.errors import InputError, is_integer, require, type_name
 
 SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
 
@@ -314,11 +314,13 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
     Warns:
         UserWarning: once, where empty lines or chapters were skipped.
     """
-    require(isinstance(corpus, Corpus), f"corpus is {kind(corpus)}; give what load_corpus returns")
-    require(callable(tokenizer), f"tokenizer is {kind(tokenizer)}; give that of the teacher")
+    require(
+        isinstance(corpus, Corpus), f"corpus is {type_name(corpus)}; give what load_corpus returns"
+    )
+    require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
     whole = "a whole number, " if not isinstance(block_size, int) else ""
     require(
-        is_whole(block_size, 2),
+        is_integer(block_size, 2),
         f"block_size is {block_size!r}; a block needs {whole}at least 2 tokens",
     )
     if corpus.skipped:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from willows_kd.errors import is_whole, kind, require
+from willows_kd.errors import is_integer, require, type_name
 from willows_kd.models import eval_mode, quiet_transformers
 
 
@@ -91,7 +91,7 @@ def latency(
     """
     check_ids(ids)
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats)):
-        require(is_whole(value), f"{name} is {value!r}; it must be a whole number, at least 1")
+        require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
     prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
     seconds = {name: {"forward": [], "per_token": []} for name in models}
     for round_ in range(repeats + 1):
@@ -110,7 +110,7 @@ def latency(
 def check_ids(ids: torch.Tensor) -> None:
     """Refuse what is no batch of token ids."""
     usable = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
-    require(usable, f"ids are {kind(ids)}; give token ids of shape (batch, tokens)")
+    require(usable, f"ids are {type_name(ids)}; give token ids of shape (batch, tokens)")
 
 
 def timed(action: Callable, model) -> float:

@@ -13,22 +13,22 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from willows_kd.checkpoints import Checkpoints, describe_run, go_on
+from willows_kd.checkpoints import Checkpoints, describe_run, resume_run
+from willows_kd.chunked_loss import chunked_loss
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
-from willows_kd.errors import kind, require
+from willows_kd.errors import require, type_name
 from willows_kd.evaluation import quality
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
 from willows_kd.models import (
-    can_stream,
     common_vocabulary,
+    distributed_state,
+    has_linear_head,
     hidden_states,
     output_weights,
-    processes,
     require_model,
 )
-from willows_kd.stopping import check_finite, plain_failures, stopping_softly
-from willows_kd.streaming import streaming_loss
+from willows_kd.stopping import check_finite, failures_as_input_errors, graceful_interrupt
 
 
 def distill(
@@ -73,7 +73,7 @@ def distill(
     checkpoints = Checkpoints(checkpoints) if isinstance(checkpoints, str | Path) else checkpoints
     check(teacher, student, blocks, config)
     require(not resume or checkpoints, "to resume, name the folder: checkpoints=...")
-    processes()
+    distributed_state()
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         student.to(accelerator.device)
@@ -87,23 +87,24 @@ def distill(
         if checkpoints and main_process:
             stack.enter_context(checkpoints.locked())
         run = describe_run(teacher, student, blocks, config) if checkpoints else None
-        history = go_on(accelerator, checkpoints, student, optimizer, run) if resume else []
+        history = resume_run(accelerator, checkpoints, student, optimizer, run) if resume else []
         done = len(history)
         schedule = LambdaLR(
-            optimizer, lambda s: warm_up_and_cosine(s + done, config.warmup * len(plan), len(plan))
+            optimizer,
+            lambda s: warm_up_and_cosine(s + done, config.warmup_ratio * len(plan), len(plan)),
         )
         objective = accelerator.prepare_model(objective, device_placement=False)
         bar = stack.enter_context(progress(plan, done, main_process))
         stack.enter_context(reproducible())
         stack.enter_context(train_mode(teacher, student, config))
-        stop = stack.enter_context(stopping_softly(accelerator.num_processes == 1))
+        stop = stack.enter_context(graceful_interrupt(accelerator.num_processes == 1))
         for epoch, step, ends_epoch in plan[done:]:
             start = time.perf_counter()
             so_far = history[-1] if history else {"tokens": 0, "seconds": 0.0}
             row = {"step": len(history) + 1, "epoch": epoch}
             # dropout that follows from seed and step, so that a resumed run draws it alike
             torch.manual_seed(config.seed * 2**31 + row["step"])
-            with plain_failures(row["step"], checkpoints):
+            with failures_as_input_errors(row["step"], checkpoints):
                 row |= backward(accelerator, teacher, objective, blocks.train[step], config)
                 norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
                 row |= {"gradient_norm": norm.item(), "learning_rate": schedule.get_last_lr()[0]}
@@ -123,9 +124,9 @@ def distill(
             bar.update()
             if on_step and main_process:
                 on_step(row)
-            if checkpoints and main_process and (ends_epoch or stop.asked or checkpoints.due()):
-                checkpoints.keep(student, optimizer, history, run)
-            if stop.asked and len(history) < len(plan):
+            if checkpoints and main_process and (ends_epoch or stop.requested or checkpoints.due()):
+                checkpoints.try_save(student, optimizer, history, run)
+            if stop.requested and len(history) < len(plan):
                 tqdm.write(f"stopped after step {len(history)} of {len(plan)}")
                 break
     return history
@@ -139,8 +140,10 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
     """
     require_model(teacher, "teacher")
     require_model(student, "student")
-    require(isinstance(blocks, Blocks), f"blocks are {kind(blocks)}; give what pack returns")
-    require(isinstance(config, DistillConfig), f"config is {kind(config)}; give a DistillConfig")
+    require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
+    require(
+        isinstance(config, DistillConfig), f"config is {type_name(config)}; give a DistillConfig"
+    )
     same = "teacher and student are one model; make the student with student_from_teacher"
     require(student is not teacher, same)
     trained = any(p.requires_grad for p in student.parameters())
@@ -193,7 +196,7 @@ class Objective(nn.Module):
     """A student and what it is to minimise: one module, for DistributedDataParallel to wrap.
 
     Where the logits of teacher and student are hidden states times output weights, as
-    in GPT-2, the loss goes straight from these to gradients (`streaming.py`); else it
+    in GPT-2, the loss goes straight from these to gradients (`chunked_loss.py`); else it
     is the same loss of the logits.
     """
 
@@ -203,8 +206,8 @@ class Objective(nn.Module):
         self.student, self.config = student, config
         self.vocabulary = common_vocabulary(teacher, student)
         asked = [student, teacher] if config.alpha < 1 else [student]
-        self.streaming = all(can_stream(model, ids) for model in asked)
-        if self.streaming:
+        self.chunked = all(has_linear_head(model, ids) for model in asked)
+        if self.chunked:
             self.teacher_head = output_weights(asked[-1], self.vocabulary).detach()
 
     @torch.no_grad()
@@ -213,7 +216,7 @@ class Objective(nn.Module):
         if self.config.alpha == 1:
             return None
         with self.autocast(ids):
-            if self.streaming:
+            if self.chunked:
                 return hidden_states(teacher, ids)
             return teacher(ids, use_cache=False).logits[..., : self.vocabulary]
 
@@ -221,12 +224,12 @@ class Objective(nn.Module):
         """The loss of some blocks, and its soft-label and hard-label parts without gradient."""
         config = self.config
         with self.autocast(ids):
-            if self.streaming:
+            if self.chunked:
                 hidden = hidden_states(self.student, ids)[:, :-1]
                 head = output_weights(self.student, self.vocabulary)
                 teacher = (None, None) if answer is None else (answer[:, :-1], self.teacher_head)
                 how = config.temperature, config.alpha, config.divergence
-                return streaming_loss(hidden, head, *teacher, ids[:, 1:], *how)
+                return chunked_loss(hidden, head, *teacher, ids[:, 1:], *how)
             logits, labels = shift(self.student(ids, use_cache=False).logits, ids)
             logits = logits[..., : self.vocabulary]
             soft = hard = torch.zeros((), device=ids.device)
@@ -269,7 +272,7 @@ def steps_of_epoch(blocks: int, config: DistillConfig, epoch: int) -> tuple[torc
     """Which blocks each optimiser step of an epoch sees: all of them once, shuffled anew."""
     generator = torch.Generator().manual_seed(config.seed * 1_000 + epoch)
     order = torch.randperm(blocks, generator=generator)
-    return order.split(config.batch_size * config.accumulation)
+    return order.split(config.batch_size * config.gradient_accumulation_steps)
 
 
 def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> float:
@@ -307,19 +310,19 @@ def train_mode(teacher: nn.Module, student: nn.Module, config: DistillConfig):
     for layer in layers:
         layer.p = config.dropout
     if config.gradient_checkpointing:
-        quietly(student.gradient_checkpointing_enable, {"use_reentrant": False})
+        without_future_warnings(student.gradient_checkpointing_enable, {"use_reentrant": False})
     try:
         yield
     finally:
         if config.gradient_checkpointing:
-            quietly(student.gradient_checkpointing_disable)
+            without_future_warnings(student.gradient_checkpointing_disable)
         for layer, p in zip(layers, before, strict=True):
             layer.p = p
         teacher.train(modes[0])
         student.train(modes[1])
 
 
-def quietly(action: Callable, *arguments) -> None:
+def without_future_warnings(action: Callable, *arguments) -> None:
     """Call what newer versions of `transformers` have renamed, without their warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -15,12 +15,12 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def is_whole(value, least: int = 1) -> bool:
+def is_integer(value, least: int = 1) -> bool:
     """Whether a value is a whole number, and at least so much."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def kind(value) -> str:
+def type_name(value) -> str:
     """What a value is, for a message: `a list`."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

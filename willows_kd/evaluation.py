@@ -13,7 +13,7 @@ from torch import nn
 
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
-from willows_kd.errors import is_whole, kind, require
+from willows_kd.errors import is_integer, require, type_name
 from willows_kd.losses import kl
 from willows_kd.models import common_vocabulary, complete, eval_mode, require_model
 
@@ -45,7 +45,7 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
     require_model(model, "model")
     require(
         isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and len(blocks) > 0,
-        f"blocks are {kind(blocks)}; give token ids of shape (blocks, block_size), at least "
+        f"blocks are {type_name(blocks)}; give token ids of shape (blocks, block_size), at least "
         "one block, such as Blocks.test",
     )
     ids = blocks.min().item(), blocks.max().item()
@@ -121,7 +121,7 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int
 
 def verbatim(sample: str, training_text: str, words: int = 6) -> float:
     """The share of a sample's runs of so many words that stand in the training text."""
-    require(is_whole(words), f"words is {words!r}; it must be a whole number, at least 1")
+    require(is_integer(words), f"words is {words!r}; it must be a whole number, at least 1")
     sample_words, training_words = (re.findall(r"\w+", t.lower()) for t in (sample, training_text))
     runs = list(zip(*(sample_words[i:] for i in range(words)), strict=False))
     known = set(zip(*(training_words[i:] for i in range(words)), strict=False))
@@ -169,7 +169,7 @@ def compare(
         split: "test", or "validation" while choices are still to be made.
     """
     given = isinstance(models, dict) and models
-    require(given, f"models are {kind(models)}; give at least one in a dict, by name")
+    require(given, f"models are {type_name(models)}; give at least one in a dict, by name")
     require(split in ("test", "validation"), f"split is {split!r}; it must be test or validation")
     made = {
         name: [model] if isinstance(model, nn.Module) else [model(seed) for seed in seeds]

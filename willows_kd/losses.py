@@ -87,7 +87,7 @@ def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
         mask: True where a token counts, shape (...).
     """
     check_labels(labels, student_logits.shape[:-1])
-    logits = blank(at_least_float32(student_logits), mask)
+    logits = zero_masked_logits(at_least_float32(student_logits), mask)
     per_token = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return masked_mean(per_token.view(labels.shape), mask)
 
@@ -141,8 +141,8 @@ def log_softened(student_logits, teacher_logits, temperature, mask=None):
         f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
         f"{tuple(teacher_logits.shape)}; they must be equal",
     )
-    student = blank(at_least_float32(student_logits), mask) / temperature
-    teacher = blank(at_least_float32(teacher_logits.detach()), mask) / temperature
+    student = zero_masked_logits(at_least_float32(student_logits), mask) / temperature
+    teacher = zero_masked_logits(at_least_float32(teacher_logits.detach()), mask) / temperature
     return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
 
 
@@ -158,7 +158,7 @@ def masked_mean(per_token: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     return (per_token * mask).sum() / mask.sum().clamp_min(1)
 
 
-def blank(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def zero_masked_logits(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros for the logits of tokens that do not count: an infinity there would spread."""
     if mask is None:
         return logits

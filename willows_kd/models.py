@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from willows_kd.errors import InputError, is_whole, kind, require
+from willows_kd.errors import InputError, is_integer, require, type_name
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
@@ -40,7 +40,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def processes() -> PartialState:
+def distributed_state() -> PartialState:
     """The processes that a launcher started, joined over their GPUs, or over the CPU without.
 
     Accelerate itself joins processes on CPUs only where it is told to.
@@ -90,7 +90,10 @@ def load_tokenizer(name_or_path):
     path = Path(name_or_path)
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
-    with plain_errors(name_or_path, "has no tokenizer that can be read"), quiet_transformers():
+    with (
+        loading_errors_as_input_errors(name_or_path, "has no tokenizer that can be read"),
+        quiet_transformers(),
+    ):
         return AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
         )
@@ -99,7 +102,7 @@ def load_tokenizer(name_or_path):
 def load_model(name_or_path, device=None) -> PreTrainedModel:
     """A causal language model in float32, from safetensors only, with no remote code."""
     check_model(name_or_path)
-    with plain_errors(name_or_path, "cannot be loaded"), quiet_transformers():
+    with loading_errors_as_input_errors(name_or_path, "cannot be loaded"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=torch.float32,
@@ -154,7 +157,10 @@ def check_model(name_or_path) -> None:
 def check_context(name_or_path, block_size: int) -> None:
     """Refuse blocks longer than the positions that a model has."""
     check_model(name_or_path)
-    with plain_errors(name_or_path, "has no config that can be read"), quiet_transformers():
+    with (
+        loading_errors_as_input_errors(name_or_path, "has no config that can be read"),
+        quiet_transformers(),
+    ):
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
         )
@@ -184,7 +190,7 @@ def may_ask_hub(name_or_path) -> bool:
 
 
 @contextlib.contextmanager
-def plain_errors(name_or_path, what: str):
+def loading_errors_as_input_errors(name_or_path, what: str):
     """Turn what `transformers` raises for a bad model into one line."""
     try:
         yield
@@ -244,14 +250,14 @@ def quiet_transformers():
 
 
 def student_from_teacher(
-    teacher: PreTrainedModel, layers: int | None = None, init: str = "teacher", seed: int = 0
+    teacher: PreTrainedModel, layers: int | None = None, init: str = "spaced", seed: int = 0
 ) -> PreTrainedModel:
     """A student with fewer layers; widths, heads and vocabulary are the teacher's.
 
     Args:
         teacher: any decoder that `transformers` builds from a config.
         layers: how many; None for half of the teacher's.
-        init: ``"teacher"`` copies evenly spaced layers, the first and the last among
+        init: ``"spaced"`` copies evenly spaced layers, the first and the last among
             them, with embeddings and head, as DistilGPT2 was initialised (Sanh et al.
             2019, section 3); ``"first"`` copies the first layers instead;
             ``"random"`` copies nothing.
@@ -263,10 +269,10 @@ def student_from_teacher(
     require_model(teacher, "teacher")
     depth = teacher.config.num_hidden_layers
     layers = max(1, depth // 2) if layers is None else layers
-    fits = is_whole(layers) and layers <= depth
+    fits = is_integer(layers) and layers <= depth
     require(fits, f"layers is {layers!r}; this teacher allows 1 to {depth}")
-    if init not in ("teacher", "first", "random"):
-        raise InputError(f"init is {init!r}; it must be teacher, first or random")
+    if init not in ("spaced", "first", "random"):
+        raise InputError(f"init is {init!r}; it must be spaced, first or random")
     kept = list(range(layers)) if init == "first" else evenly_spaced(depth, layers)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = layers
@@ -284,7 +290,9 @@ def student_from_teacher(
 def require_model(model, name: str) -> None:
     """Refuse what is no model, such as the pair that `load_teacher` returns."""
     is_model = isinstance(model, nn.Module) and hasattr(model, "config")
-    require(is_model, f"{name} is {kind(model)}; give a model: teacher, tokenizer = load_teacher()")
+    require(
+        is_model, f"{name} is {type_name(model)}; give a model: teacher, tokenizer = load_teacher()"
+    )
 
 
 def evenly_spaced(depth: int, layers: int) -> list[int]:
@@ -329,7 +337,7 @@ def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
         InputError: sizes differ (both are named), or the same text gets other ids.
     """
     is_tokenizer = hasattr(teacher_tokenizer, "get_vocab")
-    require(is_tokenizer, f"tokenizer is {kind(teacher_tokenizer)}; give that of the teacher")
+    require(is_tokenizer, f"tokenizer is {type_name(teacher_tokenizer)}; give that of the teacher")
     sizes = len(teacher_tokenizer), len(student_tokenizer)
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -376,7 +384,7 @@ def output_weights(model, vocabulary: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def can_stream(model, ids: torch.Tensor) -> bool:
+def has_linear_head(model, ids: torch.Tensor) -> bool:
     """Whether a model's logits are hidden states times output weights: seen by trying.
 
     They are more than that where a head has a bias, or where logits are capped or scaled.
@@ -422,11 +430,19 @@ def complete(
     of sampling; temperature 0 takes the likeliest.
     """
     require_model(model, "model")
-    require(isinstance(prompt, str), f"prompt is {kind(prompt)}; give a text, which may be empty")
-    require(is_whole(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed")
+    require(
+        isinstance(prompt, str), f"prompt is {type_name(prompt)}; give a text, which may be empty"
+    )
+    require(
+        is_integer(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed"
+    )
     require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
-    require(is_whole(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens")
-    require(is_whole(seed, 0) and seed < 2**64, f"seed is {seed!r}; it must be from 0 to 2**64 - 1")
+    require(
+        is_integer(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens"
+    )
+    require(
+        is_integer(seed, 0) and seed < 2**64, f"seed is {seed!r}; it must be from 0 to 2**64 - 1"
+    )
     prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
         "input_ids"
@@ -493,7 +509,7 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from error
 
 
-def tidy_after_killed_runs(directory: Path) -> None:
+def clean_up_interrupted_writes(directory: Path) -> None:
     """Put back an output that a killed run had moved aside, and remove what else it left.
 
     For the one process that may write there.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from willows_kd.errors import is_whole, kind, require
+from willows_kd.errors import is_integer, require, type_name
 
 
 def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -21,7 +21,7 @@ def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         InputError: the temperature is not a positive, finite number.
     """
     check_temperature(temperature)
-    require(isinstance(logits, torch.Tensor), f"logits are {kind(logits)}; give a tensor")
+    require(isinstance(logits, torch.Tensor), f"logits are {type_name(logits)}; give a tensor")
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
@@ -57,7 +57,7 @@ def top_k(logits: torch.Tensor, k: int = 10, temperature: float = 1.0) -> TopK:
     """The k likeliest tokens at a temperature. Their order is the same at every temperature."""
     softened = soften(logits, temperature)
     vocabulary = softened.shape[-1]
-    fits = is_whole(k) and k <= vocabulary
+    fits = is_integer(k) and k <= vocabulary
     require(fits, f"k is {k!r}; it must be a whole number from 1 to {vocabulary}")
     probabilities, tokens = softened.topk(k, dim=-1)
     return TopK(probabilities, tokens, (1 - probabilities.sum(dim=-1)).clamp_min(0))

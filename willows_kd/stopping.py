@@ -24,7 +24,7 @@ def check_finite(row: dict) -> None:
 
 
 @contextlib.contextmanager
-def plain_failures(step: int, checkpoints: Checkpoints | None):
+def failures_as_input_errors(step: int, checkpoints: Checkpoints | None):
     """What ends a training, in one line: with the step, and where one can go on from."""
     try:
         yield
@@ -35,8 +35,9 @@ def plain_failures(step: int, checkpoints: Checkpoints | None):
         reason = error
         if error.__class__ != InputError:
             reason = (
-                f"out of memory at step {step}; lower the batch size, and raise accumulation "
-                "to keep the steps as they are, or set gradient_checkpointing"
+                f"out of memory at step {step}; lower the batch size, and raise "
+                "gradient_accumulation_steps to keep the steps as they are, or set "
+                "gradient_checkpointing"
             )
         files = checkpoints.files() if checkpoints else []
         last = f" (the last good checkpoint: {files[0]})" if files else ""
@@ -44,12 +45,12 @@ def plain_failures(step: int, checkpoints: Checkpoints | None):
 
 
 @contextlib.contextmanager
-def stopping_softly(allowed: bool) -> Iterator[SimpleNamespace]:
+def graceful_interrupt(allowed: bool) -> Iterator[SimpleNamespace]:
     """Turn the first Ctrl-C into `asked`, for the step at hand to end; a second stops at once.
 
     Several processes are told of it at different steps, so these stop at once.
     """
-    stop = SimpleNamespace(asked=False)
+    stop = SimpleNamespace(requested=False)
     if not allowed or threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -57,7 +58,7 @@ def stopping_softly(allowed: bool) -> Iterator[SimpleNamespace]:
     before = signal.getsignal(signal.SIGINT)
 
     def ask(*_):
-        stop.asked = True
+        stop.requested = True
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, ask)

@@ -20,17 +20,17 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from willows_kd.corpus import Blocks
-from willows_kd.errors import InputError, kind, require
+from willows_kd.errors import InputError, require, type_name
 from willows_kd.evaluation import windows
 from willows_kd.gutenberg import cache_folder
 from willows_kd.losses import forward_kl
 from willows_kd.models import (
-    can_stream,
+    clean_up_interrupted_writes,
+    distributed_state,
     eval_mode,
+    has_linear_head,
     hidden_states,
-    processes,
     require_model,
-    tidy_after_killed_runs,
     weights_digest,
     whole_directory,
 )
@@ -71,16 +71,16 @@ def cache_teacher(
         InputError: a setting is not possible for this teacher.
     """
     check(teacher, blocks, dtype, top_k)
-    ids = asked_about(blocks, teacher.config.vocab_size)
+    ids = blocks_to_cache(blocks, teacher.config.vocab_size)
     folder = Path(folder) if folder else cache_folder() / "teachers"
     weights = weights_digest(teacher)
     place = folder / digest(weights, ids, dtype, top_k)
     kept = {"dtype": dtype, "top_k": top_k, "tokens": ids.numel()}
     shapes = layout(teacher, ids, dtype, top_k)
-    with processes().local_main_process_first():
-        if not is_whole(place, shapes):
+    with distributed_state().local_main_process_first():
+        if not is_intact(place, shapes):
             nbytes = sum(np.dtype(kind).itemsize * np.prod(s) for s, kind in shapes.values())
-            print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {tidy(folder)}")
+            print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {with_tilde(folder)}")
             try:
                 write(place, teacher, ids, shapes, kept)
             except (InputError, OSError) as error:
@@ -90,11 +90,11 @@ def cache_teacher(
     exact = dtype == "float32" and not top_k
     cache.digest = weights if exact else place.name  # whether it may stand in for the teacher
     if not exact:
-        report(teacher, cache, ids)
+        print_cache_error(teacher, cache, ids)
     return cache
 
 
-def tidy(path: Path) -> str:
+def with_tilde(path: Path) -> str:
     """A path as a person writes it, with ~ for the home directory."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
@@ -111,7 +111,7 @@ class TeacherCache(nn.Module):
         super().__init__()
         self.config, self.top_k = teacher.config, top_k
         files = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in shapes}
-        self.base_model = Recall(ids, files)
+        self.base_model = CachedHiddenStates(ids, files)
         self.head = teacher.get_output_embeddings()
         self.nbytes = sum(file.nbytes for file in files.values())
 
@@ -141,7 +141,7 @@ class TeacherCache(nn.Module):
         return CausalLMOutput(logits=logits.scatter(-1, tokens.long(), values))
 
 
-class Recall(nn.Module):
+class CachedHiddenStates(nn.Module):
     """Finds again what is kept of a block, by its token ids."""
 
     def __init__(self, ids: torch.Tensor, files: dict[str, np.ndarray]):
@@ -167,7 +167,7 @@ class Recall(nn.Module):
 def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
     """Refuse what cannot be kept."""
     require_model(teacher, "teacher")
-    require(isinstance(blocks, Blocks), f"blocks are {kind(blocks)}; give what pack returns")
+    require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     vocabulary = teacher.config.vocab_size
@@ -175,14 +175,14 @@ def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
         raise InputError(
             f"top_k is {top_k!r}; it must be a whole number from 1 to {vocabulary - 1}"
         )
-    if top_k is None and not can_stream(teacher, blocks.train[:1].to(teacher.device)):
+    if top_k is None and not has_linear_head(teacher, blocks.train[:1].to(teacher.device)):
         raise InputError(
             "this teacher's logits are more than its hidden states times its output weights; "
             "give top_k to keep log-probabilities instead"
         )
 
 
-def asked_about(blocks: Blocks, vocabulary: int) -> torch.Tensor:
+def blocks_to_cache(blocks: Blocks, vocabulary: int) -> torch.Tensor:
     """All that `distill` asks a teacher: training blocks, and windows over validation blocks."""
     seen = [window for window, _ in windows(blocks.validation, vocabulary)]
     return torch.cat([blocks.train, *seen]).contiguous()
@@ -203,7 +203,7 @@ def layout(teacher, ids: torch.Tensor, dtype: str, top_k: int | None) -> dict:
     return {"hidden": ((*ids.shape, teacher.get_output_embeddings().in_features), dtype)}
 
 
-def is_whole(place: Path, shapes: dict) -> bool:
+def is_intact(place: Path, shapes: dict) -> bool:
     """Whether a cache is there, complete, and as it was written."""
     try:
         sums = json.loads((place / RECORD).read_text())["checksums"]
@@ -237,8 +237,8 @@ def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> 
     lock = place.with_name(f".{place.name}.lock")
     with FileLock(lock):
         try:
-            tidy_after_killed_runs(place)
-            if not is_whole(place, shapes):
+            clean_up_interrupted_writes(place)
+            if not is_intact(place, shapes):
                 fill(place, teacher, ids, shapes, kept)
         finally:
             lock.unlink(missing_ok=True)
@@ -252,7 +252,7 @@ def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> N
             for name, (shape, dtype) in shapes.items()
         }
         starts = tqdm(range(0, len(ids), AT_ONCE), unit="pass", leave=False)
-        for start, answer in zip(starts, answers(teacher, ids, kept["top_k"]), strict=True):
+        for start, answer in zip(starts, teacher_outputs(teacher, ids, kept["top_k"]), strict=True):
             for name, tensor in answer.items():
                 files[name][start : start + len(tensor)] = tensor.cpu().numpy()
         kept["checksums"] = {name: checksum(file) for name, file in files.items()}
@@ -262,7 +262,9 @@ def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> N
 
 
 @torch.no_grad()
-def answers(teacher, ids: torch.Tensor, top_k: int | None) -> Iterator[dict[str, torch.Tensor]]:
+def teacher_outputs(
+    teacher, ids: torch.Tensor, top_k: int | None
+) -> Iterator[dict[str, torch.Tensor]]:
     """What a teacher says about the blocks, a few at a time."""
     with eval_mode(teacher):
         for part in ids.split(AT_ONCE):
@@ -276,7 +278,7 @@ def answers(teacher, ids: torch.Tensor, top_k: int | None) -> Iterator[dict[str,
 
 
 @torch.no_grad()
-def report(teacher, cache: TeacherCache, ids: torch.Tensor) -> None:
+def print_cache_error(teacher, cache: TeacherCache, ids: torch.Tensor) -> None:
     """Print what a cache that is not exact costs and loses, on a few blocks."""
     few = ids[:: max(1, len(ids) // 8)][:8].to(teacher.device)
     with eval_mode(teacher):

@@ -129,27 +129,28 @@ def check_loss(my_loss: Callable) -> bool:
 
 
 def check_steps(my_steps: Callable) -> bool:
-    """Whether `my_steps(blocks, batch_size, accumulation, epochs)` counts optimiser steps."""
-    blocks, batch_size, accumulation, epochs = case = 31, 8, 3, 3
+    """Whether `my_steps(blocks, batch_size, gradient_accumulation_steps, epochs)` is right."""
+    blocks, batch_size, gradient_accumulation_steps, epochs = case = 31, 8, 3, 3
     try:
         found = my_steps(*case)
         others = my_steps(48, 8, 1, 2), my_steps(5, 8, 1, 1)
     except Exception as error:
         return stopped(error)
-    a_step = batch_size * accumulation
+    a_step = batch_size * gradient_accumulation_steps
     mistakes = {
         math.ceil(blocks / a_step): "that is one epoch; every epoch sees all blocks again",
         epochs * (blocks // a_step): "the last step of an epoch is missing; it has fewer blocks, "
         "but it is a step: round up",
         epochs * math.ceil(blocks / batch_size): "those are forward passes; an optimiser step "
-        "comes after `accumulation` of them",
+        "comes after `gradient_accumulation_steps` of them",
         math.ceil(epochs * blocks / a_step): "no step reaches over the end of an epoch; round up "
         "in each epoch, then multiply",
-        epochs * blocks: "that is a step a block; a step takes batch_size * accumulation of them",
+        epochs * blocks: "that is a step a block; a step takes several: batch_size times "
+        "gradient_accumulation_steps",
         epochs * blocks / a_step: "a number of steps is whole; round up in each epoch",
     }
     right = epochs * math.ceil(blocks / a_step)
-    shown = "blocks={}, batch_size={}, accumulation={}, epochs={}".format(*case)
+    shown = "blocks={}, batch_size={}, gradient_accumulation_steps={}, epochs={}".format(*case)
     if found == right and others == (12, 1):
         return well_done(f"{shown} makes {right} steps")
     if found == right:

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from willows_kd.errors import is_whole, require
+from willows_kd.errors import is_integer, require
 from willows_kd.losses import DIVERGENCES, at_least_float32, check_alpha, check_labels
 from willows_kd.soft_labels import check_temperature
 
@@ -25,7 +25,7 @@ CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT
 ROWS = 2**20  # logits that are worked on at a time: 4 MiB, so that they stay in a CPU's cache
 
 
-def streaming_loss(
+def chunked_loss(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
@@ -59,7 +59,7 @@ def streaming_loss(
     check_labels(labels, student_hidden.shape[:-1])
     known = ", ".join(DIVERGENCES)
     require(divergence in DIVERGENCES, f"divergence is {divergence!r}; it must be one of {known}")
-    require(chunk is None or is_whole(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
+    require(chunk is None or is_integer(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
     if alpha < 1:
         check_teacher(student_hidden, student_head, teacher_hidden, teacher_head)
     counted = ... if mask is None else mask.bool()
@@ -69,7 +69,7 @@ def streaming_loss(
         teacher_hidden = teacher_hidden.flatten(0, -2)
     settings = temperature, alpha, divergence, chunk or max(1, CHUNK // len(student_head))
     teacher = (teacher_hidden, teacher_head) if alpha < 1 else (None, None)
-    return StreamingLoss.apply(
+    return ChunkedLoss.apply(
         student_hidden.flatten(0, -2), student_head, *teacher, labels.flatten(), settings
     )
 
@@ -87,7 +87,7 @@ def check_teacher(student_hidden, student_head, teacher_hidden, teacher_head) ->
     )
 
 
-class StreamingLoss(torch.autograd.Function):
+class ChunkedLoss(torch.autograd.Function):
     """Loss and gradients in one walk over the tokens; backward only hands them out."""
 
     @staticmethod
