@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from willows_kd import gutenberg
+from willows_kd.chapters import EMPHASIS, find_headings, titles_below
 from willows_kd.errors import InputError, is_integer, require, type_name
 
 SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
@@ -122,26 +123,24 @@ def decode(raw: bytes, name: str = "the text") -> str:
 FURNITURE = re.compile(
     r"\[Illustration[^\]]*\]|\{\d+\}|\[Pg\s*\d+\]|^[ \t]*(?:[*·•][ \t]*){3,}$", re.MULTILINE
 )
-HEADING = re.compile(
-    r"(?P<word>chapter\s+)?(?P<number>(?a:[ivxlc]+|\d{1,3}))(?P<stop>[.:—–-]*)"
-    r"(?P<title>\s+\S.*|\S.*)?",
-    re.IGNORECASE,
-)
 PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
 SURPLUS_BLANK_LINE = re.compile(r"^[^\S\n]*\n(?=[^\S\n]*\n)", re.MULTILINE)
-EMPHASIS = re.compile(r"(?<!\w)_([^_]+)_(?!\w)")
 FRONT_MATTER_LIMIT = 3_000  # characters: a title page and a table of contents
+LENGTH_OF_A_BOOK = 50_000  # characters: a shorter text needs no chapters
 LONGEST_WRAPPED_LINE = 120  # characters: a longer line was never broken by hand
 
 
 def parse_book(raw: str, title: str, provenance: str) -> Corpus:
     """Clean a text and cut it into chapters.
 
-    What stands before the first chapter is dropped where it is short (a title
-    page, a table of contents) and kept as a chapter of its own where it is long.
+    What stands before the first chapter is dropped if its prose is short (a title
+    page, a table of contents) and kept as a chapter of its own if it is long.
 
     Raises:
         InputError: nothing is left to learn from.
+
+    Warns:
+        UserWarning: a text as long as a book has no chapter headings.
     """
     raw = gutenberg.strip_licence(raw).strip("\n")
     skipped = len(SURPLUS_BLANK_LINE.findall(raw))
@@ -149,66 +148,36 @@ def parse_book(raw: str, title: str, provenance: str) -> Corpus:
     pieces = PARAGRAPH_BREAK.split(raw)
     if len(pieces) == 1:  # no blank line anywhere: each line is a paragraph
         pieces = raw.split("\n")
-    sections: list[tuple[str, list[str]]] = [(title, [])]  # the first is the front matter
-    number = 0
-    for piece in pieces:
-        heading = read_heading(piece, after=number)
-        if heading:
-            number = heading[0]
-            sections.append((heading[1], []))
-        else:
-            sections[-1][1].extend(unwrap(piece))
-    front = sections[0][1]
-    if len(sections) > 1 and sum(map(len, front)) <= FRONT_MATTER_LIMIT:
-        sections.pop(0)
-        title = front[0] if front else title
-    sections = [find_title(*section) for section in sections]
-    full = [(name, "\n\n".join(paragraphs)) for name, paragraphs in sections if paragraphs]
-    skipped += sum(not paragraphs for _, paragraphs in sections[sections[0][1] is front :])
-    if not full:
-        raise InputError(f"{provenance} holds no text; give a file with a few paragraphs in it")
-    chapters = tuple(Chapter(i, name, text) for i, (name, text) in enumerate(full, start=1))
-    return Corpus(title, provenance, chapters, skipped)
+    headings = find_headings(pieces)
+    bounds = [heading.at for heading in headings] + [len(pieces)]
+    front = [text for piece in pieces[: bounds[0]] for text in unwrap(piece)]
+    sections = []
+    for heading, end in zip(headings, bounds[1:], strict=True):
+        texts = [text for piece in pieces[heading.at + 1 : end] for text in unwrap(piece)]
+        sections.append((heading, texts))
+    chapters = titles_below(sections)
+    skipped += sum(not texts for _, texts in chapters)
+    if not chapters:
+        chapters = [(title, front)]
+    elif preface := preface_of(front):
+        chapters.insert(0, (title, preface))
+    elif front:
+        title = front[0]
+    found = [(name, "\n\n".join(texts)) for name, texts in chapters if texts]
+    require(found, f"{provenance} holds no text; give a file with a few paragraphs in it")
+    if not headings and len(raw) > LENGTH_OF_A_BOOK:
+        message = f"no chapter headings could be made out in {provenance}: it is read as one text"
+        warnings.warn(message, stacklevel=2)
+    numbered = (Chapter(i, name, text) for i, (name, text) in enumerate(found, start=1))
+    return Corpus(title, provenance, tuple(numbered), skipped)
 
 
-def read_heading(piece: str, after: int) -> tuple[int, str] | None:
-    """The number and title of a chapter heading, or None for any other text.
-
-    A heading stands alone on its line, says "Chapter" or begins with a number and
-    a full stop in capitals, and counts on from the chapter before: that is what
-    tells `I. THE RIVER BANK` from a speech that begins with the word "I".
-    """
-    line, *below = piece.strip().split("\n")
-    match = HEADING.fullmatch(line.strip())
-    if below and match and not match["title"]:  # a number with its title on the next line
-        line = f"{line.strip().rstrip('.')}. {' '.join(below).strip()}"
-        match = HEADING.fullmatch(line)
-    elif below:
-        return None
-    if not match or len(line) > 100:
-        return None
-    numeral, title = match["number"], (match["title"] or "").strip()
-    is_titled = match["stop"] and title.isupper()
-    is_bare = not title and (numeral.isdigit() or numeral.isupper())
-    if not (match["word"] or is_titled or is_bare):
-        return None
-    number = int(numeral) if numeral.isdigit() else roman(numeral)
-    counts_on = number == 1 or after < number <= after + 3
-    return (number, title or line) if counts_on else None
-
-
-def find_title(name: str, paragraphs: list[str]) -> tuple[str, list[str]]:
-    """The title and the text of a chapter whose title may stand below its bare number."""
-    match = HEADING.fullmatch(name)
-    if match and not match["title"] and paragraphs and paragraphs[0].isupper():
-        return paragraphs[0], paragraphs[1:]
-    return name, paragraphs
-
-
-def roman(numeral: str) -> int:
-    """The value of a Roman numeral."""
-    values = [{"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}[c] for c in numeral.lower()]
-    return sum(-v if v < max(values[i:]) else v for i, v in enumerate(values))
+def preface_of(front: list[str]) -> list[str]:
+    """What stands before the first chapter, from its first whole sentence on, if that is long."""
+    whole = [i for i, text in enumerate(front) if re.search(r"[.!?][\"'”’)]*$", text)]
+    if sum(len(front[i]) for i in whole) <= FRONT_MATTER_LIMIT:
+        return []
+    return front[whole[0] : whole[-1] + 1]
 
 
 def unwrap(piece: str) -> list[str]:
