@@ -1,11 +1,14 @@
 """Text in, blocks of tokens out: reading a book, splitting it, packing it."""
 
 import contextlib
+import glob
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -48,28 +51,44 @@ class Corpus:
         return "\n\n".join(chapter.text for chapter in self.chapters)
 
 
-def load_corpus(source: str | os.PathLike | None = None) -> Corpus:
-    """Read the book to learn from.
+def load_corpus(
+    source: str | os.PathLike | None = None,
+    text_column: str | None = None,
+    encoding: str | None = None,
+) -> Corpus:
+    """Read the text to learn from.
 
     Args:
-        source: the path of a text file; or ``"sample"`` for the story that ships
-            with the package; or ``"willows"`` for *The Wind in the Willows* and
-            nothing else; or None for the first of these that can be had: the
-            file named by ``WILLOWS_KD_CORPUS``, the book from the user's cache,
-            the book from Project Gutenberg, the sample story.
+        source: the path of a text file, or of a JSON Lines or Parquet file (`.jsonl`,
+            `.json`, `.parquet`), each row of which is a text; ``"sample"`` for the story
+            that ships with the package; ``"willows"`` for *The Wind in the Willows* and
+            nothing else; or None for the first of these that can be had: the file named
+            by ``WILLOWS_KD_CORPUS``, the book from the user's cache, the book from
+            Project Gutenberg, the sample story.
+        text_column: the column that holds the text of a row; by default the one called
+            ``"text"``, or the only one of text.
+        encoding: the encoding of your file, such as ``"cp1251"``; by default UTF-8 or
+            UTF-16, or else cp1252.
 
     Raises:
-        InputError: the file is missing, empty or not text; or the book was asked
-            for and cannot be had.
+        InputError: the file is missing, empty or not text, or has no such column or
+            encoding; or the book was asked for and cannot be had.
+
+    Warns:
+        UserWarning: the text was probably decoded wrongly, or is as long as a book and has
+            no chapter headings.
     """
     usable = source is None or (isinstance(source, str | os.PathLike) and str(source))
     require(usable, f"the source is {source!r}; give the path of a text file")
+    own = {"text_column": text_column, "encoding": encoding}
+    for name, value in own.items():
+        require(value is None or isinstance(value, str), f"{name} is {value!r}; give a name")
     if source == "sample":
         return read_book(SAMPLE_STORY, provenance="the sample story that ships with willows_kd")
     if source not in (None, "willows"):
-        return read_book(source)
+        return read_book(source, **own)
     if override := os.environ.get("WILLOWS_KD_CORPUS"):
-        return read_book(override, provenance=f"{override} (WILLOWS_KD_CORPUS)")
+        return read_book(override, f"{override} (WILLOWS_KD_CORPUS)", **own)
     try:
         return read_book(gutenberg.fetch_willows(), provenance=gutenberg.PROVENANCE)
     except gutenberg.DownloadError as error:
@@ -82,40 +101,130 @@ def load_corpus(source: str | os.PathLike | None = None) -> Corpus:
         return load_corpus("sample")
 
 
-def read_book(path: str | os.PathLike, provenance: str | None = None) -> Corpus:
-    """Read a text file into a `Corpus`: decode, clean, find the chapters."""
+ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def read_book(
+    path: str | os.PathLike,
+    provenance: str | None = None,
+    text_column: str | None = None,
+    encoding: str | None = None,
+) -> Corpus:
+    """Read a file into a `Corpus`: the rows of a table, or the chapters of a text."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give a text file")
+    of_rows = path.suffix.lower() in ROWS
+    require(not path.is_dir(), f"{path} is a directory; give a text file")
+    require(
+        of_rows or text_column is None,
+        f"{path} has no columns; text_column is for files of the kinds {', '.join(ROWS)}",
+    )
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = b"" if of_rows else file.read()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the path of a text file") from None
-    except (OSError, ValueError) as error:  # the latter where a path holds a null character
+    except (OSError, ValueError) as error:  # the latter if a path holds a null character
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(path)!r} cannot be read ({reason})") from error
-    return parse_book(decode(raw, str(path)), path.stem, provenance or str(path))
+    if of_rows:
+        return read_rows(path, provenance or str(path), text_column, encoding)
+    return parse_book(decode(raw, str(path), encoding), path.stem, provenance or str(path))
 
 
-def decode(raw: bytes, name: str = "the text") -> str:
-    """Bytes of UTF-8, UTF-16 (each with or without a BOM) or cp1252 to text."""
+def read_rows(path: Path, provenance: str, text_column: str | None, encoding: str | None) -> Corpus:
+    """Read a JSON Lines or Parquet file into a `Corpus`, each row with text a chapter."""
+    from datasets import load_dataset  # slow to import
+
+    kind = ROWS[path.suffix.lower()]
+    settings = {"encoding": known(encoding)} if encoding and kind == "json" else {}
+    try:
+        with quiet_progress(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            files = glob.escape(str(path))
+            rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache, **settings)
+            column = find_column(rows.features, text_column, path)
+            texts = [(text or "").replace("\r\n", "\n").strip() for text in rows[column]]
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # of `datasets` and `pyarrow`, which raise many kinds
+        reason = str(error.__cause__ or error).split("\n")[0] or "it has no rows"
+        hint = "; name its encoding (--encoding) if it is not UTF-8" if kind == "json" else ""
+        raise InputError(f"{path} cannot be read as {kind} ({reason}){hint}") from error
+    full = [(f"Row {row}", text) for row, text in enumerate(texts, start=1) if text]
+    require(full, f"{path} holds no text in the column {column!r}")
+    chapters = (Chapter(i, title, text) for i, (title, text) in enumerate(full, start=1))
+    return Corpus(path.stem, provenance, tuple(chapters), skipped=len(texts) - len(full))
+
+
+def find_column(features, wanted: str | None, path: Path) -> str:
+    """The column of text to learn from: the one asked for, "text", or the only one."""
+    texts = [name for name, value in features.items() if str(value.dtype).endswith("string")]
+    wanted = wanted or (texts[0] if len(texts) == 1 else "text")
+    require(
+        wanted in texts,
+        f"{path} has no column {wanted!r} of text; its columns are {', '.join(features)}: "
+        "name one with text_column (--text_column)",
+    )
+    return wanted
+
+
+def known(encoding: str) -> str:
+    """An encoding, if Python has it."""
+    try:
+        "".encode(encoding)
+    except (LookupError, ValueError):
+        raise InputError(f"{encoding!r} is no known encoding; give one such as 'cp1251'") from None
+    return encoding
+
+
+def decode(raw: bytes, name: str = "the text", encoding: str | None = None) -> str:
+    """Bytes to text, by an encoding or else as UTF-8, UTF-16 (with or without a BOM) or cp1252.
+
+    Raises:
+        InputError: the bytes are not text in this encoding.
+
+    Warns:
+        UserWarning: text that was taken for cp1252 hardly looks like it.
+    """
     nulls = raw[:4096].count(0)
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if encoding:
+        encodings = [known(encoding)]
+    elif raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         encodings = ["utf-16"]
     elif nulls * 4 > len(raw[:4096]):  # every second byte of Latin text in UTF-16 is 0
         encodings = ["utf-16-le" if raw[1:4096:2].count(0) * 2 > nulls else "utf-16-be"]
     else:
         encodings = ["utf-8-sig", "cp1252"]
-    for encoding in encodings:
+    for candidate in encodings:
         try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
+            text = raw.decode(candidate)
+        except ValueError:
             continue
         controls = sum(c < " " and c not in "\t\n\r\f\v\x1a" for c in text[:100_000])
         if controls * 100 <= min(len(text), 100_000):
-            text = text.translate({0: None, 0x1A: None})  # DOS ended files with the latter
+            if candidate == "cp1252" and not encoding and looks_garbled(text):
+                message = f"{name}, read as cp1252, hardly looks like text: name its encoding"
+                warnings.warn(f"{message} with encoding= (--encoding)", stacklevel=2)
+            text = text.translate(
+                {0: None, 0x1A: None, 0xFEFF: None}
+            )  # the second ended DOS's files
             return text.replace("\r\n", "\n").replace("\r", "\n")
-    raise InputError(f"{name} is not text; give a file of UTF-8, UTF-16 or cp1252 text")
+    expected = encoding or "UTF-8, UTF-16 or cp1252"
+    raise InputError(
+        f"{name} is not text in {expected}; if it is text, name its encoding with encoding= "
+        "(--encoding)"
+    )
+
+
+def looks_garbled(text: str) -> bool:
+    """Whether text read as cp1252 is probably in another encoding.
+
+    Cyrillic or Chinese text read so is made of accented letters and signs, which are few in
+    any text that cp1252 is for; "â€" is a quotation mark of UTF-8.
+    """
+    sample = text[:100_000]
+    plain = sum(c.isascii() and c.isalpha() for c in sample)
+    odd = sum(not c.isascii() and c not in "‘’“”„«»–—…•" for c in sample)
+    return odd > max(10, plain / 2) or "â€" in text
 
 
 # -- from raw text to chapters ---------------------------------------------------------
@@ -186,7 +295,7 @@ def unwrap(piece: str) -> list[str]:
     Lines that were broken by hand to fit a page are joined; indented lines (verse)
     keep their breaks; lines too long to have been broken are paragraphs themselves.
     """
-    lines = [line for line in piece.replace("\ufeff", "").split("\n") if line.strip()]
+    lines = [line for line in piece.split("\n") if line.strip()]
     tidy = [EMPHASIS.sub(r"\1", " ".join(line.split())) for line in lines]
     if any(len(line) > LONGEST_WRAPPED_LINE for line in lines):
         return tidy
@@ -287,11 +396,11 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
         isinstance(corpus, Corpus), f"corpus is {type_name(corpus)}; give what load_corpus returns"
     )
     require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
-    whole = "a whole number, " if not isinstance(block_size, int) else ""
     require(
-        is_integer(block_size, 2),
-        f"block_size is {block_size!r}; a block needs {whole}at least 2 tokens",
+        isinstance(block_size, Integral) and is_integer(int(block_size), 2),
+        f"block_size is {block_size!r}; give a whole number of tokens, at least 2",
     )
+    block_size = int(block_size)
     if corpus.skipped:
         warnings.warn(f"skipped {corpus.skipped} empty lines or chapters", stacklevel=2)
     tensors, remainder = {}, {}
@@ -352,13 +461,16 @@ def cut(text: str, longest: int) -> list[str]:
 
 @contextlib.contextmanager
 def quiet_progress():
-    """No progress bars of `datasets` for what takes a moment."""
+    """No progress bars and log lines of `datasets` for what takes a moment."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
