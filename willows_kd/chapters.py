@@ -57,14 +57,17 @@ def read_heading(at: int, piece: str) -> Heading | None:
     number with a title: that is what tells `I. THE RIVER BANK` from a speech that
     begins with the word "I".
     """
-    line, *below = (part.strip() for part in EMPHASIS.sub(r"\1", piece.strip()).split("\n"))
+    piece = piece.strip()
+    if len(piece) > LONGEST_HEADING:
+        return None
+    line, *below = (part.strip() for part in EMPHASIS.sub(r"\1", piece).split("\n"))
     match = HEADING.fullmatch(line) or SPELT_HEADING.fullmatch(line)
     if below and match and not match["title"]:  # a number with its title on the next line
         line = f"{line.rstrip('.')}. {' '.join(below)}"
         match = HEADING.fullmatch(line) or SPELT_HEADING.fullmatch(line)
     elif below:
         return None
-    if not match or len(line) > LONGEST_HEADING:
+    if not match:
         return None
     title = match["title"]
     if match.re is SPELT_HEADING:
@@ -139,7 +142,8 @@ def without_contents(headings: list[Heading], pieces: list[str]) -> list[Heading
             runs.append([])
         runs[-1].append((heading, sum(map(len, pieces[heading.at + 1 : end]))))
     typical = [median(length for _, length in run) for run in runs]
-    kept = [run for run, size in zip(runs, typical, strict=True) if size * 10 >= max(typical)]
+    least = max(typical, default=0) / 10
+    kept = [run for run, size in zip(runs, typical, strict=True) if size >= least]
     return [heading for run in kept for heading, _ in run]
 
 

@@ -398,7 +398,7 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
     require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
     require(
         isinstance(block_size, Integral) and is_integer(int(block_size), 2),
-        f"block_size is {block_size!r}; give a whole number of tokens, at least 2",
+        f"block_size is {block_size!r}; a block needs a whole number, at least 2 tokens",
     )
     block_size = int(block_size)
     if corpus.skipped:
