@@ -117,9 +117,10 @@ def count(candidates: list[Heading], style: str) -> list[Heading]:
     kept: list[Heading] = []
     last = 0
     for i, heading in enumerate(candidates):
-        number, soon = heading.number or last + 1, candidates[i + 1 : i + 50]
-        follows = [h.number for h in soon if h.style == style and h.number in (2, last + 1)]
-        begins_again = number == 1 and follows[:1] == [2]
+        number = heading.number or last + 1
+        soon = candidates[i + 1 : i + 50] if number == 1 else []
+        follows = (h.number for h in soon if h.style == style and h.number in (2, last + 1))
+        begins_again = next(follows, None) == 2
         misprinted = number == last > 1 and letters(heading.title) != letters(kept[-1].title)
         if heading.style != style:
             counts_on = kept and number == last + 1 and not heading.is_bare

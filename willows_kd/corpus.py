@@ -15,7 +15,7 @@ import torch
 
 from willows_kd import gutenberg
 from willows_kd.chapters import EMPHASIS, find_headings, titles_below
-from willows_kd.errors import InputError, is_integer, require, type_name
+from willows_kd.errors import InputError, require, type_name
 
 SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
 
@@ -396,9 +396,10 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
         isinstance(corpus, Corpus), f"corpus is {type_name(corpus)}; give what load_corpus returns"
     )
     require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
+    whole = "" if isinstance(block_size, Integral) else "a whole number, "
     require(
-        isinstance(block_size, Integral) and is_integer(int(block_size), 2),
-        f"block_size is {block_size!r}; a block needs a whole number, at least 2 tokens",
+        not whole and int(block_size) >= 2,
+        f"block_size is {block_size!r}; a block needs {whole}at least 2 tokens",
     )
     block_size = int(block_size)
     if corpus.skipped:
