@@ -34,7 +34,7 @@ class Corpus:
     """A book as it is learnt from.
 
     Attributes:
-        title: the book's title, or the file's name where it has none.
+        title: the book's title, or the file's name if it has none.
         provenance: where the text came from, in one line.
         chapters: the chapters in order; a text without chapters is one chapter.
         skipped: empty lines and chapters that were passed over while reading.
@@ -380,9 +380,9 @@ class Blocks:
 
 
 def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
-    """Tokenise a corpus once and cut each split into blocks of `block_size` tokens.
+    """Tokenize a corpus once and cut each split into blocks of `block_size` tokens.
 
-    The tokeniser's end-of-text token stands between chapters. Every token is kept
+    The tokenizer's end-of-text token stands between chapters. Every token is kept
     in order, but for the few at a split's end that do not fill a block: their
     number is in `Blocks.remainder`.
 
@@ -390,7 +390,7 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
         InputError: a split is too short for one block.
 
     Warns:
-        UserWarning: once, where empty lines or chapters were skipped.
+        UserWarning: once, if empty lines or chapters were skipped.
     """
     require(
         isinstance(corpus, Corpus), f"corpus is {type_name(corpus)}; give what load_corpus returns"
@@ -424,7 +424,7 @@ def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
     """The token ids of some texts in a row, an end-of-text token between them, shape (tokens,)."""
     if not texts:
         return torch.empty(0, dtype=torch.long)
-    from datasets import Dataset  # slow to import: only where text is tokenised
+    from datasets import Dataset  # slow to import: only where text is tokenized
 
     def ids_of(batch):
         # verbose=False: a text longer than the model's context is what we are here to cut
