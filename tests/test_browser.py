@@ -184,7 +184,7 @@ def opened(lab, browser, request):
         page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
         page.evaluate(RUN_ALL)
-        page.wait_for_function("window.ran", timeout=5 * MINUTES)
+        page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
         yield page
     finally:
         photograph(page, ARTIFACTS / f"{path.stem}.png")
