@@ -1,4 +1,4 @@
-"""What a machine does to a run: a full disk, no memory, no leave. A line each, nothing lost."""
+"""A full disk, no memory, no permission: one clear line each, and nothing is lost."""
 
 import os
 import shutil
