@@ -174,7 +174,7 @@ def test_a_frozen_part_is_restored_and_stays_frozen(teacher, student, blocks, fo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"temperature": 4.0}, "temperature was 2.0, is 4.0"),
+        ({"temperature": 4.0}, "temperature was 1.0, is 4.0"),
         ({"epochs": 3}, "epochs was 2, is 3"),
         ({"seed": 1, "alpha": 0.0}, "alpha was 0.3, is 0.0, seed was 0, is 1"),
     ],

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class WriteError(InputError):
+    """A file or directory could not be written, such as on a full disk."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise an `InputError` with this message where a condition does not hold."""
     if not condition:
