@@ -280,19 +280,19 @@ def test_a_cache_that_is_locked_is_named(site, monkeypatch, tmp_path):
 def test_a_file_is_written_whole_or_not_at_all(error, before, tmp_path, monkeypatch):
     path = tmp_path / "folder" / "book.txt"
     if before:
-        gutenberg.write_atomically(path, before)
+        write(path, before)
 
     def fail(*_):
         raise error
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(type(error)):
-        gutenberg.write_atomically(path, "the new text")
+        write(path, "the new text")
     monkeypatch.undo()
     assert list(path.parent.iterdir()) == ([path] if before else [])
     assert not before or path.read_text() == before
 
-    gutenberg.write_atomically(path, "the new text")
+    write(path, "the new text")
     assert path.read_text() == "the new text"
     assert list(path.parent.iterdir()) == [path]
 
