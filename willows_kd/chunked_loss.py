@@ -16,7 +16,7 @@ from willows_kd.losses import DIVERGENCES, check_alpha, check_labels
 from willows_kd.soft_labels import at_least_float32, check_temperature
 
 CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT-2's vocabulary
-ROWS = 2**20  # logits in one step of the arithmetic: 4 MiB, to stay in a CPU's cache
+ROWS = 2**19  # logits in one step of the arithmetic: 2 MiB, to stay in a CPU's cache
 
 
 def chunked_loss(
@@ -114,8 +114,8 @@ class ChunkedLoss(torch.autograd.Function):
                 teacher_logits = None
                 if teacher_hidden is not None:
                     teacher_logits = at_least_float32(teacher_hidden[part] @ teacher_head.T)
-                sums += into_gradient(logits, teacher_logits, labels[part], objective)
-                gradient = logits.div_(len(labels)).to(hidden.dtype)
+                sums += into_gradient(logits, teacher_logits, labels[part], objective, len(labels))
+                gradient = logits.to(hidden.dtype)
                 del logits, teacher_logits  # before the next ones are made
                 add_product(grad_hidden[part], gradient, head)
                 add_product(grad_head, gradient.T, hidden[part])
@@ -154,8 +154,10 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def into_gradient(logits, teacher_logits, labels, objective) -> torch.Tensor:
+def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torch.Tensor:
     """Overwrite the student's logits, shape (tokens, vocabulary), with the loss's gradient.
+
+    The loss is the mean over `total` tokens, of which these are some.
 
     Returns:
         the sums over the tokens of the soft-label and the hard-label loss, shape (2,).
@@ -171,15 +173,14 @@ def into_gradient(logits, teacher_logits, labels, objective) -> torch.Tensor:
             y = labels[begin : begin + rows, None]
             sums[1] -= log_q.gather(1, y).sum()
             hard_gradient = log_q.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=z.dtype))
-            hard_gradient *= alpha
+            hard_gradient *= alpha / total
         if alpha < 1:
             log_q = F.log_softmax(z / temperature, dim=-1)
             log_p = F.log_softmax(teacher_logits[begin : begin + rows] / temperature, dim=-1)
-            value = divergence.value(log_q, log_p, **divergence.parameters).sum()
-            gradient = divergence.gradient(log_q, log_p, **divergence.parameters)
-            sums[0] += temperature**divergence.power * value
-            weight = (1 - alpha) * temperature ** (divergence.power - 1)
-            torch.mul(gradient, weight, out=z)
+            value, gradient = divergence.formula(log_q, log_p, **divergence.parameters)
+            sums[0] += temperature**divergence.power * value.sum()
+            weight = (1 - alpha) * temperature ** (divergence.power - 1) / total
+            torch.mul(gradient(), weight, out=z)
             z += hard_gradient
         else:
             z.copy_(hard_gradient)

@@ -22,7 +22,6 @@ values and its gradients. To add a divergence, add an entry, and its name to
 `config.DIVERGENCE_NAMES`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -38,12 +37,27 @@ def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> to
 
     Its gradient with respect to the student's logits is T · (q - p) / N for each of the N
     tokens that count.
+
+    Args:
+        student_logits, teacher_logits: shape (..., vocabulary). Only the student's take
+            gradients.
+        temperature: T, softens both distributions; positive.
+        mask: True for each token that counts, shape (...); None counts all.
+
+    Returns:
+        the mean over the tokens that count, in nats per token: one number, 0 if none counts.
+
+    Raises:
+        InputError: the shapes do not fit together, or T is not positive and finite.
     """
     return DIVERGENCES["forward_kl"](student_logits, teacher_logits, temperature, mask)
 
 
 def reverse_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
-    """KL(student || teacher) · T², as in MiniLLM (Gu et al. 2024, section 2.1)."""
+    """KL(student || teacher) · T², as in MiniLLM (Gu et al. 2024, section 2.1).
+
+    The arguments are those of `forward_kl`.
+    """
     return DIVERGENCES["reverse_kl"](student_logits, teacher_logits, temperature, mask)
 
 
@@ -55,7 +69,7 @@ def jensen_shannon(
     The generalised divergence of GKD (Agarwal et al. 2024, equation 1). It tends to 0 as
     `beta` tends to 0 or 1, so `beta` must lie strictly between. Divided by beta it tends to
     the forward KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends
-    to 1.
+    to 1. The other arguments are those of `forward_kl`.
     """
     divergence = DIVERGENCES["jensen_shannon"].with_parameters(beta=beta)
     return divergence(student_logits, teacher_logits, temperature, mask)
@@ -66,7 +80,7 @@ def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) 
 
     T and not T², since this distance is of first order in the difference of the logits:
     its gradient shrinks as 1/T, that of a KL as 1/T². Used for distillation by Wen et al.
-    2023 (f-divergence minimisation, section 3).
+    2023 (f-divergence minimisation, section 3). The arguments are those of `forward_kl`.
     """
     return DIVERGENCES["total_variation"](student_logits, teacher_logits, temperature, mask)
 
@@ -76,16 +90,15 @@ class Divergence:
     """A divergence of the student's distribution q from the teacher's, p.
 
     Attributes:
-        value: a function of (log q, log p), shapes (..., vocabulary), and the parameters;
-            it returns the divergence of each token, shape (...).
-        gradient: a function of the same arguments; it returns the gradient of `value` with
-            respect to the student's softened logits z_s / T, shape (..., vocabulary).
+        formula: a function of (log q, log p), shapes (..., vocabulary), and the parameters.
+            It returns the value of each token, shape (...), and a function that returns the
+            gradient of the value with respect to the softened logits z_s / T, in closed
+            form, shape (..., vocabulary).
         power: exponent of T. The loss is T^power · value.
-        parameters: keyword arguments of `value` and `gradient`.
+        parameters: further keyword arguments of `formula`.
     """
 
-    value: Callable[..., torch.Tensor]
-    gradient: Callable[..., torch.Tensor]
+    formula: Callable[..., tuple[torch.Tensor, Callable[[], torch.Tensor]]]
     power: int = 2
     parameters: Mapping[str, float] = field(default_factory=dict)
 
@@ -97,57 +110,64 @@ class Divergence:
     def __call__(self, student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
         """The full-logits loss: T^power · value, averaged over the tokens that count."""
         log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
-        per_token = self.value(log_q, log_p, **self.parameters)
+        per_token, _ = self.formula(log_q, log_p, **self.parameters)
         return temperature**self.power * masked_mean(per_token, mask)
+
+
+def forward_kl_formula(log_q, log_p):
+    """KL(p || q), and its gradient q - p."""
+    p = log_p.exp()
+    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1), lambda: log_q.exp().sub_(p)
+
+
+def reverse_kl_formula(log_q, log_p):
+    """KL(q || p), and its gradient q · (log(q/p) - KL(q || p))."""
+    q = log_q.exp()
+    slope = log_ratio(log_q, log_p, q)
+    value = (q * slope).sum(dim=-1)
+    return value, lambda: (slope - value[..., None]).mul_(q)
+
+
+def jensen_shannon_formula(log_q, log_p, beta):
+    """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
+    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
+    p, q = log_p.exp(), log_q.exp()
+    smallest = torch.finfo(q.dtype).tiny  # not 0: autograd would divide 0 by 0
+    log_m = (beta * p + (1 - beta) * q).clamp_min(smallest).log()
+    slope = log_ratio(log_q, log_m, q)
+    from_p, from_q = (p * log_ratio(log_p, log_m, p)).sum(dim=-1), (q * slope).sum(dim=-1)
+    value = beta * from_p + (1 - beta) * from_q
+    return value, lambda: (slope - from_q[..., None]).mul_(q).mul_(1 - beta)
+
+
+def total_variation_formula(log_q, log_p):
+    """Half the sum of |q - p|; its gradient is q · (g - sum(q · g)), g half the sign of q - p."""
+    q = log_q.exp()
+    gap = q - log_p.exp()
+
+    def gradient():
+        slope = gap.sign() / 2
+        return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
+
+    return gap.abs().sum(dim=-1) / 2, gradient
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of each token, in nats, shape (...), from log-probabilities."""
     p = log_p.exp()
-    log_ratio = (log_p - log_q).masked_fill_(p == 0, 0)  # 0 log 0 = 0
-    return (p * log_ratio).sum(dim=-1)
+    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1)
 
 
-def through_softmax(log_q: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """The gradient with respect to the logits, from `slope`, the gradient with respect to q."""
-    q = log_q.exp()
-    slope = slope.masked_fill(q == 0, 0)
-    return q * (slope - (q * slope).sum(dim=-1, keepdim=True))
-
-
-def js_value(log_q: torch.Tensor, log_p: torch.Tensor, beta: float) -> torch.Tensor:
-    """Jensen-Shannon divergence of each token, in nats."""
-    log_m = log_mixture(log_q, log_p, beta)
-    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-
-
-def js_gradient(log_q: torch.Tensor, log_p: torch.Tensor, beta: float) -> torch.Tensor:
-    """Its gradient: the slope with respect to q is (1 - beta) · log(q/m)."""
-    return through_softmax(log_q, (1 - beta) * (log_q - log_mixture(log_q, log_p, beta)))
-
-
-def log_mixture(log_q: torch.Tensor, log_p: torch.Tensor, beta: float) -> torch.Tensor:
-    """log m, m = beta · p + (1 - beta) · q; finite, so that autograd has no 0 / 0."""
-    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
-    m = beta * log_p.exp() + (1 - beta) * log_q.exp()
-    return m.clamp_min(torch.finfo(m.dtype).tiny).log()
+def log_ratio(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """log(p/q); 0 if p is 0, so that p log(p/q) is 0 and not NaN."""
+    return (log_p - log_q).masked_fill_(p == 0, 0)
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": Divergence(
-        value=lambda log_q, log_p: kl(log_p, log_q),
-        gradient=lambda log_q, log_p: log_q.exp() - log_p.exp(),
-    ),
-    "reverse_kl": Divergence(
-        value=lambda log_q, log_p: kl(log_q, log_p),
-        gradient=lambda log_q, log_p: through_softmax(log_q, log_q - log_p),
-    ),
-    "jensen_shannon": Divergence(js_value, js_gradient, parameters={"beta": 0.5}),
-    "total_variation": Divergence(
-        value=lambda log_q, log_p: (log_q.exp() - log_p.exp()).abs().sum(dim=-1) / 2,
-        gradient=lambda log_q, log_p: through_softmax(log_q, (log_q - log_p).sign() / 2),
-        power=1,
-    ),
+    "forward_kl": Divergence(forward_kl_formula),
+    "reverse_kl": Divergence(reverse_kl_formula),
+    "jensen_shannon": Divergence(jensen_shannon_formula, parameters={"beta": 0.5}),
+    "total_variation": Divergence(total_variation_formula, power=1),
 }
 
 
