@@ -269,7 +269,7 @@ def test_distill_trains_the_same_student_with_it_and_without(
 def test_distill_uses_it_for_gpt2(teacher, blocks, monkeypatch):
     calls = []
     loss = distillation.chunked_loss
-    monkeypatch.setattr(distillation, "chunked_loss", lambda *a: calls.append(1) or loss(*a))
+    monkeypatch.setattr(distillation, "chunked_loss", lambda **kw: calls.append(1) or loss(**kw))
     train(teacher, kd.student_from_teacher(teacher), blocks, epochs=1)
     assert len(calls) == 6
 

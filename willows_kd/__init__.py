@@ -17,6 +17,7 @@ PUBLIC_NAMES = {
         "student_from_teacher",
         "complete",
         "save_model",
+        "hidden_states",
     ],
     "soft_labels": ["soften", "entropy", "top_k"],
     "losses": [
@@ -29,12 +30,12 @@ PUBLIC_NAMES = {
         "shift",
     ],
     "config": ["DistillConfig"],
-    "distillation": ["distill"],
+    "distillation": ["distill", "steps_of_epoch", "parameter_groups"],
     "checkpoints": ["Checkpoints"],
     "chunked_loss": ["chunked_loss"],
     "teacher_cache": ["cache_teacher"],
     "evaluation": ["quality", "token_scores", "verbatim", "compare", "as_markdown"],
-    "cost": ["latency", "peak_memory", "size_on_disk"],
+    "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
     "plots": [
         "plot_parts",
         "plot_split",
