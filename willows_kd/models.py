@@ -416,7 +416,9 @@ def student_from_teacher(
         student.to(teacher.device)
         if init != "random":
             check_layers(stack, student.get_submodule(layer_stack(student)), kept)
-            student.load_state_dict(keep_layers(teacher, kept))
+            keys = student.load_state_dict(keep_layers(teacher, kept), strict=False)
+            odd = [*keys.missing_keys, *keys.unexpected_keys]
+            require(not odd, f"its weights are not the same ones, such as {', '.join(odd[:2])}")
             check_student(teacher, student, kept)
     except InputError as error:
         raise InputError(f"no student of layers {kept} of this {family} teacher: {error}") from None
@@ -477,7 +479,7 @@ def config_of_layers(config, depth: int, kept: list[int]):
     if "attention_layers" in settings:  # GPT-Neo reads these from another setting
         settings["attention_types"] = [[[name], 1] for name in text.attention_layers]
     settings["decoder_layers" if "decoder_layers" in settings else depth_name(text)] = len(kept)
-    return type(config).from_dict(json.loads(config.to_json_string()))
+    return type(config).from_dict(config.to_diff_dict())
 
 
 def depth_name(config) -> str:
