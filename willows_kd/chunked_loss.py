@@ -1,28 +1,22 @@
-"""The same losses without the logits: chunk by chunk, from hidden states to gradients.
+"""The same losses without all the logits: from hidden states to gradients, chunk by chunk.
 
-A loss of a language model usually holds several tensors of shape (tokens, vocabulary):
-logits of student and teacher, their log-softmax, and the gradients of all of these.
-Here no such tensor exists. Tokens are taken a chunk at a time; a chunk's logits become
-their own gradient, in place and in closed form, and that goes at once into the
-gradients of the hidden states and of the head. The values are those of `losses.py`.
-
-With q for the student and g for the derivative of a divergence D with respect to q,
-the gradient with respect to the student's softened logits is q · (g - sum(q · g)); for
-forward KL this is q - p. (Computing gradients in the forward pass, chunk by chunk, is
-the idea of Liger Kernel's fused linear losses, Hsu et al. 2024.)
+A full-logits loss holds several tensors of shape (tokens, vocabulary): the logits of
+student and teacher, their log-softmax, and the gradients of all of these. Here no such
+tensor exists. Tokens are taken a chunk at a time; the registry's closed form turns a
+chunk's logits into their own gradient, and this is added at once to the gradients of the
+hidden states and of the head. (Computing gradients in the forward pass, chunk by chunk,
+is the idea of Liger Kernel's fused linear losses, Hsu et al. 2024.)
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
 from willows_kd.errors import is_integer, require
-from willows_kd.losses import DIVERGENCES, at_least_float32, check_alpha, check_labels
-from willows_kd.soft_labels import check_temperature
+from willows_kd.losses import DIVERGENCES, check_alpha, check_labels
+from willows_kd.soft_labels import at_least_float32, check_temperature
 
 CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT-2's vocabulary
-ROWS = 2**20  # logits that are worked on at a time: 4 MiB, so that they stay in a CPU's cache
+ROWS = 2**19  # logits in one step of the arithmetic: 2 MiB, to stay in a CPU's cache
 
 
 def chunked_loss(
@@ -36,23 +30,31 @@ def chunked_loss(
     divergence: str = "forward_kl",
     mask: torch.Tensor | None = None,
     chunk: int | None = None,
+    *,
+    beta: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """alpha · hard + (1 - alpha) · soft, as `losses.mix` of the losses of the logits.
+    """alpha · hard + (1 - alpha) · soft: `losses.mix` of the full-logits losses.
 
-    Logits are hidden @ head.T. The arithmetic is in float32 at least.
+    Logits are hidden @ head.T. The arithmetic on them is in float32 at least.
 
     Args:
         student_hidden, teacher_hidden: final hidden states, shapes (..., width); the
-            widths may differ. No teacher is needed where `alpha` is 1.
+            widths may differ. If `alpha` is 1, no teacher is needed: pass None.
         student_head, teacher_head: output weights, shapes (vocabulary, width).
-        labels: the tokens to be predicted, shape (...).
+        labels: ids of the tokens to predict, shape (...).
         temperature, alpha, divergence: as in `DistillConfig`.
-        mask: True where a token counts, shape (...).
-        chunk: tokens at a time; by the size of the vocabulary where None.
+        mask: True for each token that counts, shape (...).
+        chunk: tokens at a time; None sets it by the size of the vocabulary.
+        beta: weight of the teacher in the Jensen-Shannon divergence; others ignore it.
 
     Returns:
-        the loss, with gradients for student_hidden and student_head; and, without
-        gradients, its soft-label and hard-label parts, 0 for one that has no weight.
+        three numbers, in nats per token: the loss, which has gradients for student_hidden
+        and student_head, and its soft-label and hard-label parts, which have none. A part
+        without weight is 0.
+
+    Raises:
+        InputError: a value is out of its range, or the shapes do not fit together.
+        RuntimeError: a second backward pass. Gradients are handed out once, to save memory.
     """
     check_temperature(temperature)
     check_alpha(alpha)
@@ -67,7 +69,8 @@ def chunked_loss(
     if alpha < 1:
         teacher_hidden, teacher_head = teacher_hidden[counted].detach(), teacher_head.detach()
         teacher_hidden = teacher_hidden.flatten(0, -2)
-    settings = temperature, alpha, divergence, chunk or max(1, CHUNK // len(student_head))
+    soft_loss = DIVERGENCES[divergence].with_parameters(beta=beta)
+    settings = temperature, alpha, soft_loss, chunk or max(1, CHUNK // len(student_head))
     teacher = (teacher_hidden, teacher_head) if alpha < 1 else (None, None)
     return ChunkedLoss.apply(
         student_hidden.flatten(0, -2), student_head, *teacher, labels.flatten(), settings
@@ -75,7 +78,7 @@ def chunked_loss(
 
 
 def check_teacher(student_hidden, student_head, teacher_hidden, teacher_head) -> None:
-    """Refuse a teacher that is missing, or says nothing about these tokens."""
+    """Require a teacher with the tokens and the vocabulary of the student."""
     given = teacher_hidden is not None and teacher_head is not None
     require(given, "with alpha below 1 the teacher's hidden states and output weights are needed")
     require(
@@ -88,7 +91,7 @@ def check_teacher(student_hidden, student_head, teacher_hidden, teacher_head) ->
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Loss and gradients in one walk over the tokens; backward only hands them out."""
+    """Loss and gradients in one pass over the tokens; backward only hands them out."""
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, settings):
@@ -111,8 +114,8 @@ class ChunkedLoss(torch.autograd.Function):
                 teacher_logits = None
                 if teacher_hidden is not None:
                     teacher_logits = at_least_float32(teacher_hidden[part] @ teacher_head.T)
-                sums += into_gradient(logits, teacher_logits, labels[part], objective)
-                gradient = logits.div_(len(labels)).to(hidden.dtype)
+                sums += into_gradient(logits, teacher_logits, labels[part], objective, len(labels))
+                gradient = logits.to(hidden.dtype)
                 del logits, teacher_logits  # before the next ones are made
                 add_product(grad_hidden[part], gradient, head)
                 add_product(grad_head, gradient.T, hidden[part])
@@ -125,29 +128,36 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _soft, _hard):
-        """The gradients that `forward` left, times the loss's own; they serve once."""
+        """The gradients that `forward` kept, times that of the loss, in place."""
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: chunked_loss hands out "
+                "its gradients once, to save memory; compute the loss again"
+            )
         grad_hidden, grad_head = ctx.gradients
-        del ctx.gradients
+        ctx.gradients = None
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
 
 
 def equal_parts(tokens: int, most: int) -> list[slice]:
-    """As few parts as may be, of nearly the same size, each of `most` tokens at most."""
+    """The fewest parts of at most `most` tokens each, of nearly equal size."""
     count = -(-tokens // most)
     ends = [round(tokens * (i + 1) / count) for i in range(count)]
     return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b. In half precision each product is rounded, but not their sum."""
+    """total += a @ b. In half precision only each product is rounded, not their sum."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
 
 
-def into_gradient(logits, teacher_logits, labels, objective) -> torch.Tensor:
+def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torch.Tensor:
     """Overwrite the student's logits, shape (tokens, vocabulary), with the loss's gradient.
+
+    The loss is the mean over `total` tokens, of which these are some.
 
     Returns:
         the sums over the tokens of the soft-label and the hard-label loss, shape (2,).
@@ -157,61 +167,21 @@ def into_gradient(logits, teacher_logits, labels, objective) -> torch.Tensor:
     rows = max(1, ROWS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for begin in range(0, len(logits), rows):
         z = logits[begin : begin + rows]
-        y = labels[begin : begin + rows, None]
-        gradient = torch.zeros_like(z) if alpha else 0
-        if alpha:
+        hard_gradient = 0
+        if alpha > 0:
             log_q = F.log_softmax(z, dim=-1)
+            y = labels[begin : begin + rows, None]
             sums[1] -= log_q.gather(1, y).sum()
-            gradient = log_q.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=z.dtype))
-            gradient *= alpha
+            hard_gradient = log_q.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=z.dtype))
+            hard_gradient *= alpha / total
         if alpha < 1:
             log_q = F.log_softmax(z / temperature, dim=-1)
             log_p = F.log_softmax(teacher_logits[begin : begin + rows] / temperature, dim=-1)
-            value, slope = GRADIENTS[divergence](log_q, log_p)
-            order = temperature if divergence == "total_variation" else temperature**2
-            sums[0] += order * value
-            gradient = slope.mul_(order / temperature * (1 - alpha)).add_(gradient)
-        z.copy_(gradient)
+            value, gradient = divergence.formula(log_q, log_p, **divergence.parameters)
+            sums[0] += temperature**divergence.power * value.sum()
+            weight = (1 - alpha) * temperature ** (divergence.power - 1) / total
+            torch.mul(gradient(), weight, out=z)
+            z += hard_gradient
+        else:
+            z.copy_(hard_gradient)
     return sums
-
-
-def forward_kl(log_q: torch.Tensor, log_p: torch.Tensor):
-    """Sum of KL(p || q) over the tokens, and its gradient: q - p."""
-    p = log_p.exp()
-    value = torch.sum(p * log_p.sub_(log_q))
-    return value, log_q.exp_().sub_(p)
-
-
-def reverse_kl(log_q: torch.Tensor, log_p: torch.Tensor):
-    """Sum of KL(q || p), and its gradient: g = log(q/p) + 1."""
-    return through_softmax(log_q.exp(), log_q.sub_(log_p), weight=1.0)
-
-
-def jensen_shannon(log_q: torch.Tensor, log_p: torch.Tensor, beta: float = 0.5):
-    """Sum of the divergence with m = beta·p + (1 - beta)·q, and its gradient: g = log(q/m)."""
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    from_p = beta * torch.sum(log_p.exp() * log_p.sub_(log_m))
-    value, gradient = through_softmax(log_q.exp(), log_q.sub_(log_m), weight=1 - beta)
-    return from_p + value, gradient
-
-
-def total_variation(log_q: torch.Tensor, log_p: torch.Tensor):
-    """Sum of half of sum |p - q|, and its gradient: g is half the sign of q - p."""
-    q = log_q.exp_()
-    gap = q - log_p.exp_()
-    value = gap.abs().sum() / 2
-    return value, through_softmax(q, gap.sign_(), weight=0.5)[1]
-
-
-def through_softmax(q: torch.Tensor, g: torch.Tensor, weight: float):
-    """weight · sum(q · g), over all tokens, and weight · q · (g - sum(q · g)), by token."""
-    mean = (q * g).sum(dim=-1, keepdim=True)
-    return weight * mean.sum(), g.sub_(mean).mul_(q).mul_(weight)
-
-
-GRADIENTS = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-    "total_variation": total_variation,
-}

@@ -1,6 +1,6 @@
 """The one error class for what a user can cause, and so can put right."""
 
-from numbers import Integral
+import numbers
 
 
 class InputError(ValueError):
@@ -18,8 +18,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def is_integer(value, least: int = 1) -> bool:
-    """Whether a value is a whole number, Python's or NumPy's, and at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    """Whether a value is a whole number, and at least so much."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
 def type_name(value) -> str:

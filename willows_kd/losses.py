@@ -1,90 +1,169 @@
-"""What the student is asked to bring to zero: divergences from the teacher's soft labels.
+"""Divergences: how far the student's predictions are from the teacher's soft labels.
 
-Every divergence takes logits of shape (..., vocabulary) and a mask of shape (...)
-that is True where a token counts, and returns one number: the sum over the
-vocabulary, the mean over the tokens that count, in nats per token, times T² (Hinton,
-Vinyals & Dean 2015, section 2) so that gradients keep their size as T grows. With p
-for the teacher and q for the student:
+Every divergence takes the logits of student and teacher, in this order, of shape
+(..., vocabulary), and a mask of shape (...) that is True for each token that counts. It
+returns one number: the sum over the vocabulary, averaged over the tokens that count, in
+nats per token (total variation has no unit), times a power of T that keeps the size of
+the gradients as T grows (Hinton, Vinyals & Dean 2015, section 2). With the softened
+distributions p = softmax(z_t / T) of the teacher and q = softmax(z_s / T) of the student:
 
-    forward KL       sum p log(p/q)                   covers all that the teacher might say
-    reverse KL       sum q log(q/p)                   keeps to what the teacher surely says
-    Jensen-Shannon   a mix of the two, bounded by log 2
-    total variation  sum |p - q| / 2                  bounded by 1; times T, see there
+    forward KL       sum p log(p/q)       the student must cover all that the teacher might say
+    reverse KL       sum q log(q/p)       the student may keep to what the teacher surely says
+    Jensen-Shannon   a mix of the two     at most log 2
+    total variation  sum |p - q| / 2      at most 1
 
-All are 0 where the student equals the teacher. The arguments are in the same order
-everywhere: student first. Arithmetic is in float32 at least.
+All are 0 if the student equals the teacher. A token of probability 0, such as one whose
+logit is -inf, adds 0 log 0 = 0; if only the other distribution gives it 0, a KL is
+infinite. The arithmetic is in float32 at least.
+
+`DIVERGENCES`, the registry, holds the formulas. The functions here, the full-logits
+losses, take its values and leave the gradients to autograd; `chunked_loss` takes its
+values and its gradients. To add a divergence, add an entry, and its name to
+`config.DIVERGENCE_NAMES`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
 from willows_kd.errors import require
-from willows_kd.soft_labels import check_temperature
-
-Divergence = Callable[..., torch.Tensor]
+from willows_kd.soft_labels import at_least_float32, check_temperature
 
 
 def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
-    """KL(teacher || student) · T²: the loss of classical distillation.
+    """KL(teacher || student) · T²: the loss of classical distillation (Hinton et al. 2015).
 
-    Its gradient with respect to the student's logits is, for each of N counted
-    tokens, T · (softmax(z_s/T) - softmax(z_t/T)) / N.
+    Its gradient with respect to the student's logits is T · (q - p) / N for each of the N
+    tokens that count.
     """
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
-    return temperature**2 * masked_mean(kl(log_p, log_q), mask)
+    return DIVERGENCES["forward_kl"](student_logits, teacher_logits, temperature, mask)
 
 
 def reverse_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
-    """KL(student || teacher) · T²: as MiniLLM uses it (Gu et al. 2024, section 2.1)."""
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
-    return temperature**2 * masked_mean(kl(log_q, log_p), mask)
+    """KL(student || teacher) · T², as in MiniLLM (Gu et al. 2024, section 2.1)."""
+    return DIVERGENCES["reverse_kl"](student_logits, teacher_logits, temperature, mask)
 
 
 def jensen_shannon(
     student_logits, teacher_logits, temperature=1.0, mask=None, beta=0.5
 ) -> torch.Tensor:
-    """beta · KL(p || m) + (1 - beta) · KL(q || m), times T², with m = beta·p + (1-beta)·q.
+    """[beta · KL(p || m) + (1 - beta) · KL(q || m)] · T², with m = beta · p + (1 - beta) · q.
 
-    The generalised divergence of Agarwal et al. 2024 (GKD, equation 1). It tends to
-    0 as `beta` tends to 0 or 1; only divided by beta, or by 1 - beta, does it tend to
-    the forward, or reverse, KL. So `beta` must lie strictly between.
+    The generalised divergence of GKD (Agarwal et al. 2024, equation 1). It tends to 0 as
+    `beta` tends to 0 or 1, so `beta` must lie strictly between. Divided by beta it tends to
+    the forward KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends
+    to 1.
     """
-    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    per_token = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-    return temperature**2 * masked_mean(per_token, mask)
+    divergence = DIVERGENCES["jensen_shannon"].with_parameters(beta=beta)
+    return divergence(student_logits, teacher_logits, temperature, mask)
 
 
 def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
-    """Half the sum of |p - q|, times T: the share of mass that would have to move.
+    """Half the sum of |p - q|, times T: the share of probability mass that would have to move.
 
-    T and not T²: this distance is of first order in the logits' difference, so its
-    gradient shrinks as 1/T where that of a KL shrinks as 1/T². Used for distillation
-    by Wen et al. 2023 (f-divergence minimisation, section 3).
+    T and not T², since this distance is of first order in the difference of the logits:
+    its gradient shrinks as 1/T, that of a KL as 1/T². Used for distillation by Wen et al.
+    2023 (f-divergence minimisation, section 3).
     """
-    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
-    return temperature * masked_mean((log_p.exp() - log_q.exp()).abs().sum(dim=-1) / 2, mask)
+    return DIVERGENCES["total_variation"](student_logits, teacher_logits, temperature, mask)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence of the student's distribution q from the teacher's, p.
+
+    Attributes:
+        formula: a function of (log q, log p), shapes (..., vocabulary), and the parameters.
+            It returns the value of each token, shape (...), and a function that returns the
+            gradient of the value with respect to the softened logits z_s / T, in closed
+            form, shape (..., vocabulary).
+        power: exponent of T. The loss is T^power · value.
+        parameters: further keyword arguments of `formula`.
+    """
+
+    formula: Callable[..., tuple[torch.Tensor, Callable[[], torch.Tensor]]]
+    power: int = 2
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    def with_parameters(self, **given) -> "Divergence":
+        """The same divergence with these parameters; it ignores those it does not have."""
+        own = {name: given.get(name, value) for name, value in self.parameters.items()}
+        return replace(self, parameters=own)
+
+    def __call__(self, student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
+        """The full-logits loss: T^power · value, averaged over the tokens that count."""
+        log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+        per_token, _ = self.formula(log_q, log_p, **self.parameters)
+        return temperature**self.power * masked_mean(per_token, mask)
+
+
+def forward_kl_formula(log_q, log_p):
+    """KL(p || q), and its gradient q - p."""
+    p = log_p.exp()
+    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1), lambda: log_q.exp().sub_(p)
+
+
+def reverse_kl_formula(log_q, log_p):
+    """KL(q || p), and its gradient q · (log(q/p) - KL(q || p))."""
+    q = log_q.exp()
+    slope = log_ratio(log_q, log_p, q)
+    value = (q * slope).sum(dim=-1)
+    return value, lambda: (slope - value[..., None]).mul_(q)
+
+
+def jensen_shannon_formula(log_q, log_p, beta):
+    """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
+    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
+    p, q = log_p.exp(), log_q.exp()
+    smallest = torch.finfo(q.dtype).tiny  # not 0: autograd would divide 0 by 0
+    log_m = (beta * p + (1 - beta) * q).clamp_min(smallest).log()
+    slope = log_ratio(log_q, log_m, q)
+    from_p, from_q = (p * log_ratio(log_p, log_m, p)).sum(dim=-1), (q * slope).sum(dim=-1)
+    value = beta * from_p + (1 - beta) * from_q
+    return value, lambda: (slope - from_q[..., None]).mul_(q).mul_(1 - beta)
+
+
+def total_variation_formula(log_q, log_p):
+    """Half the sum of |q - p|; its gradient is q · (g - sum(q · g)), g half the sign of q - p."""
+    q = log_q.exp()
+    gap = q - log_p.exp()
+
+    def gradient():
+        slope = gap.sign() / 2
+        return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
+
+    return gap.abs().sum(dim=-1) / 2, gradient
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each token, in nats, shape (...), from log-probabilities."""
+    p = log_p.exp()
+    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1)
+
+
+def log_ratio(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """log(p/q); 0 if p is 0, so that p log(p/q) is 0 and not NaN."""
+    return (log_p - log_q).masked_fill_(p == 0, 0)
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-    "total_variation": total_variation,
+    "forward_kl": Divergence(forward_kl_formula),
+    "reverse_kl": Divergence(reverse_kl_formula),
+    "jensen_shannon": Divergence(jensen_shannon_formula, parameters={"beta": 0.5}),
+    "total_variation": Divergence(total_variation_formula, power=1),
 }
 
 
 def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
-    """Cross-entropy with the words that were really written, in nats per token.
+    """Cross-entropy with the tokens of the text, in nats per token.
 
     Args:
         student_logits: shape (..., vocabulary).
         labels: token ids, shape (...).
-        mask: True where a token counts, shape (...).
+        mask: True for each token that counts, shape (...).
     """
     check_labels(labels, student_logits.shape[:-1])
     logits = zero_masked_logits(at_least_float32(student_logits), mask)
@@ -93,7 +172,7 @@ def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
 
 
 def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
-    """Refuse what are no token ids, or not one for each prediction."""
+    """Require integer token ids, one per prediction."""
     require(
         labels.shape == shape and not labels.is_floating_point(),
         f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
@@ -102,13 +181,17 @@ def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
 
 
 def mix(hard_loss, soft_loss, alpha: float):
-    """alpha · hard + (1 - alpha) · soft: `alpha` weighs the hard labels."""
+    """alpha · hard + (1 - alpha) · soft: `alpha` weighs the hard labels.
+
+    As in Hinton et al. 2015 the two weights add up to 1. Some libraries, torchtune among
+    them, weigh the soft labels instead: their `kd_ratio` is 1 - alpha.
+    """
     check_alpha(alpha)
     return alpha * hard_loss + (1 - alpha) * soft_loss
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse a weight that is none."""
+    """Require a weight from 0 to 1."""
     accepted = "it must lie between 0 (soft only) and 1 (hard only)"
     require(0 <= alpha <= 1, f"alpha is {alpha}; {accepted}")
 
@@ -134,32 +217,28 @@ def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def log_softened(student_logits, teacher_logits, temperature, mask=None):
-    """log softmax(z/T) of both over the vocabulary; the teacher's takes no gradient."""
+    """log q and log p: log softmax(z / T) of student and teacher. Only q takes gradients."""
     check_temperature(temperature)
     require(
         student_logits.shape == teacher_logits.shape,
         f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
         f"{tuple(teacher_logits.shape)}; they must be equal",
     )
-    student = zero_masked_logits(at_least_float32(student_logits), mask) / temperature
-    teacher = zero_masked_logits(at_least_float32(teacher_logits.detach()), mask) / temperature
-    return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-
-
-def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each token, in nats, shape (...), from log-probabilities."""
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
+    return tuple(
+        F.log_softmax(zero_masked_logits(at_least_float32(z), mask) / temperature, dim=-1)
+        for z in (student_logits, teacher_logits.detach())
+    )
 
 
 def masked_mean(per_token: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over the tokens that count; 0 where none does."""
+    """The mean over the tokens that count; 0 if none does."""
     if mask is None:
         return per_token.mean()
     return (per_token * mask).sum() / mask.sum().clamp_min(1)
 
 
 def zero_masked_logits(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zeros for the logits of tokens that do not count: an infinity there would spread."""
+    """Zero the logits of tokens that do not count, so that no infinity spreads from them."""
     if mask is None:
         return logits
     require(
@@ -167,8 +246,3 @@ def zero_masked_logits(logits: torch.Tensor, mask: torch.Tensor | None) -> torch
         f"the mask has shape {tuple(mask.shape)}; it must have {tuple(logits.shape[:-1])}",
     )
     return logits.masked_fill(~mask.bool()[..., None], 0)
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Half-precision logits in float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

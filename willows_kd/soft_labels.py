@@ -15,18 +15,18 @@ def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Soft labels: softmax(logits / T), over the vocabulary.
 
     T = 1 gives the model's own distribution, T > 1 flattens it, T < 1 sharpens it
-    (Hinton, Vinyals & Dean 2015, equation 1). The sum is taken in float32.
+    (Hinton, Vinyals & Dean 2015, equation 1). The arithmetic is in float32 at least.
 
     Raises:
         InputError: the temperature is not a positive, finite number.
     """
     check_temperature(temperature)
     require(isinstance(logits, torch.Tensor), f"logits are {type_name(logits)}; give a tensor")
-    return torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.softmax(at_least_float32(logits) / temperature, dim=-1)
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that no softmax can take."""
+    """Require a positive, finite number."""
     number = isinstance(temperature, Real | torch.Tensor)
     require(
         number and 0 < temperature < float("inf"),
@@ -34,16 +34,21 @@ def check_temperature(temperature: float) -> None:
     )
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half-precision logits in float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Entropy of distributions in nats, shape (...): 0 for a hard label, log V for no idea."""
+    """Entropy of distributions in nats, shape (...): 0 for a hard label, log V if uniform."""
     return torch.special.entr(probabilities).sum(dim=-1)
 
 
 class TopK(NamedTuple):
-    """The k likeliest tokens, and what is left to all the others.
+    """The k likeliest tokens, and the probability of all the others.
 
     Attributes:
-        probabilities: shape (..., k), falling.
+        probabilities: shape (..., k), in falling order.
         tokens: token ids, shape (..., k).
         rest: probability mass outside the k, shape (...).
     """
@@ -54,7 +59,7 @@ class TopK(NamedTuple):
 
 
 def top_k(logits: torch.Tensor, k: int = 10, temperature: float = 1.0) -> TopK:
-    """The k likeliest tokens at a temperature. Their order is the same at every temperature."""
+    """The k likeliest tokens at a temperature; their order is the same at every temperature."""
     softened = soften(logits, temperature)
     vocabulary = softened.shape[-1]
     fits = is_integer(k) and k <= vocabulary
