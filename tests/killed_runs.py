@@ -1,10 +1,10 @@
-"""A command line that is killed again and again, each time as it stands, and resumed.
+"""A command line that is killed at each point of its writing in turn, and resumed.
 
-    python tests/killed_runs.py KILLS SEED OUTPUT OPTION...
+    python tests/killed_runs.py SEED OUTPUT OPTION...
 
-Each run is a process of its own, forked from one that has done the slow imports, and is
-killed with SIGKILL after a random time, or as soon as it begins to write a file. The last
-one is left to end. Prints as JSON how many were killed, and how many of these while writing.
+Each run is a process of its own, forked from one that has done the slow imports. It kills
+itself with SIGKILL at a point named below; a few more are killed at random moments, and the
+last one is left to end. Prints as JSON what was in the output directory after each kill.
 """
 
 import json
@@ -15,15 +15,61 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from willows_kd import commands  # noqa: F401  the slow imports, before any fork
+from willows_kd import checkpoints, commands  # noqa: F401  the slow imports, before any fork
 from willows_kd.cli import main
 
-LONGEST = 2.0  # seconds until a kill
+# when to die at a call of a function: which call, among those with a path that contains a text
+POINTS = {
+    "the cache is empty": ("after", np.lib.format, "open_memmap", "hidden.npy", 1),
+    "the cache is not in its place": ("before", os, "rename", "teachers", 1),
+    "a first checkpoint is half written": ("half of", checkpoints, "save_file", "step_", 1),
+    "a checkpoint is half written": ("half of", checkpoints, "save_file", "step_", 3),
+    "a checkpoint is not on the disk": ("before", os, "fsync", "step_", 3),
+    "a checkpoint has no name": ("before", os, "replace", "step_", 3),
+    "older checkpoints are still there": ("after", os, "replace", "step_", 3),
+    "an older checkpoint is removed": ("after", os, "unlink", "step_", 2),
+    "the output is half written": ("before", Path, "write_text", "history.csv", 1),
+    "the output is not on the disk": ("before", os, "fsync", "model.safetensors", 1),
+    "the earlier output stands aside": ("after", os, "rename", ".replaced", 1),
+    "the earlier output is to be put back": ("before", os, "rename", ".replaced", 1),
+    "the earlier output is put back": ("after", os, "rename", ".replaced", 1),
+    "the output is in its place": ("after", os, "rename", ".partial", 1),
+    "a checkpoint is cleared": ("after", os, "unlink", "step_", 1),
+}
+RANDOM_KILLS = 4
+LONGEST = 2.0  # seconds until a random kill
 
 
-def start(arguments: list[str]) -> int:
+def kill_at(moment: str, module, name: str, text: str, number: int) -> None:
+    """Make this process kill itself at a call of a function."""
+    real = getattr(module, name)
+    calls = []
+
+    def hooked(*arguments, **keywords):
+        if text in described(arguments):
+            calls.append(arguments)
+        if len(calls) < number or text not in described(arguments):
+            return real(*arguments, **keywords)
+        if moment != "before":
+            real(*arguments, **keywords)
+        if moment == "half of":
+            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, hooked)
+
+
+def described(arguments: tuple) -> str:
+    """The paths among the arguments; that of an open file is looked up."""
+    paths = [a for a in arguments if isinstance(a, str | Path)]
+    paths += [os.readlink(f"/proc/self/fd/{a}") for a in arguments if type(a) is int and a > 2]
+    return " ".join(map(str, paths))
+
+
+def start(arguments: list[str], *point) -> int:
     """Run the command line in a child; returns its process id."""
     child = os.fork()
     if child:
@@ -32,46 +78,31 @@ def start(arguments: list[str]) -> int:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     code = 1
     try:
+        if point:
+            kill_at(*point)
         code = main(arguments)
     finally:
         os._exit(code)
 
 
-def is_writing(output: Path) -> bool:
-    """Whether a checkpoint or the output is half written at this moment."""
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
-    return any(checkpoints.glob("*.partial")) or any(output.parent.glob(".*.partial"))
-
-
-def end_of(child: int) -> int | None:
-    """A child's exit code, as `waitpid` has it; None while it runs."""
-    done, status = os.waitpid(child, os.WNOHANG)
-    return status if done else None
-
-
-def killed_at(child: int, moment: float, output: Path, while_writing: bool) -> tuple[bool, bool]:
-    """Kill a child at a moment; returns whether it was killed, and whether it was writing."""
-    fallback = time.monotonic() + 30
-    while end_of(child) is None:
-        now, writing = time.monotonic(), is_writing(output)
-        if (now >= moment and (writing or not while_writing)) or now > fallback:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return True, writing
-        time.sleep(0 if while_writing else 0.002)
-    return False, False
+def end(child: int) -> int:
+    """Wait for a child; returns its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kills, seed, output = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    arguments = ["distill", "--output_dir", str(output), *sys.argv[4:]]
+    seed, output = int(sys.argv[1]), Path(sys.argv[2])
+    arguments = ["distill", "--output_dir", str(output), *sys.argv[3:]]
+    found = {}
+    for name, point in POINTS.items():
+        code = end(start(arguments, *point))
+        assert code == -signal.SIGKILL, f"{name}: it ended with {code} before it was killed"
+        found[name] = sorted(path.name for path in output.glob("*"))
     draw = random.Random(seed)
-    killed = writing = 0
-    while killed < kills:
+    for _ in range(RANDOM_KILLS):
         child = start(arguments)
-        moment = time.monotonic() + draw.uniform(0, LONGEST)
-        was_killed, was_writing = killed_at(child, moment, output, while_writing=killed % 2 == 1)
-        killed, writing = killed + was_killed, writing + was_writing
-    _, status = os.waitpid(start(arguments), 0)
-    print(json.dumps({"killed": killed, "writing": writing, "end": status}))
+        time.sleep(draw.uniform(0, LONGEST))
+        os.kill(child, signal.SIGKILL)  # or nothing, if it has ended
+        end(child)
+    print(json.dumps({"after": found, "end": end(start(arguments))}))

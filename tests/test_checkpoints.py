@@ -12,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import willows_kd as kd
 from willows_kd import checkpoints as checkpoints_file
-from willows_kd.checkpoints import KEPT, Checkpoints
+from willows_kd.checkpoints import LOCK, Checkpoints
+from willows_kd.errors import WriteError
 
 CONFIG = kd.DistillConfig(
     epochs=2,
@@ -30,13 +32,20 @@ CONFIG = kd.DistillConfig(
 )
 STEPS = 6  # of two epochs over 24 blocks, ten at a time
 EVERY_STEP = 0.0
-FIRST = "step_00000001.safetensors"
 
 
 @pytest.fixture
 def student(make_gpt2):
     """A tiny student whose start has nothing to do with the teacher."""
     return make_gpt2(layers=1, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def sigint_raises():
+    """Ctrl-C interrupts, even if it is ignored where the tests were started (`nohup`)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def ctrl_c(step: int):
 
 
 def killed(step: int):
-    """What ends a training after a step as suddenly as Python can."""
+    """What ends a run after a step as suddenly as Python can."""
 
     def on_step(row):
         if row["step"] == step:
@@ -88,7 +97,7 @@ def uninterrupted(teacher, student, blocks):
 # -- stopped and resumed ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("step", [1, 3, STEPS])  # the first, the end of an epoch, the last
 def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_happened(
     step, teacher, student, blocks, folder, uninterrupted
 ):
@@ -103,23 +112,11 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_happened(
         assert same(again, uninterrupted[1])
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(
-    step, teacher, student, blocks, folder, uninterrupted
-):
-    with pytest.raises(SystemExit):
-        run(teacher, copy.deepcopy(student), blocks, folder, on_step=killed(step))
-    seen = []
-    history = run(teacher, student, blocks, folder, True, lambda row: seen.append(row["step"]))
-    assert without_time(history) == without_time(uninterrupted[0])
-    assert same(student, uninterrupted[1])
-    assert seen == list(range(step, STEPS + 1))  # the step before it died was kept
-
-
 def test_a_run_may_die_again_and_again(teacher, student, blocks, folder, uninterrupted):
     for step in range(2, STEPS + 1):
         with pytest.raises(SystemExit):
             run(teacher, copy.deepcopy(student), blocks, folder, True, killed(step))
+        assert len(Checkpoints(folder).newest().history) == step - 1  # killed before step's own
     history = run(teacher, student, blocks, folder, resume=True)
     assert without_time(history) == without_time(uninterrupted[0])
     assert same(student, uninterrupted[1])
@@ -155,7 +152,7 @@ def test_the_cache_stands_in_for_its_teacher(
     assert same(student, uninterrupted[1])
 
     rounded = kd.cache_teacher(teacher, blocks, "float16", folder=tmp_path / "cache")
-    with pytest.raises(kd.InputError, match="the teacher is another"):
+    with pytest.raises(kd.InputError, match="the teacher's weights or config differ"):
         run(rounded, student, blocks, folder, resume=True)
 
 
@@ -171,23 +168,14 @@ def test_a_frozen_part_is_restored_and_stays_frozen(teacher, student, blocks, fo
 # -- another run than the checkpoint's -------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"temperature": 4.0}, "temperature was 2.0, is 4.0"),
-        ({"epochs": 3}, "epochs was 2, is 3"),
-        ({"seed": 1, "alpha": 0.0}, "alpha was 0.3, is 0.0, seed was 0, is 1"),
-    ],
-)
-def test_other_settings_are_refused_by_name(changes, said, teacher, student, blocks, folder):
+def test_other_settings_are_refused_by_name(teacher, student, blocks, folder):
     run(teacher, copy.deepcopy(student), blocks, folder, on_step=ctrl_c(2))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     weights = copy.deepcopy(student)
     with pytest.raises(kd.InputError, match="cannot resume from") as refused:
-        config = dataclasses.replace(CONFIG, **changes)
+        config = dataclasses.replace(CONFIG, seed=1, alpha=0.0)
         kd.distill(teacher, student, blocks, config, None, folder, True)
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert ": alpha was 0.3, is 0.0, seed was 0, is 1; resume with" in str(refused.value)
     assert same(student, weights)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -197,18 +185,17 @@ def test_another_teacher_text_or_student_is_refused(
     what, teacher, student, blocks, folder, make_gpt2
 ):
     run(teacher, copy.deepcopy(student), blocks, folder, on_step=ctrl_c(2))
-    said = f"the {what}"
+    said = {"teacher": "the teacher's weights or config differ", "text": "the text or its blocks"}
     if what == "teacher":
         teacher = make_gpt2(seed=5)
     elif what == "text":
         blocks = dataclasses.replace(blocks, train=blocks.train.flip(0))
     else:
         student = make_gpt2(layers=2 if what == "layers" else 1, seed=7)
-        said = "the student is neither as it began nor as it stopped"
     weights = copy.deepcopy(student)
     with pytest.raises(kd.InputError, match="cannot resume from") as refused:
         run(teacher, student, blocks, folder, resume=True)
-    assert said in str(refused.value)
+    assert said.get(what, "the student's weights are neither") in str(refused.value)
     assert same(student, weights)
 
 
@@ -228,7 +215,6 @@ def test_the_last_two_are_kept_at_each_epochs_end(teacher, student, blocks, fold
         "step_00000006.safetensors",
         "step_00000003.safetensors",
     ]
-    assert KEPT == 2
 
 
 def test_the_interval_is_one_of_time_that_no_clock_disturbs(
@@ -250,15 +236,12 @@ def test_the_interval_is_one_of_time_that_no_clock_disturbs(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda data: data[:-1],
         lambda data: data[: len(data) // 2],
-        lambda data: data[:4],
         lambda data: b"",
         lambda data: b"<html>not found</html>",
         lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
-        lambda data: b"\x80\x04" + data,
     ],
-    ids=["one byte short", "half", "four bytes", "empty", "a web page", "a bit", "a pickle"],
+    ids=["half", "empty", "a web page", "a bit"],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     damage, teacher, student, blocks, folder, uninterrupted, capsys
@@ -286,7 +269,7 @@ def test_bits_flipped_anywhere_are_noticed_or_harmless(teacher, student, blocks,
     expected, data = Checkpoints(folder).newest(), newest.read_bytes()
     draw = random.Random(0)
     header = 8 + int.from_bytes(data[:8], "little")
-    places = [draw.randrange(end) for end in 60 * (header, len(data))]
+    places = [draw.randrange(end) for end in 30 * (header, len(data))]
     noticed = 0
     for place in places:
         changed = bytearray(data)
@@ -298,22 +281,28 @@ def test_bits_flipped_anywhere_are_noticed_or_harmless(teacher, student, blocks,
             assert found.tensors.keys() == expected.tensors.keys()
             assert all(torch.equal(found.tensors[k], v) for k, v in expected.tensors.items())
         noticed += found.file != newest
-    assert noticed > 100
+    assert noticed > 50
 
 
-def test_a_history_of_many_steps_fits(teacher, student, folder, blocks):
-    row = run(teacher, student, blocks)[0]
-    history = [row | {"step": step} for step in range(1, 200_001)]
-    optimizer = torch.optim.AdamW(student.parameters())
-    Checkpoints(folder).save(student, optimizer, history, {})
+def test_a_history_larger_than_a_safetensors_header_fits(student, folder):
+    history = [{"step": step, "note": "x" * 1_000_000} for step in range(101)]
+    Checkpoints(folder).save(student, torch.optim.AdamW(student.parameters()), history, {})
     assert Checkpoints(folder).newest().history == history
 
 
-@pytest.mark.parametrize("minutes", [-1, math.nan, math.inf, "5", True, None])
-def test_an_interval_that_is_none_is_refused(minutes, folder):
-    with pytest.raises(kd.InputError, match="minutes"):
-        Checkpoints(folder, minutes)
+def test_an_interval_that_is_none_is_refused(folder):
+    for minutes in (-1, math.nan, math.inf, "5", True, None):
+        with pytest.raises(kd.InputError, match=f"minutes are {minutes!r}; they must be at least"):
+            Checkpoints(folder, minutes)
+    assert Checkpoints(folder, np.float32(0.5)).minutes == 0.5
     assert not folder.exists()
+
+
+def test_numpy_numbers_can_be_saved(student, folder):
+    row, run_of = {"loss": np.float32(0.5)}, {"settings": {"epochs": np.int64(2)}}
+    Checkpoints(folder).save(student, torch.optim.AdamW(student.parameters()), [row], run_of)
+    assert Checkpoints(folder).newest().history == [row]
+    assert Checkpoints(folder).newest().run == run_of
 
 
 # -- faults ----------------------------------------------------------------------------
@@ -332,9 +321,11 @@ def test_where_a_checkpoint_cannot_be_written_training_goes_on(
     with pytest.raises(SystemExit):
         run(teacher, copy.deepcopy(student), blocks, folder, on_step=killed(5))
     said = capsys.readouterr().out
-    assert said.count("No checkpoint at step 4: No space left on device. Training goes on.") == 1
+    path = folder / "step_00000004.safetensors"
+    reason = f"{path} cannot be written: No space left on device"
+    assert said.count(f"No checkpoint at step 4: {reason}. Training goes on.") == 1
     assert [f.name[-13:-12] for f in Checkpoints(folder).files()] == ["3", "2"]
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob(".*"))
     run(teacher, student, blocks, folder, resume=True)
     assert same(student, uninterrupted[1])
 
@@ -354,7 +345,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
 ):
     (tmp_path / "file").touch()
     weights = copy.deepcopy(student)
-    with pytest.raises(kd.InputError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         run(teacher, student, blocks, tmp_path / "file" / "checkpoints")
     assert same(student, weights)
 
@@ -464,15 +455,17 @@ def test_a_second_ctrl_c_stops_at_once(teacher, student, blocks):
 
 HOLD = """
 import sys, time
-from willows_kd.checkpoints import Checkpoints
-with Checkpoints(sys.argv[1]).locked():
+from filelock import FileLock
+with FileLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(300)
 """
 
 
 def test_a_second_run_is_refused_until_the_first_one_dies(teacher, student, blocks, folder):
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE)
+    folder.mkdir()
+    hold = [sys.executable, "-c", HOLD, folder / LOCK]
+    owner = subprocess.Popen(hold, stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"held\n"
     weights = copy.deepcopy(student)
     with pytest.raises(kd.InputError, match="another run is writing to"):
@@ -494,8 +487,17 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
 def test_what_a_killed_run_left_of_a_checkpoint_goes_with_the_folder(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in ("step_00000001.partial", ".tmpWZ6tDL", "lock"):
-        (folder / name).touch()
+    (folder / "lock").touch()
+    (folder / ".step_00000001.safetensors.0123abcd.partial").mkdir()
     with Checkpoints(folder).locked():
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_touches_no_other_files(tmp_path):
+    mine = [tmp_path / ".tmp_notes", tmp_path / "step_1.txt", tmp_path / ".notes.partial"]
+    for file in mine:
+        file.touch()
+    with Checkpoints(tmp_path).locked():
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted(mine)

@@ -1,4 +1,4 @@
-"""Real processes, killed at random moments and resumed: the student is the same, to the bit."""
+"""Real processes, killed at any point of their writing and resumed: the same student."""
 
 import contextlib
 import json
@@ -15,12 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-KILLS = 30
+from willows_kd.files import SETTINGS_FILE, cache_folder
+
 KILLS_OF_TWO = 3
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ASIDE = ("the earlier output stands aside", "the earlier output is to be put back")
+FINISHED = ("the output is in its place", "a checkpoint is cleared")
+ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 -m willows_kd distill"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux does")
+pytestmark = [
+    pytest.mark.kills,
+    pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux does"),
+]
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def python(*arguments) -> str:
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         encoding="utf-8",
-        env=ALONE,
+        env=os.environ | ALONE,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
@@ -55,19 +61,24 @@ def outputs(folder: Path) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
     return weights, pd.read_csv(folder / "history.csv").drop(columns="seconds")
 
 
-def test_killed_at_any_moment_nothing_is_lost(options, tmp_path):
+def test_killed_at_any_point_of_its_writing_nothing_is_lost(options, tmp_path):
     before, whole, killed = set(tmp_path.iterdir()), tmp_path / "whole", tmp_path / "killed"
     python("-m", "willows_kd", "distill", "--output_dir", whole, *options)
+    killed.mkdir()
+    (killed / SETTINGS_FILE).write_text("{}")  # an earlier output
     script = Path(__file__).with_name("killed_runs.py")
-    found = json.loads(python(script, KILLS, 0, killed, "--resume", *options))
-    print(found)
+    found = json.loads(python(script, 0, killed, "--resume", "--cache_teacher", *options))
     assert found["end"] == 0
-    assert found["killed"] == KILLS
-    assert found["writing"] >= KILLS // 3
+    earlier, new = [SETTINGS_FILE], sorted(path.name for path in whole.iterdir())
+    for point, names in found["after"].items():
+        assert names == ([] if point in ASIDE else new if point in FINISHED else earlier), point
     (weights, history), (again, history_again) = outputs(whole), outputs(killed)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     pd.testing.assert_frame_equal(history_again, history, check_exact=True)
-    assert set(tmp_path.iterdir()) == before | {whole, killed}  # and nothing half-written
+    cache = cache_folder()
+    assert set(tmp_path.iterdir()) == before | {whole, killed, cache.parent}
+    [kept] = (cache / "teachers").iterdir()  # and nothing half written beside it
+    assert not kept.name.startswith(".")
 
 
 def test_two_processes_that_are_killed_go_on_together(options, tmp_path):
@@ -81,7 +92,7 @@ def test_two_processes_that_are_killed_go_on_together(options, tmp_path):
             [sys.executable, *launch, str(killed), "--resume"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=ALONE,
+            env=os.environ | ALONE,
         )
         deadline = time.monotonic() + 300
         while newest(killed) == last and running.poll() is None and time.monotonic() < deadline:

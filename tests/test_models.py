@@ -25,6 +25,7 @@ from transformers import (
 
 import willows_kd as kd
 from willows_kd import models
+from willows_kd.files import SETTINGS_FILE
 from willows_kd.models import (
     ASSETS,
     BUNDLED_TEACHER,
@@ -641,7 +642,7 @@ def test_an_empty_directory_is_used(teacher, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "overwrite"), [(models.SETTINGS_FILE, False), ("poem.txt", True)], ids=["ours", "told"]
+    ("old", "overwrite"), [(SETTINGS_FILE, False), ("poem.txt", True)], ids=["ours", "told"]
 )
 def test_an_earlier_output_is_replaced_as_a_whole(old, overwrite, teacher, tokenizer, tmp_path):
     folder = tmp_path / "saved"
@@ -710,7 +711,7 @@ def test_a_failed_save_leaves_nothing_behind(place, teacher, failing, tmp_path):
 
 def test_a_failed_save_leaves_an_earlier_output_as_it_was(teacher, tokenizer, failing, tmp_path):
     broken, expected = failing
-    kd.save_model(teacher, tokenizer, tmp_path / "saved", {models.SETTINGS_FILE: "{}"})
+    kd.save_model(teacher, tokenizer, tmp_path / "saved", {SETTINGS_FILE: "{}"})
     before = listing(tmp_path)
     with pytest.raises(expected):
         kd.save_model(teacher, broken, tmp_path / "saved")
@@ -722,7 +723,7 @@ def test_a_save_that_fails_at_its_last_move_leaves_an_earlier_output_as_it_was(
     cause, expected, teacher, tokenizer, tmp_path, monkeypatch
 ):
     folder = tmp_path / "saved"
-    kd.save_model(teacher, tokenizer, folder, {models.SETTINGS_FILE: "{}"})
+    kd.save_model(teacher, tokenizer, folder, {SETTINGS_FILE: "{}"})
     before = listing(tmp_path)
     failures = [cause]
 

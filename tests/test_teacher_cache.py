@@ -83,7 +83,7 @@ def test_float16_halves_it_and_says_what_that_costs(teacher, blocks, folder, cap
     half = kd.cache_teacher(teacher, blocks, dtype="float16", folder=folder)
     assert half.nbytes == whole.nbytes / 2
     said = capsys.readouterr().out
-    lost = float(said.split("it loses ")[1].split()[0])
+    lost = float(said.split("error is ")[1].split()[0])
     ids = blocks_to_cache(blocks, teacher.config.vocab_size)
     with torch.no_grad():
         few = ids[:: max(1, len(ids) // 8)][:8]

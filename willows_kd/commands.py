@@ -15,7 +15,7 @@ import transformers
 from tqdm.auto import tqdm
 
 import willows_kd
-from willows_kd import models
+from willows_kd import files, models
 from willows_kd.checkpoints import Checkpoints
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Corpus, load_corpus, pack
@@ -40,11 +40,11 @@ def distill_to_directory(options, config: DistillConfig) -> int:
         if getattr(options, name) == "":
             raise InputError(f"{name} is empty; leave it out or give a path")
     output = Path(options.output_dir)
-    models.check_output(output, options.overwrite)
+    files.check_output(output, options.overwrite)
     checkpoints = Checkpoints(checkpoints_folder(output), options.checkpoint_minutes)
     with checkpoints.locked() if main_process else contextlib.nullcontext():
         if main_process:
-            models.clean_up_interrupted_writes(output)
+            files.clean_up_interrupted_writes(output)
         if main_process and checkpoints.files() and not (options.resume or options.overwrite):
             raise InputError(
                 f"{checkpoints.folder} holds a run that was stopped; "
@@ -113,7 +113,7 @@ def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> 
     }
     print(f"💾 Saving distilled student model to: {options.output_dir}")
     extra = {
-        models.SETTINGS_FILE: json.dumps(settings, indent=2) + "\n",
+        files.SETTINGS_FILE: json.dumps(settings, indent=2) + "\n",
         "history.csv": pd.DataFrame(history).to_csv(index=False),
         "README.md": model_card(settings, table),
     }

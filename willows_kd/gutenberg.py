@@ -1,4 +1,4 @@
-"""The one file that knows the network: the book, from Project Gutenberg to the user's cache."""
+"""The book, from Project Gutenberg to the user's cache. (Models come from the hub: `models.py`.)"""
 
 import os
 import re
@@ -6,6 +6,9 @@ import time
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+
+from willows_kd.errors import WriteError
+from willows_kd.files import atomic_file, cache_folder
 
 URLS = (
     "https://www.gutenberg.org/cache/epub/289/pg289.txt",
@@ -18,26 +21,21 @@ SIZE_LIMIT = 2_000_000  # bytes; the book has a third of a million
 NOT_THE_BOOK = "what arrived is not the twelve chapters of the book"
 START_OF_BOOK = re.compile(r"^\*\*\* ?START OF TH.*$", re.MULTILINE)
 END_OF_BOOK = re.compile(r"^\*\*\* ?END OF TH.*$", re.MULTILINE)
-CHAPTER_LENGTHS = range(10_000, 60_000)  # characters: what a chapter of this book may have
+CHAPTER_LENGTHS = range(10_000, 60_000)  # characters that a chapter of this book may have
 
 
 class DownloadError(Exception):
-    """The book cannot be had; the message says why in a few words."""
-
-
-def cache_folder() -> Path:
-    """Where this user's caches live: `XDG_CACHE_HOME`, else `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "willows_kd"
+    """The book cannot be downloaded; the message says why in a few words."""
 
 
 def fetch_willows(urls: tuple[str, ...] = URLS) -> Path:
-    """The path of the book in the user's cache, downloaded where it is not there yet.
+    """The path of the book in the user's cache, downloaded if it is not there yet.
 
     Raises:
         DownloadError: no address gave the book. The cache is then as it was.
     """
     path = cache_folder() / "wind_in_the_willows.txt"
-    if os.path.exists(path):  # not path.exists(): it raises where a folder is locked
+    if os.path.exists(path):  # not path.exists(): it raises if a folder is locked
         return path
     problems = []
     for url in urls:
@@ -52,15 +50,16 @@ def fetch_willows(urls: tuple[str, ...] = URLS) -> Path:
             problems.append(" ".join(str(getattr(error, "reason", None) or error).split()))
             continue
         try:
-            write_atomically(path, text)
-        except OSError as error:
-            raise DownloadError(f"{path.parent} cannot be written: {error.strerror}") from error
+            with atomic_file(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+        except WriteError as error:
+            raise DownloadError(str(error)) from error
         return path
     raise DownloadError("; ".join(dict.fromkeys(problems)))
 
 
 class HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only where it stays encrypted."""
+    """Follow a redirect only if it stays encrypted."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         """As in the base class, but refuses any address that is not https."""
@@ -90,7 +89,7 @@ def download(url: str) -> bytes:
 
 
 def strip_licence(text: str) -> str:
-    """A text without Project Gutenberg's front and end matter, where it has any."""
+    """A text without Project Gutenberg's front and end matter, if it has any."""
     start, end = START_OF_BOOK.search(text), END_OF_BOOK.search(text)
     return text[start.end() if start else 0 : end.start() if end else len(text)]
 
@@ -102,14 +101,3 @@ def check_is_the_book(text: str) -> None:
     titles = [title for title, chapter in chapters if len(chapter) in CHAPTER_LENGTHS]
     if len(titles) != 12 or "RIVER BANK" not in titles[0] or "ULYSSES" not in titles[-1]:
         raise DownloadError(NOT_THE_BOOK)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

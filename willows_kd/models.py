@@ -3,15 +3,12 @@
 import contextlib
 import copy
 import csv
-import glob
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,17 +18,16 @@ import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from willows_kd.errors import InputError, is_integer, require, type_name
+from willows_kd.files import atomic_directory, check_output
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
 BUNDLED = ("base", "teacher", "student", "student_hard_labels")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
-SETTINGS_FILE = "distillation.json"  # what marks an output directory as ours
 PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
 
 
@@ -796,82 +792,18 @@ def save_model(
     """Write a directory that `transformers` loads, whole or not at all.
 
     Args:
-        model, tokenizer: what is saved.
+        model, tokenizer: what to save; LoRA adapters are merged into the weights.
         directory: where. It may be new, empty, or an earlier output of ours.
-        extra: texts that go beside the weights, by file name.
-        overwrite: replace a directory even where it is not ours.
+        extra: further text files, by name.
+        overwrite: replace a directory even if it is not ours.
 
     Raises:
-        InputError: the directory holds something else, or cannot be written.
+        InputError: the directory holds other files, or (`WriteError`) cannot be written.
     """
     directory = Path(directory)
     check_output(directory, overwrite)
-    with whole_directory(directory) as partial, quiet_transformers():
-        model.save_pretrained(partial)
+    with atomic_directory(directory) as partial, quiet_transformers():
+        merge_adapters(model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-
-
-def check_output(directory: Path, overwrite: bool = False) -> None:
-    """Refuse an output directory that is a file, holds something that is not ours, or is locked."""
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; give a directory to write to")
-    if not directory.resolve().name:
-        raise InputError(f"{directory} is the root of a disk; give a directory below it")
-    taken = directory.is_dir() and any(directory.iterdir())
-    if taken and not overwrite and not (directory / SETTINGS_FILE).exists():
-        raise InputError(
-            f"{directory} holds files that no distillation wrote; "
-            "choose another directory, or add --overwrite to replace it"
-        )
-    parent = directory.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
-
-
-def clean_up_interrupted_writes(directory: Path) -> None:
-    """Put back an output that a killed run had moved aside, and remove what else it left.
-
-    For the one process that may write there.
-    """
-    directory = Path(directory).resolve()
-    left = f".{glob.escape(directory.name)}.*"
-    for replaced in directory.parent.glob(f"{left}.replaced"):
-        if not directory.exists():
-            os.rename(replaced, directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-    for partial in directory.parent.glob(f"{left}.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def whole_directory(directory: Path):
-    """A fresh directory to fill, put in its place when filled, gone if anything went wrong."""
-    directory = Path(directory).resolve()
-    made = [p for p in directory.parents if not p.exists()]  # from the deepest up
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    replaced = directory.with_name(f".{directory.name}.{os.getpid()}.replaced")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            os.rename(directory, replaced)
-        os.rename(partial, directory)
-        made = []
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{directory} cannot be written: {reason}") from error
-    finally:
-        if replaced.exists() and not directory.exists():
-            os.rename(replaced, directory)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()

@@ -1,14 +1,14 @@
-"""What a teacher knows, paid for once: kept on disk, and asked instead of the teacher.
+"""A cache of a teacher's outputs: computed once, kept on disk, used instead of the teacher.
 
-Kept are the final hidden states, 768 numbers a token for GPT-2 where its logits are
-50,257. The logits are those times the output weights, so soft labels at any temperature
-cost one matrix product, and no pass through the teacher's layers.
+It keeps the final hidden states, 768 numbers per token for GPT-2, whose logits are 50,257.
+The logits are these times the output weights, so soft labels at any temperature cost one
+matrix product and no pass through the teacher's layers.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,22 +20,26 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from willows_kd.corpus import Blocks
-from willows_kd.errors import InputError, require, type_name
+from willows_kd.errors import InputError, WriteError, is_integer, require, type_name
 from willows_kd.evaluation import windows
-from willows_kd.gutenberg import cache_folder
+from willows_kd.files import (
+    atomic_directory,
+    cache_folder,
+    checksum,
+    clean_up_interrupted_writes,
+    write_errors,
+)
 from willows_kd.losses import forward_kl
 from willows_kd.models import (
-    clean_up_interrupted_writes,
     distributed_state,
     eval_mode,
     has_linear_head,
     hidden_states,
     require_model,
     weights_digest,
-    whole_directory,
 )
 
-AT_ONCE = 8  # blocks in a pass through the teacher: as in training, so that rounding is the same
+BATCH_SIZE = 8  # blocks per pass through the teacher: as in training, for the same rounding
 RECORD = "cache.json"
 DTYPES = ("float32", "float16")
 
@@ -47,30 +51,30 @@ def cache_teacher(
     top_k: int | None = None,
     folder: str | Path | None = None,
 ) -> nn.Module:
-    """Run a teacher once over the training and validation blocks, and keep what it knows.
+    """Run a teacher once over the training and validation blocks, and keep its outputs.
 
-    The cache is found again by a digest of the teacher's weights and settings, of the
-    blocks (token ids, and so of the tokenizer) and of what is asked for here: one that
-    is stale is never used, one that is damaged is made again. It stays until its
-    folder is deleted.
+    The cache is found again by a digest of the teacher's weights and config, of the blocks'
+    token ids and of the arguments: a stale cache is never used, and a damaged one is made
+    again. It stays until its folder is deleted.
 
     Args:
         teacher: a causal language model.
-        blocks: what it will be asked about.
+        blocks: the blocks that training and validation will ask it about.
         dtype: "float32", or "float16" for half the size; the error is then printed.
-        top_k: keep the k largest log-probabilities at T = 1 and the rest as one lump,
-            spread evenly, instead of hidden states: smaller yet for a small k, and no
-            longer exact. Works with any teacher.
+        top_k: keep the k largest log-probabilities at T = 1 instead of hidden states, and
+            spread the rest evenly over the other tokens: smaller yet for a small k, but not
+            exact. Works with any teacher.
         folder: where caches are kept; None for a folder in the user's cache.
 
     Returns:
-        what `distill` and `quality` take in place of the teacher, for these blocks.
-        Where the folder cannot be written: the teacher itself, with a warning.
+        what `distill` and `quality` take in place of the teacher, for these blocks. If the
+        folder cannot be written: the teacher itself, with a warning.
 
     Raises:
-        InputError: a setting is not possible for this teacher.
+        InputError: an argument does not fit this teacher.
     """
     check(teacher, blocks, dtype, top_k)
+    top_k = top_k and int(top_k)
     ids = blocks_to_cache(blocks, teacher.config.vocab_size)
     folder = Path(folder) if folder else cache_folder() / "teachers"
     weights = weights_digest(teacher)
@@ -79,11 +83,12 @@ def cache_teacher(
     shapes = layout(teacher, ids, dtype, top_k)
     with distributed_state().local_main_process_first():
         if not is_intact(place, shapes):
-            nbytes = sum(np.dtype(kind).itemsize * np.prod(s) for s, kind in shapes.values())
-            print(f"Keeping what the teacher knows: {nbytes / 1e6:,.1f} MB in {with_tilde(folder)}")
+            nbytes = sum(np.dtype(form).itemsize * np.prod(s) for s, form in shapes.values())
+            size = f"{nbytes / 1e6:,.1f} MB"
+            print(f"Caching the teacher's outputs: {size} in {with_tilde(folder)}")
             try:
                 write(place, teacher, ids, shapes, kept)
-            except (InputError, OSError) as error:
+            except WriteError as error:
                 warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
                 return teacher
     cache = TeacherCache(teacher, ids, place, shapes, top_k)
@@ -101,7 +106,7 @@ def with_tilde(path: Path) -> str:
 
 
 class TeacherCache(nn.Module):
-    """Answers as its teacher would about the blocks it was made for, from a file.
+    """Stands in for its teacher: answers from a file, for the blocks it was made for.
 
     It has the parts of a `transformers` model that the losses and `quality` use.
     """
@@ -111,17 +116,17 @@ class TeacherCache(nn.Module):
         super().__init__()
         self.config, self.top_k = teacher.config, top_k
         files = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in shapes}
-        self.base_model = CachedHiddenStates(ids, files)
         self.head = teacher.get_output_embeddings()
+        self.base_model = CachedHiddenStates(ids, files, self.head.weight.dtype)
         self.nbytes = sum(file.nbytes for file in files.values())
 
     @property
     def device(self) -> torch.device:
-        """Where it answers: where the teacher's head is."""
+        """The device of the teacher's head, on which it answers."""
         return self.head.weight.device
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The teacher's head; None where log-probabilities are kept instead of hidden states."""
+        """The teacher's head; None if the cache holds log-probabilities, not hidden states."""
         return None if self.top_k else self.head
 
     def forward(self, ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
@@ -131,30 +136,30 @@ class TeacherCache(nn.Module):
             InputError: a block is not among those that the cache was made for.
         """
         if not self.top_k:
-            hidden = self.base_model(ids).last_hidden_state
-            return CausalLMOutput(logits=self.head(hidden.to(self.head.weight.dtype)))
+            return CausalLMOutput(logits=self.head(self.base_model(ids).last_hidden_state))
         tokens, values = (self.base_model.read(name, ids) for name in ("tokens", "values"))
         values = values.float()
         others = self.config.vocab_size - self.top_k
-        lump = -torch.expm1(values.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7))
-        logits = (lump / others).log().expand(*values.shape[:-1], self.config.vocab_size)
+        rest = -torch.expm1(values.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7))
+        logits = (rest / others).log().expand(*values.shape[:-1], self.config.vocab_size)
         return CausalLMOutput(logits=logits.scatter(-1, tokens.long(), values))
 
 
 class CachedHiddenStates(nn.Module):
-    """Finds again what is kept of a block, by its token ids."""
+    """Looks up the rows of a block by its token ids."""
 
-    def __init__(self, ids: torch.Tensor, files: dict[str, np.ndarray]):
+    def __init__(self, ids: torch.Tensor, files: dict[str, np.ndarray], dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype
         self.rows = {block.tobytes(): row for row, block in enumerate(ids.numpy())}
         self.files = files
 
     def forward(self, ids: torch.Tensor, use_cache: bool = False) -> BaseModelOutput:
-        """Final hidden states, shape (blocks, block_size, width), in float32."""
-        return BaseModelOutput(last_hidden_state=self.read("hidden", ids).float())
+        """Final hidden states, shape (blocks, block_size, width), in the teacher's dtype."""
+        return BaseModelOutput(last_hidden_state=self.read("hidden", ids).to(self.dtype))
 
     def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of a file that belong to some blocks, on the device of these."""
+        """The rows of a file that belong to some blocks, on their device."""
         try:
             rows = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
         except KeyError:
@@ -165,13 +170,18 @@ class CachedHiddenStates(nn.Module):
 
 
 def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
-    """Refuse what cannot be kept."""
+    """Refuse arguments that allow no cache."""
     require_model(teacher, "teacher")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
+    has_head = getattr(teacher, "get_output_embeddings", lambda: None)() is not None
+    require(has_head, "the teacher has no head; load it with AutoModelForCausalLM")
+    longest = getattr(teacher.config, "max_position_embeddings", None) or blocks.block_size
+    fits = f"the teacher takes at most {longest}; pack the corpus again with that block_size"
+    require(blocks.block_size <= longest, f"blocks have {blocks.block_size} tokens, {fits}")
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     vocabulary = teacher.config.vocab_size
-    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k < vocabulary):
+    if top_k is not None and not (is_integer(top_k) and top_k < vocabulary):
         raise InputError(
             f"top_k is {top_k!r}; it must be a whole number from 1 to {vocabulary - 1}"
         )
@@ -183,20 +193,20 @@ def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
 
 
 def blocks_to_cache(blocks: Blocks, vocabulary: int) -> torch.Tensor:
-    """All that `distill` asks a teacher: training blocks, and windows over validation blocks."""
+    """All that `distill` asks a teacher about: training blocks, windows of validation blocks."""
     seen = [window for window, _ in windows(blocks.validation, vocabulary)]
     return torch.cat([blocks.train, *seen]).contiguous()
 
 
 def digest(weights: str, ids: torch.Tensor, dtype: str, top_k: int | None) -> str:
-    """A name that is another one as soon as anything is that the answers depend on."""
+    """A name that changes with anything that the answers depend on."""
     made = hashlib.sha256(json.dumps([weights, dtype, top_k, tuple(ids.shape)]).encode())
     made.update(ids.numpy().tobytes())
     return made.hexdigest()[:24]
 
 
 def layout(teacher, ids: torch.Tensor, dtype: str, top_k: int | None) -> dict:
-    """The files of a cache: the shape and type of each, by name."""
+    """The files of a cache: the shape and dtype of each, by name."""
     if top_k:
         shape = *ids.shape, top_k
         return {"values": (shape, dtype), "tokens": (shape, "int32")}
@@ -204,60 +214,55 @@ def layout(teacher, ids: torch.Tensor, dtype: str, top_k: int | None) -> dict:
 
 
 def is_intact(place: Path, shapes: dict) -> bool:
-    """Whether a cache is there, complete, and as it was written."""
+    """Whether a cache exists, is complete, and is as it was written."""
     try:
         sums = json.loads((place / RECORD).read_text())["checksums"]
         for name, (shape, dtype) in shapes.items():
             file = np.load(place / f"{name}.npy", mmap_mode="r")
-            if file.shape != shape or file.dtype != dtype or checksum(file) != sums[name]:
+            if file.shape != shape or file.dtype != dtype or checksum({name: file}) != sums[name]:
                 return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return True
 
 
-def checksum(file: np.ndarray) -> int:
-    """CRC-32 of an array's bytes, block by block."""
-    value = 0
-    for block in file:
-        value = zlib.crc32(np.ascontiguousarray(block), value)
-    return value
-
-
 def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
-    """Ask the teacher, and write a cache: whole, or not at all.
+    """Ask the teacher, and write a cache, whole or not at all.
 
-    Another run that is writing the same cache is waited for, and what a killed one left
-    is removed.
+    It waits for another run that is writing the same cache, and removes what a killed one
+    left.
 
     Raises:
-        InputError, OSError: the place cannot be written.
+        WriteError: the place cannot be written.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
     lock = place.with_name(f".{place.name}.lock")
-    with FileLock(lock):
-        try:
-            clean_up_interrupted_writes(place)
-            if not is_intact(place, shapes):
-                fill(place, teacher, ids, shapes, kept)
-        finally:
-            lock.unlink(missing_ok=True)
+    with write_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            try:
+                clean_up_interrupted_writes(place)
+                if not is_intact(place, shapes):
+                    fill(place, teacher, ids, shapes, kept)
+            finally:
+                with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                    lock.unlink()
 
 
 def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
-    """Write what the teacher says, a few blocks at a time."""
-    with whole_directory(place) as partial:
+    """Write the teacher's outputs, a few blocks at a time."""
+    with atomic_directory(place) as partial:
         files = {
             name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
             for name, (shape, dtype) in shapes.items()
         }
-        starts = tqdm(range(0, len(ids), AT_ONCE), unit="pass", leave=False)
-        for start, answer in zip(starts, teacher_outputs(teacher, ids, kept["top_k"]), strict=True):
-            for name, tensor in answer.items():
+        starts = tqdm(range(0, len(ids), BATCH_SIZE), unit="pass", leave=False)
+        outputs = teacher_outputs(teacher, ids, kept["top_k"])
+        for start, output in zip(starts, outputs, strict=True):
+            for name, tensor in output.items():
                 files[name][start : start + len(tensor)] = tensor.cpu().numpy()
-        kept["checksums"] = {name: checksum(file) for name, file in files.items()}
-        for file in files.values():
-            file.flush()
+        kept["checksums"] = {name: checksum({name: file}) for name, file in files.items()}
+        while files:  # close them: Windows moves no folder whose files are open
+            files.popitem()[1].flush()
         (partial / RECORD).write_text(json.dumps(kept, indent=2) + "\n")
 
 
@@ -265,9 +270,9 @@ def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> N
 def teacher_outputs(
     teacher, ids: torch.Tensor, top_k: int | None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What a teacher says about the blocks, a few at a time."""
+    """A teacher's outputs for the blocks, a few blocks at a time."""
     with eval_mode(teacher):
-        for part in ids.split(AT_ONCE):
+        for part in ids.split(BATCH_SIZE):
             part = part.to(teacher.device)
             if not top_k:
                 yield {"hidden": hidden_states(teacher, part).float()}
@@ -279,8 +284,9 @@ def teacher_outputs(
 
 @torch.no_grad()
 def print_cache_error(teacher, cache: TeacherCache, ids: torch.Tensor) -> None:
-    """Print what a cache that is not exact costs and loses, on a few blocks."""
+    """Print the size of a cache that is not exact, and its error on a few blocks."""
     few = ids[:: max(1, len(ids) // 8)][:8].to(teacher.device)
     with eval_mode(teacher):
-        lost = forward_kl(cache(few).logits.float(), teacher(few).logits.float()).item()
-    print(f"{cache.nbytes / ids.numel():,.0f} bytes a token; it loses {lost:.2g} nats a token (KL)")
+        error = forward_kl(cache(few).logits.float(), teacher(few).logits.float()).item()
+    size = f"{cache.nbytes / ids.numel():,.0f} bytes per token"
+    print(f"{size}; the error is {error:.2g} nats per token (KL)")

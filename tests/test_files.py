@@ -1,0 +1,120 @@
+"""Whole or not at all: what is on the disk after a write that failed or was killed."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from willows_kd.errors import InputError, WriteError
+from willows_kd.files import (
+    atomic_directory,
+    atomic_file,
+    cache_folder,
+    checksum,
+    clean_up_interrupted_writes,
+)
+
+FAILURES = [
+    (OSError(28, "No space left on device"), WriteError),
+    (KeyboardInterrupt(), KeyboardInterrupt),
+]
+
+
+def write_file(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text)
+
+
+def write_directory(path: Path, text: str) -> None:
+    with atomic_directory(path) as partial:
+        (partial / "a").write_text(text)
+
+
+@pytest.mark.parametrize(("error", "expected"), FAILURES, ids=["a full disk", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("write", "call"),
+    [
+        (write_file, "fsync"),
+        (write_file, "replace"),
+        (write_directory, "fsync"),
+        (write_directory, "rename"),
+    ],
+)
+@pytest.mark.parametrize("before", [[], ["old"]], ids=["new", "old"])
+def test_a_write_that_fails_leaves_what_was_there(
+    before, write, call, error, expected, tmp_path, monkeypatch
+):
+    path = tmp_path / "new" / "work"
+    for text in before:
+        write(path, text)
+    real, failures = getattr(os, call), [error]
+
+    def fail_once(*arguments):  # and then put back what was there
+        if failures:
+            raise failures.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, fail_once)
+    with pytest.raises(expected):
+        write(path, "half")
+    assert texts(tmp_path) == before
+    write(path, "whole")
+    assert texts(tmp_path) == ["whole"]
+
+
+def texts(folder: Path) -> list[str]:
+    """What all files below a folder hold; the hidden ones too."""
+    return [path.read_text() for path in folder.rglob("*") if path.is_file()]
+
+
+def test_the_error_is_one_line_that_names_the_place(tmp_path):
+    (tmp_path / "file").touch()
+    for write in (write_file, write_directory):
+        with pytest.raises(WriteError, match="cannot be written: Not a directory") as raised:
+            write(tmp_path / "file" / "below", "")
+        assert str(raised.value).startswith(str(tmp_path / "file" / "below"))
+    assert issubclass(WriteError, InputError)
+
+
+def test_folders_made_for_a_directory_that_failed_are_removed(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "new" / "work"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("replaced_too", [False, True])
+def test_what_a_killed_process_left_is_restored_or_removed(replaced_too, tmp_path):
+    work, neighbour = tmp_path / "work[1]", tmp_path / ".work1.00ff.partial"
+    neighbour.mkdir()
+    for name in (".work[1].00ff.replaced", ".work[1].00ff.partial"):
+        write_directory(tmp_path / name, "old")
+    if replaced_too:
+        write_directory(work, "new")
+    clean_up_interrupted_writes(work)
+    assert (work / "a").read_text() == ("new" if replaced_too else "old")
+    assert sorted(tmp_path.iterdir()) == sorted([work, neighbour])
+
+
+def test_the_checksum_sees_names_types_shapes_and_bytes():
+    a = np.arange(6, dtype=np.int32)
+    others = [
+        {"b": a},
+        {"a": a.view(np.uint32)},
+        {"a": a.reshape(2, 3)},
+        {"a": a[::-1]},
+        {"a": a, "b": a[:0]},
+        {"a": torch.arange(6, dtype=torch.int32)},
+        {"a": torch.ones(3, dtype=torch.bfloat16)},
+        {"a": torch.ones((), dtype=torch.bfloat16)},
+    ]
+    assert len({checksum(arrays) for arrays in [{"a": a}, *others]}) == 9
+    assert checksum({"a": a, "b": a[:1]}) == checksum({"b": a[:1].copy(), "a": a.copy()})
+
+
+def test_the_cache_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "theirs"))
+    assert cache_folder() == tmp_path / "theirs" / "willows_kd"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == Path.home() / ".cache" / "willows_kd"
