@@ -2,8 +2,6 @@
 
 import numbers
 
-import numbers
-
 
 class InputError(ValueError):
     """Something that was given cannot be used.

@@ -397,33 +397,34 @@ def student_from_teacher(
     """
     require_model(teacher, "teacher")
     teacher = merge_adapters(teacher)
-    family = teacher.config.model_type
-    stack = teacher.get_submodule(layer_stack(teacher))
-    kept = layers_to_keep(len(stack), layers, init)
-    try:
+    depth = len(teacher.get_submodule(layer_stack(teacher)))
+    kept = layers_to_keep(depth, layers, init)
+    with cutting_errors_as_input_errors(teacher.config.model_type, kept):
         with torch.random.fork_rng(), quiet_transformers():
             torch.manual_seed(seed)
-            config = config_of_layers(teacher.config, len(stack), kept)
-            attention = teacher.config._attn_implementation
             student = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attention
-            )
+                config_of_layers(teacher.config, depth, kept),
+                dtype=torch.float32,
+                attn_implementation=teacher.config._attn_implementation,
+            ).to(teacher.device)
         student.generation_config = copy.deepcopy(teacher.generation_config)
-        student.to(teacher.device)
-        if init != "random":
-            check_layers(stack, student.get_submodule(layer_stack(student)), kept)
-            keys = student.load_state_dict(keep_layers(teacher, kept), strict=False)
-            odd = [*keys.missing_keys, *keys.unexpected_keys]
-            require(not odd, f"its weights are not the same ones, such as {', '.join(odd[:2])}")
+        if not (isinstance(init, str) and init == "random"):
+            check_layers(teacher, student, kept)
+            copy_layers(teacher, student, kept)
             check_student(teacher, student, kept)
-    except InputError as error:
-        raise InputError(f"no student of layers {kept} of this {family} teacher: {error}") from None
-    except Exception as error:  # whatever a family's code makes of fewer layers
+    return student
+
+
+@contextlib.contextmanager
+def cutting_errors_as_input_errors(family: str, kept: list[int]):
+    """Turn whatever a family's code makes of fewer layers into one line."""
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type_name(error)
         raise InputError(
             f"no student of layers {kept} of this {family} teacher: {reason}"
         ) from error
-    return student
 
 
 def layers_to_keep(depth: int, layers: int | None, init: str | Sequence[int]) -> list[int]:
@@ -511,7 +512,7 @@ def same_rhythm(period: int, offset: int, kept: list[int]) -> tuple[int, int]:
     return period, offset
 
 
-def check_layers(teacher: nn.ModuleList, student: nn.ModuleList, kept: list[int]) -> None:
+def check_layers(teacher, student, kept: list[int]) -> None:
     """Require each layer of a student to be built as the teacher's layer that it copies.
 
     Settings that a short input does not show, such as a long attention window, are
@@ -520,8 +521,9 @@ def check_layers(teacher: nn.ModuleList, student: nn.ModuleList, kept: list[int]
     Raises:
         InputError: with the first attribute that differs.
     """
-    for i, (mine, theirs) in enumerate(zip(student, (teacher[j] for j in kept), strict=True)):
-        mine, theirs = build_of(mine), build_of(theirs)
+    stacks = [model.get_submodule(layer_stack(model)) for model in (student, teacher)]
+    for i, layer in enumerate(stacks[0]):
+        mine, theirs = build_of(layer), build_of(stacks[1][kept[i]])
         for name in sorted(mine.keys() | theirs.keys()):
             ours, its = mine.get(name, "absent"), theirs.get(name, "absent")
             require(
@@ -540,6 +542,17 @@ def build_of(layer: nn.Module) -> dict[str, object]:
             if plain and key != "training" and not re.search("idx|index|layer_id|number", key):
                 found[f"{name}.{key}".lstrip(".")] = value
     return found
+
+
+def copy_layers(teacher, student, kept: list[int]) -> None:
+    """Give a student its teacher's weights; its layers get those of the layers kept.
+
+    Raises:
+        InputError: a weight of either has no place in the other.
+    """
+    keys = student.load_state_dict(keep_layers(teacher, kept), strict=False)
+    odd = [*keys.missing_keys, *keys.unexpected_keys]
+    require(not odd, f"its weights are not the teacher's: {', '.join(odd[:2])} is in one alone")
 
 
 @torch.no_grad()
