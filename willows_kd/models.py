@@ -421,7 +421,7 @@ def cutting_errors_as_input_errors(family: str, kept: list[int]):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type_name(error)
+        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type_name(error)
         raise InputError(
             f"no student of layers {kept} of this {family} teacher: {reason}"
         ) from error
@@ -456,15 +456,16 @@ def config_of_layers(config, depth: int, kept: list[int]):
     Every setting that holds something for each layer is cut to the layers that stay,
     and rules that count layers are restated so that each layer stays what it was.
     """
-    config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    settings = vars(text)  # set as a whole: between two settings, the config may be invalid
+    settings = text.to_dict()
     if "decoder_sparse_step" in settings:  # mixtures of experts in every so many layers
-        step, dense = text.decoder_sparse_step, text.mlp_only_layers or []
+        step, dense = settings["decoder_sparse_step"], settings["mlp_only_layers"] or []
         dense = [i for i in range(depth) if i in dense or (i + 1) % step]
         settings |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if is_integer(settings.get("first_k_dense_replace"), 0):
-        settings["first_k_dense_replace"] = sum(i < text.first_k_dense_replace for i in kept)
+        settings["first_k_dense_replace"] = sum(i < settings["first_k_dense_replace"] for i in kept)
+    if shared := settings.get("num_kv_shared_layers"):  # the last ones use earlier keys and values
+        settings["num_kv_shared_layers"] = sum(i >= depth - shared for i in kept)
     for name in [name for name in settings if name.endswith("_period")]:
         offset = name.removesuffix("period") + "offset"
         if offset in settings:
@@ -474,14 +475,22 @@ def config_of_layers(config, depth: int, kept: list[int]):
     for name, value in settings.items():
         settings[name] = setting_of_layers(name, value, depth, kept)
     if "attention_layers" in settings:  # GPT-Neo reads these from another setting
-        settings["attention_types"] = [[[name], 1] for name in text.attention_layers]
-    settings["decoder_layers" if "decoder_layers" in settings else depth_name(text)] = len(kept)
-    return type(config).from_dict(config.to_diff_dict())
+        settings["attention_types"] = [[[name], 1] for name in settings["attention_layers"]]
+    settings[depth_name(text)] = len(kept)
+    cut = type(text).from_dict(settings)
+    if text is config:
+        return cut
+    config = copy.deepcopy(config)  # of a model that sees or hears, too
+    name = next(name for name, part in vars(config).items() if type(part) is type(text))
+    setattr(config, name, cut)
+    return config
 
 
 def depth_name(config) -> str:
-    """What a family calls its number of layers, such as GPT-2's `n_layer`."""
-    return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    """What a family calls its decoder's number of layers, such as GPT-2's `n_layer`."""
+    usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    names = ("decoder_layers", "num_decoder_layers")
+    return next((name for name in names if name in vars(config)), usual)
 
 
 def setting_of_layers(name: str, value, depth: int, kept: list[int]):
@@ -533,13 +542,20 @@ def check_layers(teacher, student, kept: list[int]) -> None:
 
 
 def build_of(layer: nn.Module) -> dict[str, object]:
-    """The classes of a layer's modules and their plain attributes, but for its own number."""
+    """The classes of a layer's modules and their plain attributes, but for its own number.
+
+    Nor is it part of how a layer is built whether it stores what others share.
+    """
     found = {}
     for name, module in layer.named_modules():
         found[name or "the class"] = type(module).__name__
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | str) and not key.startswith("_")
-            if plain and key != "training" and not re.search("idx|index|layer_id|number", key):
+            if (
+                plain
+                and key != "training"
+                and not re.search("idx|index|layer_id|number|store", key)
+            ):
                 found[f"{name}.{key}".lstrip(".")] = value
     return found
 
@@ -636,9 +652,10 @@ def layer_stack(model: PreTrainedModel) -> str:
         InputError: it has none.
     """
     config = model.config.get_text_config(decoder=True)
-    depth = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    depth = getattr(config, depth_name(config))
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())  # no vision layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in decoder:
             return name
     raise InputError(f"this {config.model_type} model has no list of its {depth} layers")
 
