@@ -12,12 +12,13 @@ PUBLIC_NAMES = {
     "corpus": ["load_corpus", "split", "pack", "Corpus", "Chapter", "Blocks"],
     "models": [
         "load_teacher",
-        "load_base",
+        "load_bundled",
+        "bundled_history",
         "load_student",
         "student_from_teacher",
+        "hidden_states",
         "complete",
         "save_model",
-        "hidden_states",
     ],
     "soft_labels": ["soften", "entropy", "top_k"],
     "losses": [
@@ -34,7 +35,15 @@ PUBLIC_NAMES = {
     "checkpoints": ["Checkpoints"],
     "chunked_loss": ["chunked_loss"],
     "teacher_cache": ["cache_teacher"],
-    "evaluation": ["quality", "token_scores", "verbatim", "compare", "as_markdown"],
+    "evaluation": [
+        "quality",
+        "token_scores",
+        "block_nats",
+        "paired_bootstrap",
+        "verbatim",
+        "compare",
+        "as_markdown",
+    ],
     "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
     "plots": [
         "plot_parts",

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.models import eval_mode, quiet_transformers
+from willows_kd.models import eval_mode, max_positions, quiet_transformers
 
 
 def size_on_disk(model) -> int:
@@ -127,7 +127,7 @@ def timed(action: Callable, model) -> float:
 
 def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Generate exactly so many tokens, with the key-value cache; a long prompt is cut to fit."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 2**30
+    positions = max_positions(model.config) or 2**30
     prompt = ids[:, : max(1, positions - new_tokens)].to(model.device)
     with quiet_transformers():
         return model.generate(

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,14 @@ from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import is_integer, require, type_name
 from willows_kd.losses import kl
-from willows_kd.models import common_vocabulary, complete, eval_mode, require_model
+from willows_kd.models import (
+    check_positions,
+    common_vocabulary,
+    complete,
+    eval_mode,
+    require_model,
+    vocabulary_size,
+)
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
@@ -42,18 +50,12 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
         kl_to_teacher: KL(teacher || model) in nats per token, at T = 1.
         agreement: share of tokens where both have the same first choice.
     """
-    require_model(model, "model")
-    require(
-        isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and len(blocks) > 0,
-        f"blocks are {type_name(blocks)}; give token ids of shape (blocks, block_size), at least "
-        "one block, such as Blocks.test",
-    )
-    ids = blocks.min().item(), blocks.max().item()
-    known = model.config.vocab_size
-    require(ids[0] >= 0 and ids[1] < known, f"a token id is {ids[1]}; the model knows {known}")
+    check_blocks(model, blocks, "model")
+    if teacher is not None:
+        check_blocks(teacher, blocks, "teacher")
     per_token: dict[str, list[torch.Tensor]] = {}
     with eval_mode(model, teacher):
-        for window, scored in windows(blocks, model.config.vocab_size):
+        for window, scored in windows(blocks, vocabulary_size(model)):
             for name, values in token_scores(model, teacher, window.to(model.device)).items():
                 per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
     found = {name: torch.cat(values).double() for name, values in per_token.items()}
@@ -67,6 +69,25 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
         result["kl_to_teacher"] = found["kl"].mean().item()
         result["agreement"] = found["agreement"].mean().item()
     return result
+
+
+def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
+    """Require blocks of token ids that a model knows, no longer than it can read.
+
+    Raises:
+        InputError: with what is accepted.
+    """
+    require_model(model, name)
+    require(
+        isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and len(blocks) > 0,
+        f"blocks are {type_name(blocks)}; give token ids of shape (blocks, block_size), at least "
+        "one block, such as Blocks.test",
+    )
+    least, most = blocks.min().item(), blocks.max().item()
+    known = vocabulary_size(model)
+    wrong = f"a token id is {least if least < 0 else most}; the {name} knows 0 to {known - 1}"
+    require(least >= 0 and most < known, wrong)
+    check_positions(model, blocks, name)
 
 
 def windows(blocks: torch.Tensor, vocabulary: int):
@@ -93,8 +114,8 @@ def windows(blocks: torch.Tensor, vocabulary: int):
 def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each prediction of tokens 1... is worth, each of shape (windows, block_size - 1)."""
     with eval_mode(model, teacher):
-        logits = model(ids).logits[:, :-1].float()
-        teacher_logits = None if teacher is None else teacher(ids).logits[:, :-1]
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        teacher_logits = None if teacher is None else teacher(ids, use_cache=False).logits[:, :-1]
     labels = ids[:, 1:]
     vocabulary = logits.shape[-1] if teacher is None else common_vocabulary(teacher, model)
     log_q = F.log_softmax(logits[..., :vocabulary], dim=-1)
@@ -109,6 +130,61 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         result["kl"] = kl(log_p, log_q)
         result["agreement"] = log_p.argmax(dim=-1) == choice
     return result
+
+
+@torch.inference_mode()
+def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of each block by itself, in nats per token, shape (blocks,).
+
+    Unlike in `quality`, no block sees the one before it: the blocks are then separate
+    measurements, which `paired_bootstrap` can draw from.
+
+    Args:
+        model: a causal language model.
+        blocks: token ids, shape (blocks, block_size), of at least two tokens each.
+    """
+    check_blocks(model, blocks, "model")
+    require(blocks.shape[1] > 1, "blocks have one token each; at least two are needed")
+    at_once = max(1, LOGITS_AT_ONCE // (blocks.shape[1] * vocabulary_size(model)))
+    found = [
+        token_scores(model, None, part.to(model.device))["nats"].double().mean(dim=1).cpu()
+        for part in blocks.split(at_once)
+    ]
+    return torch.cat(found)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """By how much two models differ on the same blocks, and how sure that is.
+
+    The blocks are drawn again, as many, with replacement, and the mean difference is
+    taken each time: its 2.5 and 97.5 % quantiles are the interval (Efron 1979). Both
+    models are scored on the same draw, so that a hard block counts against both (as
+    Koehn 2004 compares translations). The interval is for other text of the same
+    kind; it says nothing of other seeds.
+
+    Args:
+        a, b: a value for each block, such as from `block_nats`, in the same order.
+        resamples: how many times to draw.
+        seed: for the draws.
+
+    Returns:
+        the mean of a - b, and the lower and upper end of its 95 % interval.
+    """
+    values = [np.asarray(each, dtype=np.float64) for each in (a, b)]
+    shapes = [value.shape for value in values]
+    require(
+        shapes[0] == shapes[1] and len(shapes[0]) == 1 and shapes[0][0] > 0,
+        f"a and b have shapes {shapes[0]} and {shapes[1]}; give one number a block, for both",
+    )
+    require(is_integer(resamples), f"resamples is {resamples!r}; it must be a whole number, not 0")
+    differences = values[0] - values[1]
+    draw = np.random.default_rng(seed).integers
+    size = len(differences)
+    means = [differences[draw(size, size=size)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return differences.mean().item(), low.item(), high.item()
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int = 15) -> float:
@@ -132,6 +208,8 @@ def verbatim(sample: str, training_text: str, words: int = 6) -> float:
 
 # 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal's is close
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 LABELS = {
     "perplexity": "perplexity",
@@ -230,8 +308,12 @@ def as_markdown(table: pd.DataFrame) -> str:
             continue
         spreads = table.get(f"± {column}", pd.Series(float("nan"), table.index))
         cells = zip(table[column], spreads, strict=True)
+        count = column == "parameters"
         lines.append(
-            [label, *(number(v) + ("" if pd.isna(s) else f" ± {number(s)}") for v, s in cells)]
+            [
+                label,
+                *(number(v, count) + ("" if pd.isna(s) else f" ± {number(s)}") for v, s in cells),
+            ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -239,13 +321,20 @@ def as_markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
-def number(value: float) -> str:
-    """A number with the digits that matter."""
-    if value != value:
-        return "-"
+def number(value: float, count: bool = False) -> str:
+    """A number with the digits that matter: 0.532, 9.14, 67.3, 1,254, 1.8 × 10⁶.
+
+    Args:
+        count: whether it counts something, such as parameters: millions are "4.61 M".
+    """
     size = abs(value)
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    if count and size >= 1e5:
+        return f"{value / 1e6:,.2f} M"
     if size >= 1e5:
-        return f"{value / 1e6:.2f} M"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
     if size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{1 if size >= 10 else 2 if size >= 1 else 3}f}"

@@ -2,11 +2,15 @@
 
 import contextlib
 import copy
+import csv
 import hashlib
 import json
 import logging
 import math
 import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -22,7 +26,7 @@ from willows_kd.files import atomic_directory, check_output
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
-BUNDLED_BASE = ASSETS / "base"
+BUNDLED = ("base", "teacher", "student", "student_hard_labels")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
 
@@ -75,9 +79,42 @@ def load_student(name_or_path, teacher_tokenizer, device=None) -> PreTrainedMode
     return load_model(name_or_path, device)
 
 
-def load_base(device=None) -> PreTrainedModel:
-    """The bundled teacher as it was before it was fine-tuned on the book."""
-    return load_model(str(BUNDLED_BASE), device).eval()
+def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
+    """A model that ships with the package, in eval mode and float32.
+
+    Args:
+        name: ``"base"``, the teacher before it was fine-tuned on the book;
+            ``"teacher"``; ``"student"``, trained on the teacher's soft labels alone; or
+            ``"student_hard_labels"``, trained on the book alone.
+        device: where it goes; None for the GPU if there is one.
+    """
+    return load_model(bundled(name), device).eval()
+
+
+def bundled_history(name: str = "student") -> list[dict]:
+    """How a bundled student was trained: the rows that `distill` returned."""
+    with open(bundled(name) / "history.csv", encoding="utf-8", newline="") as file:
+        return [
+            {key: number_or_none(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def bundled(name: str) -> Path:
+    """The directory of a bundled model.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    accepted = ", ".join(BUNDLED)
+    require(name in BUNDLED, f"no bundled model is called {name!r}; there are {accepted}")
+    return ASSETS / name
+
+
+def number_or_none(text: str) -> float | int | None:
+    """A number as CSV holds it; None if it is missing or not a number."""
+    value = float(text or "nan")
+    return None if math.isnan(value) else int(text) if text.isdigit() else value
 
 
 def load_tokenizer(name_or_path):
@@ -85,6 +122,8 @@ def load_tokenizer(name_or_path):
     check_model(name_or_path)
     path = Path(name_or_path)
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        if base := adapter_base(name_or_path):
+            return load_tokenizer(base)
         raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
     with (
         loading_errors_as_input_errors(name_or_path, "has no tokenizer that can be read"),
@@ -96,8 +135,13 @@ def load_tokenizer(name_or_path):
 
 
 def load_model(name_or_path, device=None) -> PreTrainedModel:
-    """A causal language model in float32, from safetensors only, with no remote code."""
+    """A causal language model in float32, from safetensors only, with no remote code.
+
+    A directory with a LoRA adapter is loaded onto its base model and merged.
+    """
     check_model(name_or_path)
+    if base := adapter_base(name_or_path):
+        return load_merged(base, name_or_path, device)
     with loading_errors_as_input_errors(name_or_path, "cannot be loaded"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -117,6 +161,33 @@ def load_model(name_or_path, device=None) -> PreTrainedModel:
     return model.to(device or best_device())
 
 
+def load_merged(base: str, adapter, device=None) -> PreTrainedModel:
+    """A base model with a directory's LoRA adapter merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise InputError(f"{adapter} holds a LoRA adapter; to load it, pip install peft") from None
+    found = (Path(adapter) / "adapter_model.safetensors").is_file()
+    require(found, f"{adapter} holds no adapter weights (no adapter_model.safetensors)")
+    model = load_model(base, device)
+    with loading_errors_as_input_errors(adapter, "cannot be loaded"), quiet_transformers():
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def adapter_base(name_or_path) -> str | None:
+    """The model that a directory's LoRA adapter belongs to; None if it holds no adapter."""
+    file = Path(name_or_path) / "adapter_config.json"
+    if not file.is_file() or (file.parent / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, OSError):
+        base = None
+    named = isinstance(base, str) and base and Path(base).absolute() != file.parent.absolute()
+    require(named, f"{file} is damaged: it does not name the model it belongs to")
+    return base
+
+
 def check_model(name_or_path) -> None:
     """Refuse a local directory that cannot hold a causal language model, before loading it."""
     named = isinstance(name_or_path, str | os.PathLike) and str(name_or_path).strip()
@@ -128,6 +199,8 @@ def check_model(name_or_path) -> None:
         return  # a name on the hub: `transformers` will tell
     if not path.is_dir():
         raise InputError(f"{path} is a file; give the directory that holds a model's config.json")
+    if adapter_base(path):
+        return
     config_file = path / "config.json"
     if not config_file.is_file():
         raise InputError(f"{path} is not a model: it holds no config.json")
@@ -153,6 +226,7 @@ def check_model(name_or_path) -> None:
 def check_context(name_or_path, block_size: int) -> None:
     """Refuse blocks longer than the positions that a model has."""
     check_model(name_or_path)
+    name_or_path = adapter_base(name_or_path) or name_or_path
     with (
         loading_errors_as_input_errors(name_or_path, "has no config that can be read"),
         quiet_transformers(),
@@ -160,9 +234,27 @@ def check_context(name_or_path, block_size: int) -> None:
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if block_size < 2 or positions and block_size > positions:
         raise InputError(f"block_size is {block_size}; this model takes 2 to {positions or 'any'}")
+
+
+def max_positions(config) -> int | None:
+    """How many tokens a model reads at once; None if its config sets no limit."""
+    config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    found = [getattr(config, name, None) for name in names]
+    return next((value for value in found if is_integer(value)), None)
+
+
+def check_positions(model, blocks: torch.Tensor, name: str) -> None:
+    """Require blocks, shape (blocks, block_size), that a model has positions for."""
+    longest, given = max_positions(model.config), blocks.shape[1]
+    require(
+        longest is None or given <= longest,
+        f"blocks have {given} tokens, the {name} takes at most {longest}; "
+        "pack the corpus again with that block_size",
+    )
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -228,6 +320,38 @@ def eval_mode(*models):
 
 
 @contextlib.contextmanager
+def dropout_set_to(model, p: float):
+    """All dropout of a model at one probability, and afterwards as it was.
+
+    Some families have no `nn.Dropout` but read a number when they are called, from an
+    attribute of a layer (OPT, XGLM) or from the config: these numbers are set too.
+    Whole layers are never dropped (`layerdrop`).
+    """
+    before = []
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    owners = [*model.modules(), *(part for config in configs for part in configs_of(config))]
+    for settings in map(vars, {id(owner): owner for owner in owners}.values()):
+        is_layer = "p" in settings and "inplace" in settings  # an nn.Dropout of any shape
+        for name in ["p"] if is_layer else [n for n in settings if "drop" in n.lower()]:
+            if isinstance(settings[name], float | int) and not isinstance(settings[name], bool):
+                before.append((settings, name, settings[name]))
+                settings[name] = 0.0 if "layerdrop" in name.lower().replace("_", "") else p
+    try:
+        yield
+    finally:
+        for settings, name, value in reversed(before):
+            settings[name] = value
+
+
+def configs_of(config):
+    """A config and the configs inside it."""
+    yield config
+    for part in vars(config).values():
+        if isinstance(part, transformers.PreTrainedConfig):
+            yield from configs_of(part)
+
+
+@contextlib.contextmanager
 def quiet_transformers():
     """No progress bars or notices for what takes a moment; errors are raised, not logged."""
     library = transformers.utils.logging
@@ -246,48 +370,270 @@ def quiet_transformers():
 
 
 def student_from_teacher(
-    teacher: PreTrainedModel, layers: int | None = None, init: str = "spaced", seed: int = 0
+    teacher: PreTrainedModel,
+    layers: int | None = None,
+    init: str | Sequence[int] = "spaced",
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """A student with fewer layers; widths, heads and vocabulary are the teacher's.
+    """A student with fewer layers, in float32; widths, heads and vocabulary are the teacher's.
+
+    A student that copies layers is proven: on a short input it must give the logits of
+    the teacher with its other layers skipped. It is float32 even if the teacher is in
+    half precision, in which training soon breaks down. LoRA adapters are merged first.
 
     Args:
         teacher: any decoder that `transformers` builds from a config.
         layers: how many; None for half of the teacher's.
         init: ``"spaced"`` copies evenly spaced layers, the first and the last among
             them, with embeddings and head, as DistilGPT2 was initialised (Sanh et al.
-            2019, section 3); ``"first"`` copies the first layers instead;
-            ``"random"`` copies nothing.
+            2019, section 3); ``"first"`` copies the first layers instead; a list of
+            layer numbers, counted from 0 and rising, copies these; ``"random"`` copies
+            nothing.
         seed: for ``"random"``.
 
     Raises:
-        InputError: `layers` is not between 1 and the teacher's, or `init` is unknown.
+        InputError: `layers` is not between 1 and the teacher's, `init` is unknown, or the
+            teacher's family cannot be cut so: a setting of it may be in the way.
     """
     require_model(teacher, "teacher")
-    depth = teacher.config.num_hidden_layers
+    teacher = merge_adapters(teacher)
+    depth = len(teacher.get_submodule(layer_stack(teacher)))
+    kept = layers_to_keep(depth, layers, init)
+    with cutting_errors_as_input_errors(teacher.config.model_type, kept):
+        with torch.random.fork_rng(), quiet_transformers():
+            torch.manual_seed(seed)
+            student = AutoModelForCausalLM.from_config(
+                config_of_layers(teacher.config, depth, kept),
+                dtype=torch.float32,
+                attn_implementation=teacher.config._attn_implementation,
+            ).to(teacher.device)
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+        if not (isinstance(init, str) and init == "random"):
+            check_layers(teacher, student, kept)
+            copy_layers(teacher, student, kept)
+            check_student(teacher, student, kept)
+    return student
+
+
+@contextlib.contextmanager
+def cutting_errors_as_input_errors(family: str, kept: list[int]):
+    """Turn whatever a family's code makes of fewer layers into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type_name(error)
+        raise InputError(
+            f"no student of layers {kept} of this {family} teacher: {reason}"
+        ) from error
+
+
+def layers_to_keep(depth: int, layers: int | None, init: str | Sequence[int]) -> list[int]:
+    """Which of a teacher's layers a student takes, counted from 0.
+
+    Raises:
+        InputError: there are not so many, or `init` is none of the accepted values.
+    """
+    if not isinstance(init, str) and isinstance(init, Iterable):
+        kept = list(init)
+        rising = all(is_integer(i, 0) and i < depth for i in kept) and kept == sorted(set(kept))
+        require(
+            kept and rising and layers in (None, len(kept)),
+            f"init is {kept}; layer numbers must rise and lie between 0 and {depth - 1}"
+            + ("" if layers is None else f", and be as many as layers, {layers}"),
+        )
+        return [int(i) for i in kept]
+    known = isinstance(init, str) and init in ("spaced", "first", "random")
+    require(known, f"init is {init!r}; it must be spaced, first, random or a list of layer numbers")
     layers = max(1, depth // 2) if layers is None else layers
     fits = is_integer(layers) and layers <= depth
     require(fits, f"layers is {layers!r}; this teacher allows 1 to {depth}")
-    if init not in ("spaced", "first", "random"):
-        raise InputError(f"init is {init!r}; it must be spaced, first or random")
-    kept = list(range(layers)) if init == "first" else evenly_spaced(depth, layers)
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):  # families whose layers differ say so here
-        config.layer_types = [config.layer_types[i] for i in kept]
-    with torch.random.fork_rng(), quiet_transformers():
-        torch.manual_seed(seed)
-        student = AutoModelForCausalLM.from_config(config, dtype=teacher.dtype)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    if init != "random":
-        student.load_state_dict(keep_layers(teacher, kept))
-    return student.to(teacher.device)
+    return list(range(layers)) if init == "first" else evenly_spaced(depth, int(layers))
+
+
+def config_of_layers(config, depth: int, kept: list[int]):
+    """A model's config for only some of its layers, as a saved student's would be read.
+
+    Every setting that holds something for each layer is cut to the layers that stay,
+    and rules that count layers are restated so that each layer stays what it was.
+    """
+    text = config.get_text_config(decoder=True)
+    settings = text.to_dict()
+    if "decoder_sparse_step" in settings:  # mixtures of experts in every so many layers
+        step, dense = settings["decoder_sparse_step"], settings["mlp_only_layers"] or []
+        dense = [i for i in range(depth) if i in dense or (i + 1) % step]
+        settings |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if is_integer(settings.get("first_k_dense_replace"), 0):
+        settings["first_k_dense_replace"] = sum(i < settings["first_k_dense_replace"] for i in kept)
+    if shared := settings.get("num_kv_shared_layers"):  # the last ones use earlier keys and values
+        settings["num_kv_shared_layers"] = sum(i >= depth - shared for i in kept)
+    for name in [name for name in settings if name.endswith("_period")]:
+        offset = name.removesuffix("period") + "offset"
+        if offset in settings:
+            settings |= zip(
+                (name, offset), same_rhythm(settings[name], settings[offset], kept), strict=True
+            )
+    for name, value in settings.items():
+        settings[name] = setting_of_layers(name, value, depth, kept)
+    if "attention_layers" in settings:  # GPT-Neo reads these from another setting
+        settings["attention_types"] = [[[name], 1] for name in settings["attention_layers"]]
+    settings[depth_name(text)] = len(kept)
+    cut = type(text).from_dict(settings)
+    if text is config:
+        return cut
+    config = copy.deepcopy(config)  # of a model that sees or hears, too
+    name = next(name for name, part in vars(config).items() if type(part) is type(text))
+    setattr(config, name, cut)
+    return config
+
+
+def depth_name(config) -> str:
+    """What a family calls its decoder's number of layers, such as GPT-2's `n_layer`."""
+    usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    names = ("decoder_layers", "num_decoder_layers")
+    return next((name for name in names if name in vars(config)), usual)
+
+
+def setting_of_layers(name: str, value, depth: int, kept: list[int]):
+    """A setting as it is for some layers: cut if it has a value per layer, renumbered if it
+    names layers, else as it is."""
+    if name.endswith(("token_id", "limit", "architectures")) or not value:
+        return value
+    per_layer = "layer" in name or "_id" in name or "indices" in name
+    if isinstance(value, dict) and all(str(key).isdigit() for key in value):
+        return {kept.index(int(key)): v for key, v in value.items() if int(key) in kept}
+    if not isinstance(value, list | tuple):
+        return value
+    numbers = per_layer and all(is_integer(i, 0) and i < depth for i in value)
+    if numbers and list(value) == sorted(set(value)):
+        return [kept.index(i) for i in value if i in kept]
+    if len(value) == depth or per_layer and len(value) > depth:
+        return [value[i] for i in kept]
+    return value
+
+
+def same_rhythm(period: int, offset: int, kept: list[int]) -> tuple[int, int]:
+    """Period and offset by which the kept layers, numbered anew, are what they were."""
+    chosen = [i % period == offset for i in kept]
+    for p in range(1, len(kept) + 2):
+        for o in range(p):
+            if [i % p == o for i in range(len(kept))] == chosen:
+                return p, o
+    return period, offset
+
+
+def check_layers(teacher, student, kept: list[int]) -> None:
+    """Require each layer of a student to be built as the teacher's layer that it copies.
+
+    Settings that a short input does not show, such as a long attention window, are
+    seen here: they are attributes of the layers or of what they contain.
+
+    Raises:
+        InputError: with the first attribute that differs.
+    """
+    stacks = [model.get_submodule(layer_stack(model)) for model in (student, teacher)]
+    for i, layer in enumerate(stacks[0]):
+        mine, theirs = build_of(layer), build_of(stacks[1][kept[i]])
+        for name in sorted(mine.keys() | theirs.keys()):
+            ours, its = mine.get(name, "absent"), theirs.get(name, "absent")
+            require(
+                ours == its,
+                f"its config makes {name} of layer {kept[i]} {its}, and of layer {i} {ours}",
+            )
+
+
+def build_of(layer: nn.Module) -> dict[str, object]:
+    """The classes of a layer's modules and their plain attributes, but for its own number.
+
+    Nor is it part of how a layer is built whether it stores what others share.
+    """
+    found = {}
+    for name, module in layer.named_modules():
+        found[name or "the class"] = type(module).__name__
+        for key, value in vars(module).items():
+            plain = isinstance(value, bool | int | str) and not key.startswith("_")
+            if (
+                plain
+                and key != "training"
+                and not re.search("idx|index|layer_id|number|store", key)
+            ):
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
+
+
+def copy_layers(teacher, student, kept: list[int]) -> None:
+    """Give a student its teacher's weights; its layers get those of the layers kept.
+
+    Raises:
+        InputError: a weight of either has no place in the other.
+    """
+    keys = student.load_state_dict(keep_layers(teacher, kept), strict=False)
+    odd = [*keys.missing_keys, *keys.unexpected_keys]
+    require(not odd, f"its weights are not the teacher's: {', '.join(odd[:2])} is in one alone")
+
+
+@torch.no_grad()
+def check_student(teacher, student, kept: list[int]) -> None:
+    """Prove a student: the logits of its teacher with the layers skipped that it has not.
+
+    Raises:
+        InputError: they are not the same.
+    """
+    if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
+        warnings.warn(
+            "scale_attn_by_inverse_layer_idx scales attention by a layer's number, which is "
+            "another in the student: it starts a little further from its teacher",
+            stacklevel=3,
+        )
+        return
+    ids = torch.arange(1, 13)[None].to(teacher.device) * 7919 % vocabulary_size(teacher)
+    with eval_mode(teacher, student):
+        with skipped_layers(teacher, kept):
+            expected = teacher(ids, use_cache=False).logits.float()
+        error = (student(ids, use_cache=False).logits - expected).norm() / expected.norm()
+    tolerance = 1e-3 if teacher.dtype in (torch.float32, torch.float64) else 0.05
+    require(
+        error <= tolerance,
+        f"its logits differ by {error:.2g} of their size from the teacher's without the other "
+        "layers; its layers depend on something besides their weights and settings",
+    )
+
+
+@contextlib.contextmanager
+def skipped_layers(model, kept: list[int]):
+    """A model whose other layers pass on what they are given."""
+
+    def skip(layer, args, kwargs, output):
+        given = args[0] if args else kwargs["hidden_states"]
+        return given if torch.is_tensor(output) else (given, *output[1:])
+
+    stack = model.get_submodule(layer_stack(model))
+    skipped = [layer for i, layer in enumerate(stack) if i not in kept]
+    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in skipped]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def merge_adapters(model):
+    """A model with its LoRA adapters merged into its weights: a copy, if it has any."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return copy.deepcopy(model).merge_and_unload()
 
 
 def require_model(model, name: str) -> None:
-    """Refuse what is no model, such as the pair that `load_teacher` returns."""
+    """Require a language model: not the pair that `load_teacher` returns, not a headless one."""
     is_model = isinstance(model, nn.Module) and hasattr(model, "config")
     require(
         is_model, f"{name} is {type_name(model)}; give a model: teacher, tokenizer = load_teacher()"
+    )
+    headless = isinstance(model, PreTrainedModel) and not model.can_generate()
+    require(
+        not headless,
+        f"{name} is {type_name(model)}, which predicts no tokens; "
+        "load it with AutoModelForCausalLM",
     )
 
 
@@ -300,13 +646,18 @@ def evenly_spaced(depth: int, layers: int) -> list[int]:
 
 
 def layer_stack(model: PreTrainedModel) -> str:
-    """The name of the module list that holds a model's layers, such as `transformer.h`."""
-    depth = model.config.num_hidden_layers
-    return next(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    )
+    """The name of the module list that holds a model's layers, such as `transformer.h`.
+
+    Raises:
+        InputError: it has none.
+    """
+    config = model.config.get_text_config(decoder=True)
+    depth = getattr(config, depth_name(config))
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())  # no vision layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in decoder:
+            return name
+    raise InputError(f"this {config.model_type} model has no list of its {depth} layers")
 
 
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
@@ -347,6 +698,11 @@ def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
         )
 
 
+def vocabulary_size(model) -> int:
+    """How many logits a model gives for each token."""
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
 def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
     """How many logits teacher and student share.
 
@@ -356,7 +712,7 @@ def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int
     Raises:
         InputError: the sizes differ by more than padding explains.
     """
-    sizes = teacher.config.vocab_size, student.config.vocab_size
+    sizes = vocabulary_size(teacher), vocabulary_size(student)
     if sizes[0] != sizes[1] and (max(sizes) % 8 or abs(sizes[0] - sizes[1]) >= PADDING_LIMIT):
         raise InputError(
             f"teacher and student must share a vocabulary: the teacher predicts {sizes[0]} tokens, "
@@ -443,7 +799,7 @@ def complete(
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
         "input_ids"
     ]
-    if positions := getattr(model.config, "max_position_embeddings", None):
+    if positions := max_positions(model.config):
         ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
         max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
     with eval_mode(model), torch.random.fork_rng(), quiet_transformers():
@@ -466,7 +822,7 @@ def save_model(
     """Write a directory that `transformers` loads, whole or not at all.
 
     Args:
-        model, tokenizer: what to save.
+        model, tokenizer: what to save; LoRA adapters are merged into the weights.
         directory: where. It may be new, empty, or an earlier output of ours.
         extra: further text files, by name.
         overwrite: replace a directory even if it is not ours.
@@ -477,7 +833,7 @@ def save_model(
     directory = Path(directory)
     check_output(directory, overwrite)
     with atomic_directory(directory) as partial, quiet_transformers():
-        model.save_pretrained(partial)
+        merge_adapters(model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
