@@ -1,22 +1,12 @@
 """The notebooks as they are stored, and as learners re-run them."""
 
-import sys
-
 import nbformat
 import pytest
 from check_notebooks import problems
 from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, execute, small, stderr
 
-sys.path.insert(0, str(NOTEBOOKS))
-import sync_setup  # noqa: E402
-
 by_name = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
 any_notebook = pytest.mark.parametrize("path", SERIES + SOLUTIONS, ids=lambda path: path.stem)
-
-
-def tagged(path, tag):
-    cells = nbformat.read(path, as_version=4).cells
-    return [cell for cell in cells if tag in cell.metadata.get("tags", [])]
 
 
 @pytest.fixture(autouse=True)
@@ -36,22 +26,6 @@ def test_there_are_four_notebooks_each_with_solutions():
 @any_notebook
 def test_what_is_stored_is_one_clean_run(path):
     assert problems(path) == []
-
-
-@any_notebook
-def test_the_set_up_cell_is_the_same_everywhere(path):
-    assert [cell.source for cell in tagged(path, "set-up")] == [sync_setup.set_up_cell()]
-
-
-@by_name
-def test_the_colab_line_follows_the_address(path):
-    assert [cell.source for cell in tagged(path, "colab")] == [sync_setup.colab_line(path)]
-
-
-def test_an_address_in_pyproject_reaches_badge_and_set_up_cell(monkeypatch):
-    monkeypatch.setattr(sync_setup, "address", lambda: "https://github.com/owner/name")
-    assert 'REPOSITORY = "https://github.com/owner/name"' in sync_setup.set_up_cell()
-    assert "/github/owner/name/blob/main/notebooks/" in sync_setup.colab_line(SERIES[0])
 
 
 @by_name
