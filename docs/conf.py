@@ -23,6 +23,9 @@ include_patterns = [
     "notebooks/[0-9A]*.ipynb",
     "notebooks/solutions/[0-9A]*.ipynb",
     "benchmarks/results/*.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
 ]
 exclude_patterns = [
     "benchmarks/results/students.md",  # a table that docs/benchmarks.md includes
@@ -41,6 +44,8 @@ suppress_warnings = ["myst.header"]  # exercises are third-level headings wherev
 default_role = "code"
 autodoc_typehints = "description"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [(pages.RESULTS, "params_style")]
 
 # Formulas: one file with MathJax and its fonts, copied out of a package of PyPI.
 _mathjax = "sphinx-mathjax-offline/static/mathjax/tex-svg-full.js"
@@ -52,9 +57,15 @@ html_title = "willows_kd"
 html_css_files = ["site.css"]
 html_extra_path = ["_root"]
 html_copy_source = False
-html_theme_options = {"source_repository": pages.address()} if pages.address() else {}
+if pages.address():  # links to a page's source
+    html_theme_options = {
+        "source_repository": pages.address(),
+        "source_branch": "main",
+        "source_directory": "",
+    }
 
 
 def setup(app):
-    """Prepare each notebook as it is read."""
+    """Prepare notebooks and docstrings as they are read."""
     app.connect("source-read", pages.prepare_notebook)
+    app.connect("autodoc-process-docstring", pages.prepare_docstring, priority=100)
