@@ -4,7 +4,7 @@ PYTHON ?= python
 .PHONY: install test test-all lint notebooks benchmarks site
 
 install:
-	$(PYTHON) -m pip install -e ".[dev]"
+	$(PYTHON) -m pip install -e ".[lab,test,site,dev]"
 
 test:
 	$(PYTHON) -m pytest

@@ -35,6 +35,9 @@ exclude_patterns = [
 
 # Notebooks and pages.
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # which has tables
+nb_code_prompt_show = "Show the set-up"
+nb_code_prompt_hide = "Hide the set-up"
 myst_enable_extensions = ["dollarmath", "amsmath", "substitution"]
 myst_heading_anchors = 3
 myst_substitutions = {"help_of_distill": pages.help_of_distill(), "api": pages.api()}
@@ -43,6 +46,7 @@ suppress_warnings = ["myst.header"]  # exercises are third-level headings wherev
 # Docstrings: `name` in them is code.
 default_role = "code"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = [(pages.RESULTS, "params_style")]
@@ -54,6 +58,7 @@ mathjax_path = "tex-svg-full.js"
 
 html_theme = "furo"
 html_title = "willows_kd"
+html_favicon = "icon.svg"
 html_css_files = ["site.css"]
 html_extra_path = ["_root"]
 html_copy_source = False

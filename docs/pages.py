@@ -48,8 +48,8 @@ def section(file: str, names: list[str]) -> str:
 
 
 def prepare_docstring(app, what, name, value, options, lines: list[str]) -> None:
-    """Let docstrings be plain text: `|` and `*` mean themselves, several results are a list."""
-    text = re.sub(r"([*|])", r"\\\1", "\n".join(lines))
+    """Let docstrings be plain text: a bar is a bar, several results are a list."""
+    text = "\n".join(lines).replace("|", r"\|")
     before, returns, after = text.partition("\nReturns:\n")
     if len(re.findall(r"^    \w+: ", after.split("\n\n")[0], re.MULTILINE)) > 1:
         returns = f"\n{RESULTS}:\n"

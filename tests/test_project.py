@@ -28,7 +28,7 @@ FILES = {
 }
 every_file = pytest.mark.parametrize("name", FILES)
 
-# The house of design.md: a file may import from its own floor and those below it.
+# As ARCHITECTURE.md has it: a file may import from its own floor and those below it.
 FLOORS = [
     {"errors", "config"},
     {"gutenberg", "corpus", "models", "soft_labels", "losses", "chunked_loss"},
@@ -77,7 +77,7 @@ def test_the_conda_environment_installs_the_project_and_nothing_else():
     assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
     assert names == ["python", "pip"]
     assert pip == {"pip": ["-e .[lab,test]"]}
-    assert set(GROUPS) == {"dependencies", "lab", "test", "bench"}
+    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "site", "dev"}
 
 
 def test_conda_and_pip_ask_for_the_same_python():
