@@ -278,10 +278,3 @@ def test_odd_texts_are_read_and_packed(name, tokenizer, tmp_path, recwarn):
 def test_an_odd_prompt_is_continued(teacher, tokenizer):
     for prompt in ("", "\ud800", "\0", "شجرة", "🐀", "<|endoftext|>", " \n "):
         assert isinstance(kd.complete(teacher, tokenizer, prompt, 2), str)
-
-
-def test_a_history_that_was_stopped_early_is_drawn(teacher, blocks):
-    history = kd.distill(teacher, kd.student_from_teacher(teacher, 1), blocks)[:2]
-    figure = kd.plot_history({"stopped": history})
-    assert figure.axes[1].get_title(loc="left") == "No epoch was finished"
-    assert len(figure.axes[0].lines) == 1

@@ -3,9 +3,11 @@
 import codecs
 import copy
 import gzip
+import json
 import textwrap
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,14 +16,15 @@ from hypothesis import strategies as st
 import willows_kd as kd
 from willows_kd import corpus as corpus_file
 from willows_kd import gutenberg
+from willows_kd.chapters import roman
 from willows_kd.corpus import (
     FRONT_MATTER_LIMIT,
+    LENGTH_OF_A_BOOK,
     LONGEST_WRAPPED_LINE,
     decode,
     is_willows,
     parse_book,
     read_book,
-    roman,
     split,
     tokenize,
 )
@@ -70,8 +73,45 @@ def test_text_is_decoded_whatever_its_encoding_and_line_ends(mark, codec, line_e
     assert decode(mark + text.replace("\n", line_end).encode(codec)) == text
 
 
-def test_the_end_of_file_mark_of_dos_is_no_text():
-    assert parse(decode(b"It rained.\r\n\x1a")).text == "It rained."
+def test_marks_of_files_are_no_text():
+    assert decode("One.\n\ufeffTwo.\n\x1a".encode(), encoding="utf-8") == "One.\nTwo.\n"
+
+
+RUSSIAN = "Крот трудился всё утро. "
+FRENCH = "« L’été, où naît la forêt », dit-il — ça ira, très élégant, n’est-ce pas ? "
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "warned"),
+    [
+        (RUSSIAN, "cp1251", True),
+        (RUSSIAN, "koi8-r", True),
+        ("鼹鼠整个上午都在努力工作，", "gbk", True),
+        ("It’s ‘so’. é", "utf-8", True),  # with a byte that is not
+        (FRENCH, "cp1252", False),
+        (RUSSIAN, "utf-8", False),
+    ],
+)
+def test_text_that_looks_wrong_is_warned_of_once_unless_its_encoding_is_named(
+    text, encoding, warned, recwarn
+):
+    raw = (text * 5).encode(encoding)
+    decode(raw + (b"\xe9" if "é" in text and encoding == "utf-8" else b""), "my_file")
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == warned
+    assert all("my_file" in message and "--encoding" in message for message in messages)
+    recwarn.clear()
+    assert decode(raw, encoding=encoding) == text * 5
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("encoding", "problem"),
+    [("utf-8", "not text in utf-8"), ("cp1", "'cp1' is no known"), ("hex", "'hex' is no known")],
+)
+def test_an_encoding_that_does_not_fit_is_refused(encoding, problem):
+    with pytest.raises(kd.InputError, match=problem):
+        decode(RUSSIAN.encode("cp1251"), encoding=encoding)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +169,6 @@ LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
         pytest.param(
             f"One.\n\n_{LONG_LINE}_", f"One.\n\n{LONG_LINE}", id="emphasis in an over-long line"
         ),
-        pytest.param("One.\n\n\ufeffTwo.", "One.\n\nTwo.", id="byte-order mark inside"),
     ],
 )
 def test_text_is_cleaned(raw, clean):
@@ -148,86 +187,132 @@ def test_a_text_with_nothing_to_learn_from_is_refused(raw):
         parse(raw)
 
 
-@pytest.mark.parametrize("between", ["\n  ", "\n\n"], ids=["in one block", "a paragraph each"])
-def test_a_title_page_and_a_table_of_contents_are_dropped(between):
-    contents = between.join(["CONTENTS", "I. SPRING", "II. AUTUMN"])
-    front = f"A YEAR OF IT\n\nby Nobody\n\n{contents}"
-    book = parse(f"{front}\n\nI. SPRING\n\nIt rained.\n\nII. AUTUMN\n\nIt poured.")
-    assert book.title == "A YEAR OF IT"
-    assert [c.title for c in book.chapters] == ["SPRING", "AUTUMN"]
-    assert book.text == "It rained.\n\nIt poured."
-
-
 @pytest.mark.parametrize(("length", "kept"), [(FRONT_MATTER_LIMIT, 0), (FRONT_MATTER_LIMIT + 1, 1)])
-def test_a_preface_is_a_chapter_where_it_is_long(length, kept):
-    preface = ("file-name", "x" * length)
-    book = parse(f"{preface[1]}\n\nI. SPRING\n\nIt rained.")
-    assert [(c.title, c.text) for c in book.chapters] == [preface][:kept] + [
-        ("SPRING", "It rained.")
+def test_a_preface_is_a_chapter_if_it_is_long(length, kept):
+    preface = "x" * (length - 1) + "."
+    book = parse(f"BY NOBODY\n\n{preface}\n\nCONTENTS\n\nI. SPRING\n\nIt rained.\n\nII. FOG\n\nSo.")
+    expected = [("SPRING", "It rained."), ("FOG", "So.")]
+    assert [(c.title, c.text) for c in book.chapters] == [("file-name", preface)][:kept] + expected
+    assert [c.number for c in book.chapters] == list(range(1, kept + 3))
+    assert book.title == ("file-name" if kept else "BY NOBODY")
+
+
+SEASONS = ["The Wet Spring", "The Dry Summer", "The Fog"]
+TEXT = "It was _very_ wet that year, said the badger. " * 5 + "So he went to bed."
+
+
+def book_of(headings: list[str], front: str = "") -> str:
+    """A book with some text below each heading."""
+    return front + "\n\n".join(f"{heading}\n\n{TEXT}\n\n{TEXT}" for heading in headings)
+
+
+@pytest.mark.parametrize(
+    ("style", "titles"),
+    [
+        ("{roman}. {upper}", "{upper}"),
+        ("{n}.  {title}", "{title}"),
+        ("  {roman}.   {title}  ", "{title}"),
+        ("0{n} {title}", "{title}"),
+        ("CHAPTER {roman}--{upper}", "{upper}"),
+        ("Chapter {n}: {title}", "{title}"),
+        ("Chapter {roman}. {lower}.", "{lower}."),
+        ("Chapter {word}: {title}", "{title}"),
+        ("ADVENTURE {roman}. {upper}", "{upper}"),
+        ("CHAPTER {n}\n{upper}", "{upper}"),
+        ("{n}\n\n{title}", "{title}"),
+        ("CHAPTER {roman}.\n\n“{title}”", "“{title}”"),
+        ("_THE {ordinal} CHAPTER_\n\n_{upper}_", "{upper}"),
+        ("CHAPTER {roman}", "CHAPTER {roman}"),
+        ("{n}", "{n}"),
+        ("{roman}.", "{roman}."),
+    ],
+)
+def test_headings_of_every_style_begin_chapters(style, titles):
+    words = zip(ROMAN, ["ONE", "TWO", "THREE"], ["FIRST", "SECOND", "LAST"], SEASONS, strict=False)
+    forms = [
+        {
+            "n": n,
+            "roman": r,
+            "word": w,
+            "ordinal": o,
+            "title": t,
+            "upper": t.upper(),
+            "lower": t.lower(),
+        }
+        for n, (r, w, o, t) in enumerate(words, start=1)
     ]
-    assert [c.number for c in book.chapters] == list(range(1, kept + 2))
+    book = parse(book_of([style.format(**form) for form in forms]))
+    assert [chapter.title for chapter in book.chapters] == [titles.format(**form) for form in forms]
+    assert {chapter.text for chapter in book.chapters} == {f"{TEXT}\n\n{TEXT}".replace("_", "")}
 
 
 @pytest.mark.parametrize(
-    ("heading", "title"),
+    ("headings", "found"),
     [
-        ("I. SPRING", "SPRING"),
-        ("1. SPRING", "SPRING"),
-        ("  I.   SPRING  ", "SPRING"),
-        ("I. ‘LIKE A LAMB’", "‘LIKE A LAMB’"),
-        ("CHAPTER I. Spring", "Spring"),
-        ("Chapter 1: Spring", "Spring"),
-        ("CHAPTER I Spring", "Spring"),
-        ("CHAPTER I", "CHAPTER I"),
-        ("Chapter 1.", "Chapter 1."),
-        ("I", "I"),
-        ("I.", "I."),
-        ("1", "1"),
+        pytest.param("1. A|2. B|4. D|5. E", "A B D E", id="one is missing"),
+        pytest.param("1. A|2. B|2. C|4. D", "A B C D", id="a number printed twice"),
+        pytest.param("1. A|2. B|1. C|2. D", "A B C D", id="parts begin again"),
+        pytest.param("CHAPTER I. A|CHAPTER II. B|CHAPTER I. C", "A B C", id="a wrong number"),
+        pytest.param("1. A|2. B|9. I|3. C", "A B C", id="one far off"),
+        pytest.param("ADVENTURE I. A|I|II|ADVENTURE II. B|III. C", "A B C", id="two series"),
+        pytest.param("Chapter 1. A|1|2|3|4|Chapter 2. B", "A B", id="page numbers"),
+        pytest.param("I. A", "", id="a number alone counts nothing"),
     ],
 )
-def test_a_heading_begins_a_chapter(heading, title):
-    assert chapters(f"{heading}\n\nIt rained.") == [(title, "It rained.")]
+def test_the_series_that_counts_furthest_is_the_chapters(headings, found):
+    book = parse(book_of(headings.split("|")))
+    assert [c.title for c in book.chapters] == (found.split() or ["file-name"])
+    assert book.text.count("bed") == 2 * len(headings.split("|"))  # what does not count is text
 
 
 @pytest.mark.parametrize(
-    "speech",
-    [
-        "I. Ho, what a night!",
-        "I. HO, what a night!",
-        "I’ll go.",
-        "I went.",
-        "Civil.",
-        "i.",
-        "1908",
-        "1. Ho, what a night!",
-        "Chapter and verse.",
-        "IV. THIS COUNTS ON FROM NOTHING",
-        "I. " + "LONG " * 20,
-    ],
+    "heading", ["{n}. {upper}", "Chapter {n} {title}", "CHAPTER {n}\n\n{title}"]
 )
-def test_a_speech_that_begins_like_a_number_is_no_heading(speech):
-    paragraphs = ["It rained.", speech.strip(), "It stopped."]
-    assert chapters("\n\n".join(paragraphs)) == [("file-name", "\n\n".join(paragraphs))]
+@pytest.mark.parametrize("between", ["\n  ", "\n\n"], ids=["in one block", "a paragraph each"])
+def test_a_contents_page_is_left_out(heading, between):
+    forms = [{"n": n, "title": t, "upper": t.upper()} for n, t in enumerate(SEASONS, start=1)]
+    headings = [heading.format(**form) for form in forms]
+    book = parse(book_of(headings, f"A YEAR\n\n{between.join(['CONTENTS', *headings])}\n\n"))
+    assert [chapter.title.title() for chapter in book.chapters] == SEASONS
+    assert book.title == "A YEAR"
+    assert len(book.text.split()) == 6 * len(TEXT.split())
+    assert book.skipped == 0
+
+
+def test_headings_without_numbers_are_found_by_the_contents_page():
+    contents = "\n".join(f"    {title}\n      A Song" for title in SEASONS)
+    headings = [f"{title.upper()}.\n\nA Song" for title in SEASONS]
+    book = parse(book_of(headings, f"Contents:\n\n{contents}\n\nA YEAR\n\n"))
+    assert [chapter.title for chapter in book.chapters] == [f"{t.upper()}." for t in SEASONS]
+    assert book.text.count("A Song") == 3
 
 
 @pytest.mark.parametrize(
-    ("numbers", "headings"),
+    "lines",
     [
-        ([1, 2, 3], [1, 2, 3]),
-        ([2, 3], [2, 3]),
-        ([1, 4], [1, 4]),
-        ([1, 5, 2], [1, 2]),
-        ([1, 2, 2, 3], [1, 2, 3]),
-        ([1, 3, 2, 4], [1, 3, 4]),
-        ([1, 2, 1, 2], [1, 2, 1, 2]),
+        "I. Ho, what a night!|II. Ho, what a day!",
+        "I’ll go.|II’ll go.",
+        "I went.|I WENT OUT",
+        "i. spring|ii. fog",
+        "1908|1909",
+        "1. wash the pan|2. dry it",
+        "Chapter and verse.|Chapter and verse.",
+        "IV. THE FOURTH|V. THE FIFTH",
+        "I. " + "LONG " * 20 + "|II. " + "LONG " * 20,
     ],
-    ids=str,
 )
-def test_a_heading_that_does_not_count_on_is_text(numbers, headings):
-    book = parse("\n\n".join(f"{n}. TITLE {n}\n\nWords." for n in numbers))
-    assert [c.title for c in book.chapters] == [f"TITLE {n}" for n in headings]
-    assert book.text.count("TITLE") == len(numbers) - len(headings)
-    assert book.text.count("Words.") == len(numbers)
+def test_a_speech_that_begins_like_a_number_is_no_heading(lines):
+    text = "\n\n".join(f"It rained.\n\n{line.strip()}" for line in lines.split("|"))
+    assert chapters(text) == [("file-name", text)]
+
+
+@pytest.mark.parametrize("length", [LENGTH_OF_A_BOOK - 100, LENGTH_OF_A_BOOK + 100])
+@pytest.mark.parametrize("headings", [[], ["I. SPRING", "II. FOG"]])
+def test_one_line_says_that_a_book_has_no_headings(headings, length, recwarn):
+    parse(book_of(headings) + "\n\n" + "It rained. " * (length // 11 + 1))
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (length > LENGTH_OF_A_BOOK and not headings)
+    assert all("no chapter headings" in line and "a test" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +335,7 @@ paragraphs_of_words = st.lists(st.lists(words, min_size=1, max_size=30), min_siz
 
 @repeatable
 @given(
-    book=st.lists(paragraphs_of_words, min_size=1, max_size=12),
+    book=st.lists(paragraphs_of_words, min_size=2, max_size=12),
     width=st.integers(10, LONGEST_WRAPPED_LINE),
     gap=st.integers(1, 3),
     front=st.sampled_from(["", "A TITLE\n\n", "A TITLE\n\nCONTENTS\n  I. THIS\n  II. THAT\n\n"]),
@@ -348,6 +433,84 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
     assert name in str(caught.value)
 
 
+ROWS = [
+    {"id": "a", "text": "It rained.\r\nSo."},
+    {"id": "b", "text": None},
+    {"id": "c", "text": " "},
+]
+ROWS += [{"id": "d", "text": "1. ЭТО"}]
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """A function that writes a file of rows, in the format of its name."""
+
+    def write(name: str, rows: list[dict], encoding: str = "utf-8"):
+        path = tmp_path / name
+        if path.suffix == ".parquet":
+            with corpus_file.quiet_progress():
+                datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+            path.write_text("\n".join(lines), encoding=encoding)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.parquet"])
+def test_each_row_of_a_table_is_a_text(name, write_rows, capfd):
+    path = write_rows(name, ROWS)
+    book = kd.load_corpus(path)
+    expected = [("Row 1", "It rained.\nSo."), ("Row 4", "1. ЭТО")]
+    assert [(c.title, c.text) for c in book.chapters] == expected
+    assert (book.title, book.provenance, book.skipped) == (path.stem, str(path), 2)
+    assert kd.load_corpus(path, text_column="id").text == "a\n\nb\n\nc\n\nd"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_only_column_of_text_needs_no_name_and_an_encoding_is_honoured(write_rows):
+    path = write_rows("a.jsonl", [{"id": 1, "body": "Дождь."}], "cp1251")
+    assert kd.load_corpus(path, encoding="cp1251").text == "Дождь."
+    with pytest.raises(kd.InputError, match="--encoding"):
+        kd.load_corpus(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "column", "problem"),
+    [
+        (
+            "a.jsonl",
+            [{"id": "a", "body": "b"}],
+            None,
+            "no column 'text' .* are id, body: .*--text_col",
+        ),
+        ("a.parquet", ROWS, "body", "no column 'body' .* are id, text: .*--text_column"),
+        ("a.jsonl", [{"n": 1, "text": "a"}], "n", "no column 'n' of text"),
+        ("a.jsonl", [{"text": " "}], None, "holds no text"),
+        ("a.jsonl", [], None, "cannot be read as json"),
+        ("a.jsonl", ["a", "b"], None, "cannot be read as json"),
+        ("a.txt", ROWS, "text", "has no columns"),
+    ],
+)
+def test_a_table_without_such_a_column_of_text_is_refused(
+    name, rows, column, problem, write_rows, capfd
+):
+    with pytest.raises(kd.InputError, match=problem) as caught:
+        kd.load_corpus(write_rows(name, rows), text_column=column)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_broken_table_is_refused(name, tmp_path, capfd):
+    (tmp_path / name).write_text('{"text": "It rained.')
+    with pytest.raises(kd.InputError, match="cannot be read as") as caught:
+        kd.load_corpus(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_file_gives_its_name_and_its_provenance(tmp_path):
     path = tmp_path / "my_story.txt"
     path.write_text("It rained.")
@@ -372,7 +535,6 @@ PREFACE = "It is said. " * (FRONT_MATTER_LIMIT // 10) + "\n\n"
     ("front", "heading"),
     [
         pytest.param("", "{roman}. {title}", id="as Project Gutenberg has it"),
-        pytest.param("", "Chapter {number}: {title}", id="with the word"),
         pytest.param("", "{roman}\n\n{title}", id="title under a bare number"),
         pytest.param(PREFACE, "{roman}. {title}", id="with a long preface"),
     ],
@@ -491,6 +653,7 @@ def test_a_chapter_of_a_million_characters_is_one_text(story, tokenizer):
 def test_the_sample_story_fills_blocks_of_the_default_size(story, tokenizer):
     packed = kd.pack(story, tokenizer)
     assert packed.block_size == 128
+    assert torch.equal(kd.pack(story, tokenizer, np.int64(128)).train, packed.train)
     assert min(len(packed.validation), len(packed.test)) >= 8
 
 
@@ -512,9 +675,9 @@ def test_a_text_too_short_for_one_block_is_refused(texts, block_size, part, toke
     assert f"block of {block_size};" in str(caught.value)
 
 
-@pytest.mark.parametrize("block_size", [1, 0, -8])
+@pytest.mark.parametrize("block_size", [1, -8, 8.0, True, "8"])
 def test_a_block_without_a_next_token_is_refused(block_size, story, tokenizer):
-    with pytest.raises(kd.InputError, match=f"block_size is {block_size}; .* at least 2"):
+    with pytest.raises(kd.InputError, match=f"block_size is {block_size!r}; .* at least 2"):
         kd.pack(story, tokenizer, block_size)
 
 

@@ -1,17 +1,21 @@
 """Text in, blocks of tokens out: reading a book, splitting it, packing it."""
 
 import contextlib
+import glob
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
 
 from willows_kd import gutenberg
-from willows_kd.errors import InputError, is_integer, require, type_name
+from willows_kd.chapters import EMPHASIS, find_headings, titles_below
+from willows_kd.errors import InputError, require, type_name
 
 SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
 
@@ -30,7 +34,7 @@ class Corpus:
     """A book as it is learnt from.
 
     Attributes:
-        title: the book's title, or the file's name where it has none.
+        title: the book's title, or the file's name if it has none.
         provenance: where the text came from, in one line.
         chapters: the chapters in order; a text without chapters is one chapter.
         skipped: empty lines and chapters that were passed over while reading.
@@ -47,28 +51,44 @@ class Corpus:
         return "\n\n".join(chapter.text for chapter in self.chapters)
 
 
-def load_corpus(source: str | os.PathLike | None = None) -> Corpus:
-    """Read the book to learn from.
+def load_corpus(
+    source: str | os.PathLike | None = None,
+    text_column: str | None = None,
+    encoding: str | None = None,
+) -> Corpus:
+    """Read the text to learn from.
 
     Args:
-        source: the path of a text file; or ``"sample"`` for the story that ships
-            with the package; or ``"willows"`` for *The Wind in the Willows* and
-            nothing else; or None for the first of these that can be had: the
-            file named by ``WILLOWS_KD_CORPUS``, the book from the user's cache,
-            the book from Project Gutenberg, the sample story.
+        source: the path of a text file, or of a JSON Lines or Parquet file (`.jsonl`,
+            `.json`, `.parquet`), each row of which is a text; ``"sample"`` for the story
+            that ships with the package; ``"willows"`` for *The Wind in the Willows* and
+            nothing else; or None for the first of these that can be had: the file named
+            by ``WILLOWS_KD_CORPUS``, the book from the user's cache, the book from
+            Project Gutenberg, the sample story.
+        text_column: the column that holds the text of a row; by default the one called
+            ``"text"``, or the only one of text.
+        encoding: the encoding of your file, such as ``"cp1251"``; by default UTF-8 or
+            UTF-16, or else cp1252.
 
     Raises:
-        InputError: the file is missing, empty or not text; or the book was asked
-            for and cannot be had.
+        InputError: the file is missing, empty or not text, or has no such column or
+            encoding; or the book was asked for and cannot be had.
+
+    Warns:
+        UserWarning: the text was probably decoded wrongly, or is as long as a book and has
+            no chapter headings.
     """
     usable = source is None or (isinstance(source, str | os.PathLike) and str(source))
     require(usable, f"the source is {source!r}; give the path of a text file")
+    own = {"text_column": text_column, "encoding": encoding}
+    for name, value in own.items():
+        require(value is None or isinstance(value, str), f"{name} is {value!r}; give a name")
     if source == "sample":
         return read_book(SAMPLE_STORY, provenance="the sample story that ships with willows_kd")
     if source not in (None, "willows"):
-        return read_book(source)
+        return read_book(source, **own)
     if override := os.environ.get("WILLOWS_KD_CORPUS"):
-        return read_book(override, provenance=f"{override} (WILLOWS_KD_CORPUS)")
+        return read_book(override, f"{override} (WILLOWS_KD_CORPUS)", **own)
     try:
         return read_book(gutenberg.fetch_willows(), provenance=gutenberg.PROVENANCE)
     except gutenberg.DownloadError as error:
@@ -81,40 +101,130 @@ def load_corpus(source: str | os.PathLike | None = None) -> Corpus:
         return load_corpus("sample")
 
 
-def read_book(path: str | os.PathLike, provenance: str | None = None) -> Corpus:
-    """Read a text file into a `Corpus`: decode, clean, find the chapters."""
+ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def read_book(
+    path: str | os.PathLike,
+    provenance: str | None = None,
+    text_column: str | None = None,
+    encoding: str | None = None,
+) -> Corpus:
+    """Read a file into a `Corpus`: the rows of a table, or the chapters of a text."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give a text file")
+    of_rows = path.suffix.lower() in ROWS
+    require(not path.is_dir(), f"{path} is a directory; give a text file")
+    require(
+        of_rows or text_column is None,
+        f"{path} has no columns; text_column is for files of the kinds {', '.join(ROWS)}",
+    )
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = b"" if of_rows else file.read()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give the path of a text file") from None
-    except (OSError, ValueError) as error:  # the latter where a path holds a null character
+    except (OSError, ValueError) as error:  # the latter if a path holds a null character
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(path)!r} cannot be read ({reason})") from error
-    return parse_book(decode(raw, str(path)), path.stem, provenance or str(path))
+    if of_rows:
+        return read_rows(path, provenance or str(path), text_column, encoding)
+    return parse_book(decode(raw, str(path), encoding), path.stem, provenance or str(path))
 
 
-def decode(raw: bytes, name: str = "the text") -> str:
-    """Bytes of UTF-8, UTF-16 (each with or without a BOM) or cp1252 to text."""
+def read_rows(path: Path, provenance: str, text_column: str | None, encoding: str | None) -> Corpus:
+    """Read a JSON Lines or Parquet file into a `Corpus`, each row with text a chapter."""
+    from datasets import load_dataset  # slow to import
+
+    kind = ROWS[path.suffix.lower()]
+    settings = {"encoding": known(encoding)} if encoding and kind == "json" else {}
+    try:
+        with quiet_progress(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            files = glob.escape(str(path))
+            rows = load_dataset(kind, data_files=files, split="train", cache_dir=cache, **settings)
+            column = find_column(rows.features, text_column, path)
+            texts = [(text or "").replace("\r\n", "\n").strip() for text in rows[column]]
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # of `datasets` and `pyarrow`, which raise many kinds
+        reason = str(error.__cause__ or error).split("\n")[0] or "it has no rows"
+        hint = "; name its encoding (--encoding) if it is not UTF-8" if kind == "json" else ""
+        raise InputError(f"{path} cannot be read as {kind} ({reason}){hint}") from error
+    full = [(f"Row {row}", text) for row, text in enumerate(texts, start=1) if text]
+    require(full, f"{path} holds no text in the column {column!r}")
+    chapters = (Chapter(i, title, text) for i, (title, text) in enumerate(full, start=1))
+    return Corpus(path.stem, provenance, tuple(chapters), skipped=len(texts) - len(full))
+
+
+def find_column(features, wanted: str | None, path: Path) -> str:
+    """The column of text to learn from: the one asked for, "text", or the only one."""
+    texts = [name for name, value in features.items() if str(value.dtype).endswith("string")]
+    wanted = wanted or (texts[0] if len(texts) == 1 else "text")
+    require(
+        wanted in texts,
+        f"{path} has no column {wanted!r} of text; its columns are {', '.join(features)}: "
+        "name one with text_column (--text_column)",
+    )
+    return wanted
+
+
+def known(encoding: str) -> str:
+    """An encoding, if Python has it."""
+    try:
+        "".encode(encoding)
+    except (LookupError, ValueError):
+        raise InputError(f"{encoding!r} is no known encoding; give one such as 'cp1251'") from None
+    return encoding
+
+
+def decode(raw: bytes, name: str = "the text", encoding: str | None = None) -> str:
+    """Bytes to text, by an encoding or else as UTF-8, UTF-16 (with or without a BOM) or cp1252.
+
+    Raises:
+        InputError: the bytes are not text in this encoding.
+
+    Warns:
+        UserWarning: text that was taken for cp1252 hardly looks like it.
+    """
     nulls = raw[:4096].count(0)
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if encoding:
+        encodings = [known(encoding)]
+    elif raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         encodings = ["utf-16"]
     elif nulls * 4 > len(raw[:4096]):  # every second byte of Latin text in UTF-16 is 0
         encodings = ["utf-16-le" if raw[1:4096:2].count(0) * 2 > nulls else "utf-16-be"]
     else:
         encodings = ["utf-8-sig", "cp1252"]
-    for encoding in encodings:
+    for candidate in encodings:
         try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
+            text = raw.decode(candidate)
+        except ValueError:
             continue
         controls = sum(c < " " and c not in "\t\n\r\f\v\x1a" for c in text[:100_000])
         if controls * 100 <= min(len(text), 100_000):
-            text = text.translate({0: None, 0x1A: None})  # DOS ended files with the latter
+            if candidate == "cp1252" and not encoding and looks_garbled(text):
+                message = f"{name}, read as cp1252, hardly looks like text: name its encoding"
+                warnings.warn(f"{message} with encoding= (--encoding)", stacklevel=2)
+            text = text.translate(
+                {0: None, 0x1A: None, 0xFEFF: None}
+            )  # the second ended DOS's files
             return text.replace("\r\n", "\n").replace("\r", "\n")
-    raise InputError(f"{name} is not text; give a file of UTF-8, UTF-16 or cp1252 text")
+    expected = encoding or "UTF-8, UTF-16 or cp1252"
+    raise InputError(
+        f"{name} is not text in {expected}; if it is text, name its encoding with encoding= "
+        "(--encoding)"
+    )
+
+
+def looks_garbled(text: str) -> bool:
+    """Whether text read as cp1252 is probably in another encoding.
+
+    Cyrillic or Chinese text read so is made of accented letters and signs, which are few in
+    any text that cp1252 is for; "â€" is a quotation mark of UTF-8.
+    """
+    sample = text[:100_000]
+    plain = sum(c.isascii() and c.isalpha() for c in sample)
+    odd = sum(not c.isascii() and c not in "‘’“”„«»–—…•" for c in sample)
+    return odd > max(10, plain / 2) or "â€" in text
 
 
 # -- from raw text to chapters ---------------------------------------------------------
@@ -122,26 +232,24 @@ def decode(raw: bytes, name: str = "the text") -> str:
 FURNITURE = re.compile(
     r"\[Illustration[^\]]*\]|\{\d+\}|\[Pg\s*\d+\]|^[ \t]*(?:[*·•][ \t]*){3,}$", re.MULTILINE
 )
-HEADING = re.compile(
-    r"(?P<word>chapter\s+)?(?P<number>(?a:[ivxlc]+|\d{1,3}))(?P<stop>[.:—–-]*)"
-    r"(?P<title>\s+\S.*|\S.*)?",
-    re.IGNORECASE,
-)
 PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
 SURPLUS_BLANK_LINE = re.compile(r"^[^\S\n]*\n(?=[^\S\n]*\n)", re.MULTILINE)
-EMPHASIS = re.compile(r"(?<!\w)_([^_]+)_(?!\w)")
 FRONT_MATTER_LIMIT = 3_000  # characters: a title page and a table of contents
+LENGTH_OF_A_BOOK = 50_000  # characters: a shorter text needs no chapters
 LONGEST_WRAPPED_LINE = 120  # characters: a longer line was never broken by hand
 
 
 def parse_book(raw: str, title: str, provenance: str) -> Corpus:
     """Clean a text and cut it into chapters.
 
-    What stands before the first chapter is dropped where it is short (a title
-    page, a table of contents) and kept as a chapter of its own where it is long.
+    What stands before the first chapter is dropped if its prose is short (a title
+    page, a table of contents) and kept as a chapter of its own if it is long.
 
     Raises:
         InputError: nothing is left to learn from.
+
+    Warns:
+        UserWarning: a text as long as a book has no chapter headings.
     """
     raw = gutenberg.strip_licence(raw).strip("\n")
     skipped = len(SURPLUS_BLANK_LINE.findall(raw))
@@ -149,66 +257,36 @@ def parse_book(raw: str, title: str, provenance: str) -> Corpus:
     pieces = PARAGRAPH_BREAK.split(raw)
     if len(pieces) == 1:  # no blank line anywhere: each line is a paragraph
         pieces = raw.split("\n")
-    sections: list[tuple[str, list[str]]] = [(title, [])]  # the first is the front matter
-    number = 0
-    for piece in pieces:
-        heading = read_heading(piece, after=number)
-        if heading:
-            number = heading[0]
-            sections.append((heading[1], []))
-        else:
-            sections[-1][1].extend(unwrap(piece))
-    front = sections[0][1]
-    if len(sections) > 1 and sum(map(len, front)) <= FRONT_MATTER_LIMIT:
-        sections.pop(0)
-        title = front[0] if front else title
-    sections = [find_title(*section) for section in sections]
-    full = [(name, "\n\n".join(paragraphs)) for name, paragraphs in sections if paragraphs]
-    skipped += sum(not paragraphs for _, paragraphs in sections[sections[0][1] is front :])
-    if not full:
-        raise InputError(f"{provenance} holds no text; give a file with a few paragraphs in it")
-    chapters = tuple(Chapter(i, name, text) for i, (name, text) in enumerate(full, start=1))
-    return Corpus(title, provenance, chapters, skipped)
+    headings = find_headings(pieces)
+    bounds = [heading.at for heading in headings] + [len(pieces)]
+    front = [text for piece in pieces[: bounds[0]] for text in unwrap(piece)]
+    sections = []
+    for heading, end in zip(headings, bounds[1:], strict=True):
+        texts = [text for piece in pieces[heading.at + 1 : end] for text in unwrap(piece)]
+        sections.append((heading, texts))
+    chapters = titles_below(sections)
+    skipped += sum(not texts for _, texts in chapters)
+    if not chapters:
+        chapters = [(title, front)]
+    elif preface := preface_of(front):
+        chapters.insert(0, (title, preface))
+    elif front:
+        title = front[0]
+    found = [(name, "\n\n".join(texts)) for name, texts in chapters if texts]
+    require(found, f"{provenance} holds no text; give a file with a few paragraphs in it")
+    if not headings and len(raw) > LENGTH_OF_A_BOOK:
+        message = f"no chapter headings could be made out in {provenance}: it is read as one text"
+        warnings.warn(message, stacklevel=2)
+    numbered = (Chapter(i, name, text) for i, (name, text) in enumerate(found, start=1))
+    return Corpus(title, provenance, tuple(numbered), skipped)
 
 
-def read_heading(piece: str, after: int) -> tuple[int, str] | None:
-    """The number and title of a chapter heading, or None for any other text.
-
-    A heading stands alone on its line, says "Chapter" or begins with a number and
-    a full stop in capitals, and counts on from the chapter before: that is what
-    tells `I. THE RIVER BANK` from a speech that begins with the word "I".
-    """
-    line, *below = piece.strip().split("\n")
-    match = HEADING.fullmatch(line.strip())
-    if below and match and not match["title"]:  # a number with its title on the next line
-        line = f"{line.strip().rstrip('.')}. {' '.join(below).strip()}"
-        match = HEADING.fullmatch(line)
-    elif below:
-        return None
-    if not match or len(line) > 100:
-        return None
-    numeral, title = match["number"], (match["title"] or "").strip()
-    is_titled = match["stop"] and title.isupper()
-    is_bare = not title and (numeral.isdigit() or numeral.isupper())
-    if not (match["word"] or is_titled or is_bare):
-        return None
-    number = int(numeral) if numeral.isdigit() else roman(numeral)
-    counts_on = number == 1 or after < number <= after + 3
-    return (number, title or line) if counts_on else None
-
-
-def find_title(name: str, paragraphs: list[str]) -> tuple[str, list[str]]:
-    """The title and the text of a chapter whose title may stand below its bare number."""
-    match = HEADING.fullmatch(name)
-    if match and not match["title"] and paragraphs and paragraphs[0].isupper():
-        return paragraphs[0], paragraphs[1:]
-    return name, paragraphs
-
-
-def roman(numeral: str) -> int:
-    """The value of a Roman numeral."""
-    values = [{"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}[c] for c in numeral.lower()]
-    return sum(-v if v < max(values[i:]) else v for i, v in enumerate(values))
+def preface_of(front: list[str]) -> list[str]:
+    """What stands before the first chapter, from its first whole sentence on, if that is long."""
+    whole = [i for i, text in enumerate(front) if re.search(r"[.!?][\"'”’)]*$", text)]
+    if sum(len(front[i]) for i in whole) <= FRONT_MATTER_LIMIT:
+        return []
+    return front[whole[0] : whole[-1] + 1]
 
 
 def unwrap(piece: str) -> list[str]:
@@ -217,7 +295,7 @@ def unwrap(piece: str) -> list[str]:
     Lines that were broken by hand to fit a page are joined; indented lines (verse)
     keep their breaks; lines too long to have been broken are paragraphs themselves.
     """
-    lines = [line for line in piece.replace("\ufeff", "").split("\n") if line.strip()]
+    lines = [line for line in piece.split("\n") if line.strip()]
     tidy = [EMPHASIS.sub(r"\1", " ".join(line.split())) for line in lines]
     if any(len(line) > LONGEST_WRAPPED_LINE for line in lines):
         return tidy
@@ -302,9 +380,9 @@ class Blocks:
 
 
 def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
-    """Tokenise a corpus once and cut each split into blocks of `block_size` tokens.
+    """Tokenize a corpus once and cut each split into blocks of `block_size` tokens.
 
-    The tokeniser's end-of-text token stands between chapters. Every token is kept
+    The tokenizer's end-of-text token stands between chapters. Every token is kept
     in order, but for the few at a split's end that do not fill a block: their
     number is in `Blocks.remainder`.
 
@@ -312,17 +390,18 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
         InputError: a split is too short for one block.
 
     Warns:
-        UserWarning: once, where empty lines or chapters were skipped.
+        UserWarning: once, if empty lines or chapters were skipped.
     """
     require(
         isinstance(corpus, Corpus), f"corpus is {type_name(corpus)}; give what load_corpus returns"
     )
     require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
-    whole = "a whole number, " if not isinstance(block_size, int) else ""
+    whole = "" if isinstance(block_size, Integral) else "a whole number, "
     require(
-        is_integer(block_size, 2),
+        not whole and int(block_size) >= 2,
         f"block_size is {block_size!r}; a block needs {whole}at least 2 tokens",
     )
+    block_size = int(block_size)
     if corpus.skipped:
         warnings.warn(f"skipped {corpus.skipped} empty lines or chapters", stacklevel=2)
     tensors, remainder = {}, {}
@@ -345,7 +424,7 @@ def tokenize(texts: list[str], tokenizer) -> torch.Tensor:
     """The token ids of some texts in a row, an end-of-text token between them, shape (tokens,)."""
     if not texts:
         return torch.empty(0, dtype=torch.long)
-    from datasets import Dataset  # slow to import: only where text is tokenised
+    from datasets import Dataset  # slow to import: only where text is tokenized
 
     def ids_of(batch):
         # verbose=False: a text longer than the model's context is what we are here to cut
@@ -383,13 +462,16 @@ def cut(text: str, longest: int) -> list[str]:
 
 @contextlib.contextmanager
 def quiet_progress():
-    """No progress bars of `datasets` for what takes a moment."""
+    """No progress bars and log lines of `datasets` for what takes a moment."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()

@@ -6,44 +6,111 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from willows_kd.errors import require
 from willows_kd.evaluation import with_intervals
 from willows_kd.models import layer_stack
 from willows_kd.soft_labels import entropy, soften, top_k
-from willows_kd.style import COLOURS, LINES, MARKERS, QUIET, figure
+from willows_kd.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
+
+# -- what several figures share --------------------------------------------------------
+
+
+def name_rows(ax, names: Sequence[str], above: float = 0.5) -> None:
+    """Rows from top to bottom, one a name, with room above the first one."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -above)
+    ax.grid(axis="y", visible=False)
+
+
+def grouped_bars(fig, ax, names, series: dict[str, Sequence[float]], form, looks) -> None:
+    """One bar of each series in a row, its number at its end, and a legend below."""
+    height = 0.8 / len(series)
+    for i, (label, values) in enumerate(series.items()):
+        rows = np.arange(len(names)) + (i - (len(series) - 1) / 2) * height
+        ax.barh(rows, values, height * 0.94, label=label, **looks[i % 2])
+        for row, value in zip(rows, values, strict=True):
+            side = "right" if value < 0 else "left"
+            ax.text(value, row, f" {value:{form}} ", va="center", ha=side, fontsize=9)
+    name_rows(ax, names)
+    ax.margins(x=0.14)
+    if len(series) > 1:
+        fig.legend(loc="outside lower center", ncols=len(series))
+
+
+def dots(ax, values: dict[str, float], form: str, colours: dict[str, str], spans=None) -> None:
+    """One dot a row, its number above it, and its interval if `spans` has one (low, high)."""
+    for row, (name, value) in enumerate(values.items()):
+        low, high = (spans or {}).get(name, (value, value))
+        ax.errorbar(
+            value,
+            row,
+            xerr=[[value - low], [high - value]] if low < high else None,
+            color=colours.get(name, COLOURS[1]),
+            marker="D" if name in colours else "o",
+            capsize=4,
+        )
+        place = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
+        ax.annotate(f"{value:{form}}", (value, row), **place)
+    name_rows(ax, list(values), above=0.9)
+
+
+def plain_ticks(ax, values: Sequence[float]) -> None:
+    """A logarithmic x axis that is labelled with these numbers."""
+    ax.set_xscale("log")
+    ax.minorticks_off()
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+
+
+def plain_numbers(axis, subs: Sequence[int] = (1, 2, 5)) -> None:
+    """Plain numbers, and few, on an axis that is logarithmic already."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def percent(share: float) -> str:
+    """A share in percent, with the digits that tell it from none and from all."""
+    if 0.1 <= share <= 0.99 or share in (0, 1):
+        return f"{share:.0%}"
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{share:.1%}"
+
+
+def show_token(tokenizer, token: int) -> str:
+    """A token as a label: a leading space made visible, a line break too."""
+    text = tokenizer.decode([token]).replace("\n", "⏎")
+    return ("·" + text[1:] if text.startswith(" ") else text).replace("$", r"\$")
+
 
 # -- 01: the teacher -------------------------------------------------------------------
 
 
 def plot_parts(models: dict[str, torch.nn.Module]) -> Figure:
     """Where the parameters are: embeddings, and each layer, as one bar a model."""
+    counts = {name: parameter_parts(model) for name, model in models.items()}
     with figure(height=0.9 + 0.6 * len(models)) as (fig, ax):
-        for row, model in enumerate(models.values()):
-            left = 0.0
-            for name, count in parameter_parts(model).items():
+        for row, parts in enumerate(counts.values()):
+            left, total = 0.0, sum(parts.values())
+            for name, count in parts.items():
                 is_layer = name.startswith("layer")
-                colour = COLOURS[0] if is_layer else COLOURS[3]
+                colour, ink = (COLOURS[0], "white") if is_layer else (COLOURS[3], "black")
                 ax.barh(row, count / 1e6, left=left, color=colour, edgecolor="white", height=0.6)
-                label = name.removeprefix("layer ") if is_layer else name
-                ink = "white" if is_layer else "black"
-                if count > 0.04 * model.num_parameters() * (1 if is_layer else 3):
+                if count > total * (0.04 if is_layer else 0.12):
+                    label = name.removeprefix("layer ")
                     ax.text(left + count / 2e6, row, label, ha="center", va="center", color=ink)
                 left += count / 1e6
             ax.text(left, row, f"  {left:.2f} M", va="center")
-        ax.set_yticks(range(len(models)), models)
-        ax.set_ylim(len(models) - 0.5, -0.5)
+        name_rows(ax, list(models))
         ax.margins(x=0.12)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel("parameters (millions)")
-        name, model = next(iter(models.items()))
-        parts = parameter_parts(model)
-        share = sum(n for part, n in parts.items() if part.startswith("layer")) / sum(
-            parts.values()
-        )
+        ax.set_xlabel("parameters (millions); a number is a layer")
+        name, parts = next(iter(counts.items()))
+        share = sum(n for part, n in parts.items() if part.startswith("layer"))
+        share /= sum(parts.values())
         ax.set_title(f"{share:.0%} of the {name}'s parameters are in its layers")
     return fig
 
@@ -62,7 +129,7 @@ def parameter_parts(model) -> dict[str, int]:
 
 
 def plot_split(parts: dict[str, Sequence[str]], down: int = 12) -> Figure:
-    """Which lines of a book are trained on and which are held out, one strip a way to split.
+    """Which lines of a book are for training and which are held out, one strip a way to split.
 
     Args:
         parts: for each way, the part (train, validation or test) of each line, in the
@@ -70,8 +137,8 @@ def plot_split(parts: dict[str, Sequence[str]], down: int = 12) -> Figure:
         down: lines in a column of a strip, which is read downwards, then rightwards.
     """
     colours = {"train": COLOURS[0], "validation": COLOURS[3], "test": COLOURS[1]}
-    inks = {"train": "white", "validation": "black", "test": "black"}
-    with figure(width=8.0, height=0.9 + 0.8 * len(parts)) as (fig, ax):
+    swatches = [Patch(color=colour, label=part) for part, colour in colours.items()]
+    with figure(height=1.2 + 0.8 * len(parts)) as (fig, ax):
         for row, lines in enumerate(parts.values()):
             across = math.ceil(len(lines) / down)
             cells = np.ones((across * down, 3))
@@ -79,33 +146,20 @@ def plot_split(parts: dict[str, Sequence[str]], down: int = 12) -> Figure:
             image = cells.reshape(across, down, 3).swapaxes(0, 1)
             place = (0, across * down / len(lines), row + 0.38, row - 0.38)
             ax.imshow(image, extent=place, aspect="auto", interpolation="nearest")
-        first = next(iter(parts.values()))
-        for part, run in consecutive(first):
-            if len(run) > 0.06 * len(first):
-                middle = (run.start + run.stop) / 2 / len(first)
-                look = {"ha": "center", "va": "center", "fontsize": 8.5, "color": inks[part]}
-                ax.text(middle, 0, part, **look)
-        ax.set_yticks(range(len(parts)), parts)
-        ax.set(xlim=(0, 1), ylim=(len(parts) - 0.5, -0.5), xlabel="place in the book")
+        name_rows(ax, list(parts))
+        ax.set(xlim=(0, 1), xlabel="place in the book")
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.grid(visible=False)
+        fig.legend(handles=swatches, loc="outside lower center", ncols=3)
         beside = [f"{share_beside(lines):.0%} {name}" for name, lines in parts.items()]
-        ax.set_title(f"Test lines next to training: {', '.join(beside)}")
+        ax.set_title(f"Test lines that touch training lines: {', '.join(beside)}")
     return fig
 
 
-def consecutive(labels: Sequence[str]) -> list[tuple[str, range]]:
-    """The runs of equal labels: each label and where it stands."""
-    starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
-    ends = [*starts[1:], len(labels)]
-    return [(labels[i], range(i, j)) for i, j in zip(starts, ends, strict=True)]
-
-
 def share_beside(lines: Sequence[str]) -> float:
-    """The share of the test lines whose neighbour, before or after, is trained on."""
+    """The share of the test lines whose neighbour, before or after, is a training line."""
     tested = [i for i, part in enumerate(lines) if part == "test"]
-    beside = ["train" in lines[max(0, i - 1) : i + 2] for i in tested]
-    return sum(beside) / len(beside)
+    return sum("train" in lines[max(0, i - 1) : i + 2] for i in tested) / len(tested)
 
 
 def plot_perplexities(measured: dict[str, dict[str, float]]) -> Figure:
@@ -114,28 +168,14 @@ def plot_perplexities(measured: dict[str, dict[str, float]]) -> Figure:
     Args:
         measured: by model, then by part; the title speaks of the last part.
     """
-    models, parts = list(measured), list(next(iter(measured.values())))
-    looks = [{"color": COLOURS[0]}, {"color": "#f3b3ba", "hatch": "//", "edgecolor": COLOURS[1]}]
-    if len(models) > 1:  # the last model is the one that it is about
-        looks = looks[::-1]
-    with figure(height=1.1 + 0.36 * len(models) * len(parts)) as (fig, ax):
-        height = 0.8 / len(models)
-        for i, name in enumerate(models):
-            rows = np.arange(len(parts)) + (i - (len(models) - 1) / 2) * height
-            values = [measured[name][part] for part in parts]
-            ax.barh(rows, values, height * 0.94, label=name, **looks[i % 2])
-            for row, value in zip(rows, values, strict=True):
-                ax.text(value, row, f" {value:.1f}", va="center")
-        ax.set_yticks(range(len(parts)), parts)
-        ax.invert_yaxis()
-        ax.margins(x=0.1)
-        ax.grid(axis="y", visible=False)
+    parts = list(next(iter(measured.values())))
+    series = {name: [values[part] for part in parts] for name, values in measured.items()}
+    with figure(height=1.1 + 0.36 * len(series) * len(parts)) as (fig, ax):
+        looks = [HATCHED, FILLED] if len(series) > 1 else [FILLED]  # the last is the one to look at
+        grouped_bars(fig, ax, parts, series, ".1f", looks)
         ax.set_xlabel("perplexity (lower is better)")
-        last = [measured[name][parts[-1]] for name in models]
-        told = [f"{name} {value:.1f}" for name, value in zip(models, last, strict=True)]
+        told = [f"{name} {values[-1]:.1f}" for name, values in series.items()]
         ax.set_title(f"{parts[-1].capitalize()} perplexity: {', '.join(told)}")
-        if len(models) > 1:
-            fig.legend(loc="outside lower center", ncols=len(models))
     return fig
 
 
@@ -149,20 +189,19 @@ def plot_soft_labels(
     written: int | None = None,
     k: int = 10,
 ) -> Figure:
-    """The likeliest next tokens of one position, as bars, with entropy and the rest.
+    """The likeliest next tokens at one position, as bars, and the share of all others.
 
     Args:
         logits: of one position, shape (vocabulary,).
-        temperature: softens them; where it is not 1, outlines show T = 1.
-        written: the id of the token that the text really has: the hard label. It has
-            a bar of its own, with its place in the order, where it is not among the `k`.
+        temperature: softens them; if it is not 1, outlines show T = 1.
+        written: the id of the token that the text really has: the hard label. If it is
+            not among the `k`, it has a bar of its own, with its place in the order.
     """
     logits = logits.detach().float().cpu()
     tokens = top_k(logits, k).tokens.tolist()
     if written is not None and written not in tokens:
         tokens.append(written)
     soft, plain = (soften(logits, t)[tokens].tolist() for t in (temperature, 1.0))
-    nats = entropy(soften(logits, temperature)).item()
     names = [show_token(tokenizer, i) for i in tokens]
     with figure(height=0.8 + 0.29 * len(tokens)) as (fig, ax):
         bars = ax.barh(range(len(soft)), soft, color=COLOURS[0])
@@ -172,44 +211,41 @@ def plot_soft_labels(
             row, place = tokens.index(written), (logits > logits[written]).sum().item() + 1
             bars[row].set(facecolor=COLOURS[3], hatch="//", edgecolor="black")
             names[row] = f"written{f' (no. {place:,})' if place > k else ''}: {names[row]}"
-        for row, (value, outline) in enumerate(zip(soft, plain, strict=True)):
-            end = value if temperature == 1 else max(value, outline)
-            ax.text(end, row, f" {value:.3f}" if value >= 0.01 else f" {value:.2g}", va="center")
-        ax.set_yticks(range(len(soft)), names)
-        ax.invert_yaxis()
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over an outline's edge
+        for row, value in enumerate(soft):
+            number = f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(number, (value, row), bbox=paper, fontsize=9, **place)
+        name_rows(ax, names)
         ax.margins(x=0.2)
-        ax.grid(axis="y", visible=False)
         ax.set_xlabel("probability" + (" (outlines: at T = 1)" if temperature != 1 else ""))
         rest = max(0.0, 1 - sum(soft))
-        side = ax.inset_axes([1.03, 0, 0.05, 1])  # all probability, of which the bars are a part
-        side.bar(0, rest, bottom=1 - rest, color="#c9c9c9", width=1)
-        side.bar(0, 1 - rest, color=COLOURS[0], width=1)
-        side.set(xlim=(-0.5, 0.5), ylim=(0, 1))
-        side.axis("off")
-        middle = {"all others": 1 - rest / 2, "these": (1 - rest) / 2}
-        for name, share in (("all others", rest), ("these", 1 - rest)):
-            height = min(max(middle[name], 0.06), 0.94)  # a label has a height of its own
-            side.text(0.7, height, f"{name}\n{percent(share)}", va="center")
-        ax.set_title(
-            f"T = {temperature:g}: entropy {nats:.2f} nats, first choice {percent(soft[0])}"
-        )
-        fig.description = (
-            f"{ax.get_title(loc='left')}. "
-            + ", ".join(f"{name} {value:.2g}" for name, value in zip(names, soft, strict=True))
-            + f", all others {percent(rest)}"
-        )
+        draw_rest(ax.inset_axes([1.03, 0, 0.05, 1]), rest)
+        nats = entropy(soften(logits, temperature)).item()
+        found = f"entropy {nats:.2f} nats, first choice {percent(soft[0])}"
+        ax.set_title(f"T = {temperature:g}: {found}")
+        told = (f"{name} {value:.2g}" for name, value in zip(names, soft, strict=True))
+        fig.description = f"T = {temperature:g}: {found}. {', '.join(told)}, "
+        fig.description += f"all others {percent(rest)}"
     return fig
 
 
-def percent(share: float) -> str:
-    """A share in percent, with the digits that tell it from none and from all."""
-    if 0.1 <= share <= 0.99 or share in (0, 1):
-        return f"{share:.0%}"
-    return f"{100 * share:.2g}%" if share < 0.1 else f"{share:.1%}"
+def draw_rest(ax, rest: float) -> None:
+    """All probability as one column, of which the bars beside it are a part."""
+    ax.bar(0, rest, bottom=1 - rest, color="#c9c9c9", width=1)
+    ax.bar(0, 1 - rest, color=COLOURS[0], width=1)
+    ax.set(xlim=(-0.5, 0.5), ylim=(0, 1))
+    ax.axis("off")
+    for name, share, middle in (
+        ("all others", rest, 1 - rest / 2),
+        ("these", 1 - rest, (1 - rest) / 2),
+    ):
+        height = min(max(middle, 0.06), 0.94)  # a label has a height of its own
+        ax.text(0.7, height, f"{name}\n{percent(share)}", va="center")
 
 
 def plot_temperatures(logits: torch.Tensor, temperatures: Sequence[float]) -> Figure:
-    """Entropy, and the mass outside the ten likeliest tokens, over temperature.
+    """Entropy, and the probability outside the ten likeliest tokens, over temperature.
 
     Args:
         logits: of any number of positions, shape (..., vocabulary); means are drawn.
@@ -218,25 +254,20 @@ def plot_temperatures(logits: torch.Tensor, temperatures: Sequence[float]) -> Fi
     nats = [entropy(soften(logits, t)).mean().item() for t in temperatures]
     rest = [top_k(logits, 10, t).rest.mean().item() for t in temperatures]
     limit = math.log(logits.shape[-1])
-    with figure(columns=2, width=9.5) as (fig, (left, right)):
+    with figure(columns=2, width=9.0, height=3.4) as (fig, (left, right)):
         left.plot(temperatures, nats, color=COLOURS[0])
         left.axhline(limit, color=QUIET, linewidth=1, linestyle="--", marker="")
-        left.text(temperatures[0], limit, "knows nothing: log V", ha="left", va="bottom")
+        told = f"all {logits.shape[-1]:,} tokens equally likely"
+        left.text(temperatures[0], limit, told, ha="left", va="bottom")
         left.set(ylabel="entropy (nats)", ylim=(0, 1.15 * limit))
-        left.set_title(f"Entropy: {nats[0]:.1f} to {nats[-1]:.1f} of {limit:.1f} nats")
+        left.set_title(f"Entropy rises from {nats[0]:.1f} to {nats[-1]:.1f} nats")
         right.plot(temperatures, rest, color=COLOURS[1], marker="s")
-        right.set(ylabel="mass outside the ten likeliest", ylim=(0, 1.05))
+        right.set(ylabel="probability outside the top ten", ylim=(0, 1.05))
         right.set_title(f"Outside the top ten: {percent(rest[0])} to {percent(rest[-1])}")
         for ax in (left, right):
-            temperature_axis(ax, temperatures)
+            plain_ticks(ax, temperatures)
+            ax.set_xlabel("temperature T")
     return fig
-
-
-def temperature_axis(ax, temperatures: Sequence[float]) -> None:
-    """A logarithmic axis of temperatures that is labelled with plain numbers."""
-    ax.set(xscale="log", xlabel="temperature T")
-    ax.minorticks_off()
-    ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
 
 
 def plot_gradients(
@@ -252,45 +283,67 @@ def plot_gradients(
         references: by name, sizes that do not depend on the temperature.
     """
     with figure() as (fig, ax):
-        falls = {}
         for name, values in norms.items():
             ax.plot(temperatures, values, label=name)
-            falls[name] = values[0] / values[-1]
         for i, (name, value) in enumerate((references or {}).items()):
             look = {"color": QUIET, "linestyle": LINES[3 - i], "marker": "", "linewidth": 1.5}
             ax.axhline(value, label=name, **look)
         ax.set(yscale="log", ylabel="gradient norm")
-        temperature_axis(ax, temperatures)
+        plain_ticks(ax, temperatures)
+        ax.set_xlabel("temperature T")
         ax.legend()
-        most, least = max(falls, key=falls.get), min(falls, key=falls.get)
-        second = by_factor(falls[least]).lower()
-        second = second.removeprefix("falls ") if falls[most] >= 1 else second
-        ax.set_title(f"{by_factor(falls[most])} {most}, {second} {least}")
+        changes = {name: max(values) / min(values) for name, values in norms.items()}
+        told = [f"{n:,.{0 if n >= 10 else 1}f}-fold {name}" for name, n in changes.items()]
+        ax.set_title(f"The gradient changes {', '.join(told)}")
     return fig
-
-
-def by_factor(fall: float) -> str:
-    """A fall by a factor in words; a rise where the factor is below 1."""
-    factor = fall if fall >= 1 else 1 / fall
-    return f"{'Falls' if fall >= 1 else 'Rises'} {factor:,.{0 if factor >= 10 else 1}f}-fold"
 
 
 def plot_two_peaks(x: np.ndarray, teacher: np.ndarray, students: dict[str, np.ndarray]) -> Figure:
     """A density with two peaks, and the single peaks that were fitted to it."""
     with figure() as (fig, ax):
         ax.fill_between(x, teacher, color="#dcdcdc", label="teacher")
+        spreads = {}
         for i, (name, density) in enumerate(students.items()):
             ax.plot(x, density, label=name, color=COLOURS[i], linestyle=LINES[i], marker="")
-        ax.set(xlabel="x", ylabel="density", xlim=(x[0], x[-1]))
-        ax.set_ylim(bottom=0)
-        fig.legend(loc="outside lower center", ncols=3 if len(students) < 3 else 2)
-        spreads = {}
-        for name, density in students.items():
             mean = np.average(x, weights=density)
             spreads[name] = math.sqrt(np.average((x - mean) ** 2, weights=density))
+        ax.set(xlabel="x", ylabel="density", xlim=(x[0], x[-1]))
+        ax.set_ylim(bottom=0)
+        fig.legend(loc="outside lower center", ncols=2)
         wide, narrow = max(spreads, key=spreads.get), min(spreads, key=spreads.get)
         title = f"{wide} covers (width {spreads[wide]:.2f}), {narrow} picks ({spreads[narrow]:.2f})"
         ax.set_title(title[0].upper() + title[1:])
+    return fig
+
+
+def plot_pull(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, label: int, tokenizer, k: int = 10
+) -> Figure:
+    """What one position teaches: how far each label pulls the student's logits, at T = 1.
+
+    The pull is minus the gradient of the loss with respect to the logits: 1 - q for the
+    hard label's token and -q for all others, but p - q for soft labels, with p for the
+    teacher's probabilities and q for the student's.
+
+    Args:
+        student_logits, teacher_logits: of one position, shape (vocabulary,).
+        label: the id of the token that the text really has.
+        k: how many of the tokens that soft labels pull hardest are shown, with the label.
+    """
+    q, p = (soften(z.detach().cpu()) for z in (student_logits, teacher_logits))
+    hard, soft = -q.clone(), p - q
+    hard[label] += 1
+    others = [i for i in soft.abs().topk(k).indices.tolist() if i != label]
+    tokens = [label, *sorted(others, key=lambda i: -soft[i])]
+    names = [f"written: {show_token(tokenizer, label)}"]
+    names += [show_token(tokenizer, i) for i in tokens[1:]]
+    with figure(height=1.3 + 0.38 * len(tokens)) as (fig, ax):
+        series = {"hard label": hard[tokens].tolist(), "soft labels": soft[tokens].tolist()}
+        grouped_bars(fig, ax, names, series, "+.3f", [HATCHED, FILLED])
+        ax.axvline(0, color="black", linewidth=0.8, marker="", linestyle="-")
+        ax.set_xlabel("pull on the student's logit (right: up, left: down)")
+        up = (soft > 0).sum().item()
+        ax.set_title(f"The hard label raises 1 token, soft labels raise {up:,} of {len(p):,}")
     return fig
 
 
@@ -306,21 +359,15 @@ def plot_starts(perplexities: dict[str, float], teacher: float, guess: float) ->
         guess: that of giving every token the same probability: the vocabulary's size.
     """
     with figure(height=1.2 + 0.42 * len(perplexities)) as (fig, ax):
-        for row, value in enumerate(perplexities.values()):
-            worse = value > guess
-            look = {"color": COLOURS[1 if worse else 0], "marker": MARKERS[worse]}
-            ax.plot([value], [row], linestyle="", **look)
-            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-            ax.annotate(f"{value:,.0f}", (value, row), **place)
+        better = {name: COLOURS[0] for name, value in perplexities.items() if value <= guess}
+        dots(ax, perplexities, ",.0f", better)
+        ax.set_ylim(top=-1.2)
         for value, name in ((teacher, "teacher"), (guess, "blind guess")):
             ax.axvline(value, color=QUIET, linewidth=1, linestyle="--", marker="")
-            ax.text(value, -0.75, f" {name}, {value:,.0f}", color=QUIET, va="center")
-        ax.set_yticks(range(len(perplexities)), perplexities)
-        ax.set_ylim(len(perplexities) - 0.5, -1.1)
+            ax.text(value, -0.85, f" {name}, {value:,.0f}", color=QUIET, va="center")
         ax.set(xscale="log", xlabel="perplexity before any training (logarithmic)")
         everything = [teacher, guess, *perplexities.values()]
         ax.set_xlim(min(everything) / 1.3, max(everything) * 2.5)
-        ax.grid(axis="y", visible=False)
         best = min(perplexities, key=perplexities.get)
         ratio = perplexities[best] / teacher
         ax.set_title(f"Best start: {best}, {ratio:.1f} × the teacher's perplexity")
@@ -328,46 +375,124 @@ def plot_starts(perplexities: dict[str, float], teacher: float, guess: float) ->
 
 
 def plot_history(
-    histories: dict[str, list[dict]], teacher_perplexity: float | None = None
+    histories: dict[str, list[dict]],
+    teacher_perplexity: float | None = None,
+    start: float | None = None,
 ) -> Figure:
-    """Training loss by step, and validation perplexity by epoch, of one or more students.
+    """Training loss and validation perplexity by step, of one or more students.
 
     Args:
         histories: what `distill` returned, by name.
         teacher_perplexity: on the same validation blocks, drawn as a line.
+        start: the students' validation perplexity before any training, drawn at step 0.
     """
-    trained = isinstance(histories, dict) and histories and all(histories.values())
-    require(trained, "there is no history to draw; give what distill returned, by name")
-    with figure(columns=2, width=9.5) as (fig, (left, right)):
-        ends = {}
+    check_histories(histories)
+    with figure(columns=2, width=9.0) as (fig, (left, right)):
         for i, (name, history) in enumerate(histories.items()):
-            frame = pd.DataFrame(history)
-            look = {"color": COLOURS[i % 5], "linestyle": LINES[(i + i // 5) % 5]}
-            left.plot(frame["step"], frame["loss"], label=name, linewidth=1, marker="", **look)
-            if "validation_perplexity" not in frame:  # stopped before an epoch's end
-                continue
-            epochs = frame.dropna(subset=["validation_perplexity"])
-            right.plot(
-                epochs["epoch"],
-                epochs["validation_perplexity"],
-                label=name,
-                marker=MARKERS[i % 5],
-                **look,
-            )
-            ends[name] = epochs["validation_perplexity"].iloc[-1]
-        if teacher_perplexity is not None:
-            right.axhline(teacher_perplexity, color=QUIET, linewidth=1, marker="", label="teacher")
+            steps, losses = zip(*((row["step"], row["loss"]) for row in history), strict=True)
+            left.plot(steps, losses, label=name, linewidth=1, marker="", **line_look(i))
         left.set(xlabel="optimiser step", ylabel="training loss (nats per token)", yscale="log")
-        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
-        left.yaxis.set_major_formatter("{x:g}")
-        left.yaxis.set_minor_locator(NullLocator())
+        plain_numbers(left.yaxis, (1, 2, 3, 4, 6))
         left.set_title("Training: compare shapes, not heights")
-        right.set(xlabel="epoch", ylabel="validation perplexity")
-        right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        best = min(ends, key=ends.get, default=None)
-        found = f"Lowest at the end: {best}, {ends[best]:.1f}" if ends else "No epoch was finished"
+        begin = [(0, start)] if start else []
+        ends = draw_validation(right, histories, "step", teacher_perplexity, begin)
+        right.set(xlabel="optimiser step", ylabel="validation perplexity")
+        if start:  # far above what training reaches
+            right.set_yscale("log")
+            plain_numbers(right.yaxis, (1, 2, 3, 5))
+        best = min(ends, key=lambda name: ends[name][1], default=None)
+        found = f"Lowest at the end: {best}, {ends[best][1]:.1f}" if ends else "No epoch finished"
         right.set_title(found)
         (right if ends else left).legend()
+    return fig
+
+
+def plot_progress(
+    histories: dict[str, list[dict]], teacher_perplexity: float, start: float
+) -> Figure:
+    """Validation perplexity over tokens seen: where a short run stands beside a full one.
+
+    Both axes are logarithmic, so that a minute and an hour fit on one figure.
+
+    Args:
+        histories: by name; rows with `tokens` and, in some, `validation_perplexity`. The
+            title compares the first run's end with the last run's.
+        teacher_perplexity: on the same validation blocks, drawn as a line.
+        start: the students' validation perplexity before any training, drawn as a line.
+    """
+    check_histories(histories)
+    with figure() as (fig, ax):
+        ax.axhline(start, color=QUIET, linestyle=":", marker="", label=f"untrained, {start:,.0f}")
+        ends = draw_validation(ax, histories, "tokens", teacher_perplexity)
+        for tokens, perplexity in ends.values():
+            place = {"xytext": (4, 6), "textcoords": "offset points", "fontsize": 9}
+            ax.annotate(f"{perplexity:.1f}", (tokens, perplexity), **place)
+        ax.set(xscale="log", yscale="log")
+        ax.set(xlabel="tokens seen (logarithmic)", ylabel="validation perplexity (logarithmic)")
+        plain_numbers(ax.yaxis, (1, 2, 3, 5))
+        ax.margins(x=0.1)
+        ax.legend()
+        told = [
+            f"{name}: {p:.1f} at {tokens / 1e6:.2g} M tokens" for name, (tokens, p) in ends.items()
+        ]
+        ax.set_title("; ".join(told))
+    return fig
+
+
+def check_histories(histories) -> None:
+    """Require at least one history by name, each with a row."""
+    some = isinstance(histories, dict) and histories and all(histories.values())
+    require(some, "there is no history to draw; give what distill returned, by name")
+
+
+def line_look(i: int) -> dict:
+    """Colour and dashes of the i-th run; more than five still differ."""
+    return {"color": COLOURS[i % 5], "linestyle": LINES[(i + i // 5) % 5]}
+
+
+def draw_validation(ax, histories, along: str, teacher: float | None, begin=()) -> dict:
+    """Curves of validation perplexity after the points `begin`; where each run ended."""
+    ends = {}
+    for i, (name, history) in enumerate(histories.items()):
+        points = [
+            (row[along], row["validation_perplexity"])
+            for row in history
+            if not math.isnan(row.get("validation_perplexity", math.nan))
+        ]
+        if points:  # else stopped before the first epoch's end
+            marker = MARKERS[i % 5] if len(points) < 20 else ""
+            x, y = zip(*begin, *points, strict=True)
+            ax.plot(x, y, label=name, marker=marker, **line_look(i))
+            ends[name] = points[-1]
+    if teacher is not None:
+        label = f"teacher, {teacher:.1f}"
+        ax.axhline(teacher, color=QUIET, linewidth=1, linestyle="-", marker="", label=label)
+    return ends
+
+
+def plot_transfer(table: pd.DataFrame) -> Figure:
+    """How near students came to their teacher with different training texts.
+
+    Args:
+        table: index: the training text; column `ratio`: times the teacher's perplexity;
+            columns `low` and `high`, if it has them: the interval of the ratio.
+    """
+    table = table.sort_values("ratio")
+    ratios = table["ratio"].to_dict()
+    spans = {}
+    if {"low", "high"} <= set(table):
+        spans = {row.Index: (row.low, row.high) for row in table.itertuples()}
+    best, widest = table.index[0], max(ratios.values())
+    with figure(height=1.1 + 0.42 * len(table)) as (fig, ax):
+        dots(ax, ratios, ".3f", {best: COLOURS[0]}, spans)
+        ax.axvline(1, color=QUIET, linewidth=1, linestyle="--", marker="")
+        ax.text(1, -0.7, " teacher", color=QUIET, va="center")
+        if widest > 3:
+            ax.set_xscale("log")
+            plain_numbers(ax.xaxis)
+        ax.margins(x=0.15)
+        ax.set_xlabel("times the teacher's perplexity (lower is better)")
+        ax.set_title(f"Best: {best}, {ratios[best]:.3f} × the teacher's perplexity")
     return fig
 
 
@@ -377,67 +502,55 @@ def plot_history(
 def plot_comparison(table: pd.DataFrame, teacher: str = "teacher") -> Figure:
     """The perplexity of each model of a `compare` table, against the teacher's.
 
-    Intervals are drawn where the table has them. The title names the student that
-    comes nearest to the teacher, its perplexity and its size as shares of the teacher's.
+    Intervals are drawn if the table has them. The title names the student that comes
+    nearest to the teacher, its perplexity and its size as shares of the teacher's.
     """
-    students = table.drop(index=teacher)
-    target = table.loc[teacher, "perplexity"]
-    best = students["perplexity"].idxmin()
-    ratio = students.loc[best, "perplexity"] / target
+    perplexity, spans = table["perplexity"], {}
+    if "± perplexity" in table:
+        halves = table["± perplexity"].fillna(0)
+        spans = {name: (perplexity[name] - h, perplexity[name] + h) for name, h in halves.items()}
+    best = perplexity.drop(index=teacher).idxmin()
     with figure(height=1.0 + 0.5 * len(table)) as (fig, ax):
-        ax.axvline(target, color=COLOURS[0], linestyle="--", marker="", linewidth=1)
-        for row, (name, model) in enumerate(table.iterrows()):
-            spread = model.get("± perplexity", math.nan)
-            ax.errorbar(
-                model["perplexity"],
-                row,
-                xerr=None if pd.isna(spread) else spread,
-                color=COLOURS[0] if name == teacher else COLOURS[1],
-                marker="D" if name == teacher else "o",
-                capsize=4,
-            )
-            label = f"{model['perplexity']:.1f}"
-            place = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9}
-            ax.annotate(label, (model["perplexity"], row), **place)
-        ax.set_yticks(range(len(table)), table.index)
-        ax.set_ylim(len(table) - 0.4, -0.8)
-        low, high = table["perplexity"].min(), table["perplexity"].max()
-        ax.set_xlim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+        ax.axvline(perplexity[teacher], color=COLOURS[0], linestyle="--", marker="", linewidth=1)
+        dots(ax, perplexity.to_dict(), ".1f", {teacher: COLOURS[0]}, spans)
+        ax.margins(x=0.1)
         ax.set_xlabel("perplexity on held-out text (lower is better)")
-        size = table.loc[best, "parameters"] / table.loc[teacher, "parameters"]
-        ax.set_title(f"{best}: {ratio:.2f} × the teacher's perplexity, {size:.0%} of its size")
+        ratio = table.loc[best] / table.loc[teacher]
+        ax.set_title(
+            f"{best}: {ratio['perplexity']:.2f} × the teacher's perplexity, "
+            f"{ratio['parameters']:.0%} of its size"
+        )
     return fig
 
 
 def plot_latency(measured: pd.DataFrame) -> Figure:
-    """Time of a forward pass against batch size and against length.
+    """Time of a forward pass against its tokens: lower is faster, a flat line is free work.
+
+    Black dots are single shapes: as many tokens may stand in many short blocks or in
+    one long block. The line joins their means.
 
     Args:
-        measured: columns model, batch, length, seconds. The left panel holds the
-            shortest length, the right one the smallest batch.
+        measured: columns model, batch, length, seconds. The title says how many times
+            as fast as the first model the second one is.
     """
-    first = measured["model"].iloc[0]
-    with figure(columns=2, width=9.5) as (fig, axes):
-        panels = (
-            ("batch", "length", "blocks in a batch (of {} tokens each)", "Larger batches"),
-            ("length", "batch", "tokens in a block (batch of {})", "Longer blocks"),
-        )
-        for ax, (along, fixed, label, what) in zip(axes, panels, strict=True):
-            held = measured[measured[fixed] == measured[fixed].min()]
-            label = label.format(measured[fixed].min())
-            for name, rows in held.groupby("model", sort=False):
-                ax.plot(rows[along], rows["seconds"] * 1e3, label=name)
-            wide = held.pivot(index=along, columns="model", values="seconds")
-            others = [name for name in wide if name != first]
-            ratios = wide[first] / wide[others[0] if others else first]
-            ax.set(xlabel=label, ylabel="forward pass (ms)", xscale="log")
-            ax.set_xticks(sorted(held[along].unique()), sorted(held[along].unique()))
-            ax.minorticks_off()
-            ax.set_ylim(bottom=0)
-            low, high = f"{ratios.min():.1f}", f"{ratios.max():.1f}"
-            times = high if low == high else f"{low} to {high}"
-            ax.set_title(f"{what}: {others[0] if others else first} {times} times as fast")
-        axes[0].legend()
+    frame = measured.assign(tokens=measured["batch"] * measured["length"])
+    means = frame.pivot_table(index="tokens", columns="model", values="seconds", sort=False)
+    means = means.sort_index()[list(frame["model"].unique())]
+    with figure() as (fig, ax):
+        for i, name in enumerate(means):
+            look = {"label": name, "marker": MARKERS[i % 5], **line_look(i)}
+            ax.plot(means.index, means[name] * 1e3, **look)
+            rows = frame[frame["model"] == name]
+            ax.scatter(rows["tokens"], rows["seconds"] * 1e3, s=9, color="black", zorder=3)
+        plain_ticks(ax, means.index)
+        ax.set(xlabel="tokens in a forward pass (batch × length)", ylabel="forward pass (ms)")
+        ax.set_ylim(bottom=0)
+        ax.legend()
+        first, other = means.columns[0], means.columns[min(1, len(means.columns) - 1)]
+        ratios = means[first] / means[other]
+        low, high = f"{ratios.min():.1f}", f"{ratios.max():.1f}"
+        times = high if low == high else f"{low} to {high}"
+        ax.set_title(f"{other}: {times} times as fast as {first}")
     return fig
 
 
@@ -453,73 +566,72 @@ def plot_sweep(measured: pd.DataFrame, value: str = "perplexity") -> Figure:
     groups = measured.groupby(["alpha", "temperature"])[value]
     found = {key: with_intervals([{value: v} for v in group]) for key, group in groups}
     frame = pd.DataFrame.from_dict(found, orient="index")
-    temperatures = sorted(measured["temperature"].unique())
-    with figure() as (fig, ax):
+    labels = {0.0: "soft labels only (alpha = 0)", 1.0: "hard labels only (alpha = 1)"}
+    with figure(height=4.2) as (fig, ax):
         for i, alpha in enumerate(frame.index.unique(0)):
-            rows = frame.loc[alpha]
+            rows, label = frame.loc[alpha], labels.get(alpha, f"mixed, alpha = {alpha:g}")
             spread = rows.get(f"± {value}")
             if alpha == 1:
-                level = rows[value].iloc[0]
-                half = 0.0 if spread is None else spread.iloc[0]
-                look = {"color": QUIET, "label": "alpha = 1, at any T"}
-                ax.axhline(level, linestyle="--", marker="", **look)
+                level, half = rows[value].iloc[0], 0.0 if spread is None else spread.iloc[0]
+                ax.axhline(level, linestyle="--", marker="", color=QUIET, label=label)
                 ax.axhspan(level - half, level + half, color=QUIET, alpha=0.15, linewidth=0)
                 continue
             ax.errorbar(
                 rows.index * 1.03**i,  # side by side, so that no interval hides another
                 rows[value],
                 yerr=spread,
-                label=f"alpha = {alpha:g}",
+                label=label,
                 capsize=3,
                 marker=MARKERS[i % 5],
-                linestyle=LINES[i % 5],
-                color=COLOURS[i % 5],
+                **line_look(i),
             )
-        ax.set(xlabel="temperature T", ylabel=f"validation {value}", xscale="log")
-        ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
-        ax.minorticks_off()
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside: the band fills the axes
+        plain_ticks(ax, sorted(measured["temperature"].unique()))
+        ax.set(xlabel="temperature T", ylabel=f"validation {value}")
+        seeds = groups.size().max()
+        title = f"bars and band: 95% intervals over {seeds} seeds" if seeds > 1 else None
+        fig.legend(loc="outside lower center", ncols=2, title=title)
         alpha, temperature = frame[value].idxmin()
-        where = "with hard labels alone" if alpha == 1 else f"at T = {temperature:g}"
-        if 0 < alpha < 1:
-            where += f", alpha = {alpha:g}"
-        elif alpha == 0:
-            where += ", soft labels alone"
-        ax.set_title(f"Lowest {where}: {frame[value].min():.2f}")
+        what = labels.get(alpha, f"mixed labels, alpha = {alpha:g}").split(" (")[0]
+        where = "" if alpha == 1 else f", T = {temperature:g}"
+        ax.set_title(f"Lowest {value}: {what}{where}: {frame[value].min():.2f}")
     return fig
 
 
-def plot_tradeoff(table: pd.DataFrame, teacher: str = "teacher") -> Figure:
+def plot_tradeoff(
+    table: pd.DataFrame, teacher: str = "teacher", untrained: Sequence[str] = ("untrained",)
+) -> Figure:
     """Perplexity against the time of a generated token; a marker's area is the size on disk.
 
-    Intervals of the perplexity are drawn where the table of `compare` has them.
+    Intervals of the perplexity are drawn if the table of `compare` has them. Untrained
+    students are left out, since being small and fast is no merit of theirs; if there is
+    no other student, they are hollow.
     """
+    trained = table.drop(index=[name for name in untrained if name in table.index])
+    if len(trained) > 1:
+        table = trained
+    best = table["perplexity"].drop(index=teacher).idxmin()
     with figure() as (fig, ax):
         area = 300 * table["disk_mb"] / table["disk_mb"].max()
         for i, (name, row) in enumerate(table.iterrows()):
-            look = {"color": COLOURS[i % 5], "edgecolor": "black", "alpha": 0.85}
-            look |= {"marker": MARKERS[i % 5], "label": f"{name}, {row['disk_mb']:.1f} MB"}
+            hollow = name in untrained
+            look = {"marker": MARKERS[i % 5], "label": f"{name}, {row['disk_mb']:.1f} MB"}
+            look |= {"color": "none" if hollow else COLOURS[i % 5]}
+            look |= {"edgecolor": QUIET if hollow else "black"}
             ax.scatter(row["token_ms"], row["perplexity"], s=area[name], **look)
             spread = row.get("± perplexity", math.nan)
             if not pd.isna(spread):
-                ax.errorbar(
-                    row["token_ms"],
-                    row["perplexity"],
-                    yerr=spread,
-                    color="black",
-                    linestyle="",
-                    marker="",
-                    capsize=4,
-                    zorder=3,
-                )
+                look = {"color": "black", "linestyle": "", "marker": "", "capsize": 4, "zorder": 3}
+                ax.errorbar(row["token_ms"], row["perplexity"], yerr=spread, **look)
         ax.legend(markerscale=0.6, labelspacing=0.9)
         ax.set(xlabel="generating a token (ms)", ylabel="perplexity on held-out text")
+        if table["perplexity"].max() > 5 * table["perplexity"].min():
+            ax.set(yscale="log", ylabel="perplexity on held-out text (logarithmic)")
+            plain_numbers(ax.yaxis)
         ax.margins(0.25)
-        best = table.drop(index=teacher)["perplexity"].idxmin()
         ratio = table.loc[best] / table.loc[teacher]
         ax.set_title(
-            f"{best}: {ratio['disk_mb']:.2f} of the size, {ratio['token_ms']:.2f} of the time, "
-            f"{ratio['perplexity']:.2f} times the perplexity"
+            f"{best}: {ratio['perplexity']:.2f} times the perplexity, "
+            f"{ratio['disk_mb']:.2f} of the size, {ratio['token_ms']:.2f} of the time"
         )
     return fig
 
@@ -529,62 +641,79 @@ def plot_token_view(
     student_logits: torch.Tensor,
     tokenizer,
     context: str = "",
-    k: int = 8,
+    k: int = 6,
 ) -> Figure:
-    """Teacher and student side by side on one position: the teacher's likeliest tokens.
+    """Teacher and student side by side at one position: what each would say next.
+
+    The rows are the `k` likeliest tokens of each, and all others together.
 
     Args:
         teacher_logits, student_logits: of one position, shape (vocabulary,).
         context: the text before, shown above.
     """
-    found = top_k(teacher_logits.detach().float().cpu(), k)
-    student = soften(student_logits.detach().float().cpu())[found.tokens]
-    with figure(height=1.0 + 0.34 * k) as (fig, ax):
-        rows = np.arange(k)
-        ax.barh(rows - 0.2, found.probabilities, 0.38, color=COLOURS[0], label="teacher")
-        look = {"color": "#f3b3ba", "hatch": "//", "edgecolor": COLOURS[1]}
-        ax.barh(rows + 0.2, student, 0.38, label="student", **look)
-        ax.set_yticks(rows, [show_token(tokenizer, i) for i in found.tokens.tolist()])
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
+    p, q = (soften(z.detach().cpu()) for z in (teacher_logits, student_logits))
+    likeliest = {
+        *top_k(teacher_logits, k).tokens.tolist(),
+        *top_k(student_logits, k).tokens.tolist(),
+    }
+    tokens = sorted(likeliest, key=lambda i: -p[i])
+    names = [*(show_token(tokenizer, i) for i in tokens), "all others"]
+    series = {
+        name: [*x[tokens].tolist(), max(0.0, 1 - x[tokens].sum().item())]
+        for name, x in (("teacher", p), ("student", q))
+    }
+    with figure(height=1.4 + 0.36 * len(names)) as (fig, ax):
+        grouped_bars(fig, ax, names, series, ".3f", [FILLED, HATCHED])
         ax.set_xlabel("probability")
-        ax.legend(loc="lower right")
-        gap = (found.probabilities - student).abs().sum().item()
-        ax.set_title(f"{context} …\nmass moved among these: {gap:.2f}", fontsize=10)
+        first, second = (show_token(tokenizer, x.argmax().item()) for x in (p, q))
+        moved = percent((p - q).abs().sum().item() / 2)
+        found = f"Teacher: “{first}”, student: “{second}”; {moved} of the probability differs"
+        context = context.replace("$", r"\$")
+        ax.set_title(f"{context} …\n{found}" if context else found)
     return fig
 
 
-def plot_divergence(tokens: Sequence[str], values: Sequence[float], columns: int = 84) -> Figure:
-    """A text whose tokens are shaded by a value: the darker, the larger (nats).
+def plot_divergence(tokens: Sequence[str], values: Sequence[float]) -> Figure:
+    """A text whose tokens are shaded by a value in nats: the darker, the larger.
 
     Args:
-        tokens: the text, piece by piece.
+        tokens: the text, piece by piece; a piece that begins with a space begins a word.
         values: one for each, at least 0.
     """
+    columns = 96
     values = [max(0.0, float(value)) for value in values]  # rounding can leave a 0 just below
     top = max(max(values), 1e-9)
-    places, row, column = [], 0, 0
-    for token in tokens:
-        text = token.replace("\n", " ")
-        if column + len(text) > columns:
-            row, column = row + 1, 0
-        places.append((row, column, text))
-        column += len(text)
-    with figure(width=9.5, height=0.9 + 0.3 * (row + 1)) as (fig, ax):
+    places = wrap_words([token.replace("\n", " ") for token in tokens], columns)
+    rows = places[-1][0] + 1
+    shades = ScalarMappable(
+        Normalize(0, top), LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
+    )
+    with figure(width=9.0, height=1.3 + 0.3 * rows) as (fig, ax):
         for (y, x, text), value in zip(places, values, strict=True):
-            shade = value / top
-            ax.barh(y, len(text), left=x, height=0.9, color=(0.82, 0.29, 0.36, shade))
-            look = {"family": "monospace", "fontsize": 8.8, "va": "center"}
+            ax.barh(y, len(text), left=x, height=0.9, color=shades.to_rgba(value))
+            look = {"family": "monospace", "fontsize": 9, "va": "center", "ha": "center"}
             for i, letter in enumerate(text):  # one by one: a monospace run drifts off its boxes
-                ax.text(x + i + 0.5, y, letter, ha="center", **look)
-        ax.set(xlim=(0, columns), ylim=(row + 0.6, -0.6))
+                ax.text(x + i + 0.5, y, letter.replace("$", r"\$"), **look)
+        ax.set(xlim=(0, columns), ylim=(rows - 0.4, -0.6))
         ax.axis("off")
-        most = places[int(np.argmax(values))][2].strip()
-        ax.set_title(f"Mean {np.mean(values):.2f} nats; most, {top:.2f}, at “{most}”")
+        scale = {"location": "bottom", "anchor": (0, 0), "shrink": 0.4, "aspect": 30}
+        fig.colorbar(shades, ax=ax, label="nats per token", **scale)
+        most = tokens[int(np.argmax(values))].strip().replace("$", r"\$")
+        ax.set_title(f"{np.mean(values):.2f} nats a token; most, {top:.2f}, at “{most}”")
     return fig
 
 
-def show_token(tokenizer, token: int) -> str:
-    """A token as a label: a leading space made visible, a line break too."""
-    text = tokenizer.decode([token]).replace("\n", "⏎")
-    return ("·" + text[1:] if text.startswith(" ") else text).replace("$", r"\$")
+def wrap_words(tokens: Sequence[str], columns: int) -> list[tuple[int, int, str]]:
+    """Row, column and text of each token: no word is broken unless it is longer than a row."""
+    places, row, column = [], 0, 0
+    for i, token in enumerate(tokens):
+        end = i + 1
+        while end < len(tokens) and not tokens[end].startswith(" "):
+            end += 1
+        starts_word = i == 0 or token.startswith(" ")
+        needed = len("".join(tokens[i:end])) if starts_word else len(token)
+        if column and column + needed > columns:
+            row, column = row + 1, 0
+        places.append((row, column, token))
+        column += len(token)
+    return places

@@ -12,11 +12,14 @@ import io
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 COLOURS = ["#0b3c5d", "#d1495b", "#3d9a6a", "#e0a526", "#7a7a7a"]
 MARKERS = ["o", "s", "^", "D", "v"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 QUIET = "#7a7a7a"
+FILLED = {"color": COLOURS[0]}  # of two bars side by side, the first and the second
+HATCHED = {"color": "#f3b3ba", "hatch": "//", "edgecolor": COLOURS[1]}
 STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 110,
@@ -63,5 +66,7 @@ def figure(columns: int = 1, width: float = 7.0, height: float = 3.6):
         axes = [fig.add_subplot(1, columns, i + 1) for i in range(columns)]
         yield fig, axes[0] if columns == 1 else axes
         titles = [ax.get_title(loc="left") for ax in axes]
+        for text in fig.findobj(Text):
+            text.set_wrap(text.get_text() in titles)  # a long title takes a second line
         fig.description = fig.description or "; ".join(t for t in titles if t)
         plt.close(fig)  # else a notebook would show it a second time
