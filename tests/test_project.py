@@ -28,15 +28,11 @@ FILES = {
 }
 every_file = pytest.mark.parametrize("name", FILES)
 
-# As ARCHITECTURE.md has it: a file may import from its own floor and those below it.
+# A file may import from its own floor and those below it. ARCHITECTURE.md has the floors.
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 FLOORS = [
-    {"errors", "config"},
-    {"gutenberg", "corpus", "models", "soft_labels", "losses", "chunked_loss"},
-    {"cost", "evaluation", "distillation", "teacher_cache", "checkpoints", "stopping"},
-    {"style", "plots", "widgets", "exercises"},
-    {"commands"},
-    {"cli", "__main__"},
-    {"__init__"},
+    set(re.findall(r"`(\w+)`", row))
+    for row in reversed(re.findall(r"^ +\| \d \| (.*) \|$", ARCHITECTURE, re.MULTILINE))
 ]
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 DRAWING = {"style", "plots", "widgets"}
@@ -166,6 +162,13 @@ def test_a_file_says_at_its_top_what_it_is_for(file):
 
 
 # -- who may import whom ---------------------------------------------------------------
+
+
+@every_file
+def test_the_architecture_says_what_each_file_knows_and_gives_it_a_floor(name):
+    top = name.split(".")[0]
+    assert name.startswith("__") or re.search(rf"`{top}(\.py|/)`", ARCHITECTURE)
+    assert top in FLOOR
 
 
 @every_file
