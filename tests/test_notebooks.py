@@ -1,22 +1,11 @@
 """The notebooks as they are stored, and as learners re-run them."""
 
-import sys
-
 import nbformat
 import pytest
 from check_notebooks import problems
 from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, execute, small, stderr
 
-sys.path.insert(0, str(NOTEBOOKS))
-import sync_setup  # noqa: E402
-
 SAMPLE_STORY = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
-
-
-def tagged(path, tag):
-    """The sources of a notebook's cells that carry a tag."""
-    cells = nbformat.read(path, as_version=4).cells
-    return [cell.source for cell in cells if tag in cell.metadata.get("tags", [])]
 
 
 def test_notebooks_are_numbered_in_order_and_each_has_solutions():
@@ -33,19 +22,6 @@ def test_notebooks_are_numbered_in_order_and_each_has_solutions():
 def test_what_is_stored_is_one_clean_run():
     found = {path.name: problems(path) for path in SERIES + SOLUTIONS}
     assert {name: lines for name, lines in found.items() if lines} == {}
-
-
-def test_the_set_up_cell_and_the_colab_line_are_as_sync_setup_writes_them():
-    for path in SERIES + SOLUTIONS:
-        assert tagged(path, "set-up") == [sync_setup.set_up_cell()], path.name
-    for path in SERIES:
-        assert tagged(path, "colab") == [sync_setup.colab_line(path)], path.name
-
-
-def test_an_address_reaches_badge_and_set_up_cell(monkeypatch):
-    monkeypatch.setattr(sync_setup, "address", lambda: "https://github.com/owner/name")
-    assert 'REPOSITORY = "https://github.com/owner/name"' in sync_setup.set_up_cell()
-    assert "/github/owner/name/blob/main/notebooks/" in sync_setup.colab_line(SERIES[0])
 
 
 def test_solutions_end_by_asserting_that_every_check_is_satisfied():

@@ -27,15 +27,11 @@ FILES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 
-# The house of design.md: a file may import from its own floor and those below it.
+# A file may import from its own floor and those below it. ARCHITECTURE.md has the floors.
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 FLOORS = [
-    {"errors", "config"},
-    {"gutenberg", "corpus", "models", "soft_labels", "losses", "chunked_loss"},
-    {"cost", "evaluation", "distillation", "teacher_cache", "checkpoints", "stopping"},
-    {"style", "plots", "widgets", "exercises"},
-    {"commands"},
-    {"cli", "__main__"},
-    {"__init__"},
+    set(re.findall(r"`(\w+)`", row))
+    for row in reversed(re.findall(r"^ +\| \d \| (.*) \|$", ARCHITECTURE, re.MULTILINE))
 ]
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 DRAWING = {"style", "plots", "widgets"}
@@ -76,6 +72,7 @@ def test_the_conda_environment_installs_the_project_and_nothing_else():
     assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
     assert names == ["python", "pip"]
     assert pip == {"pip": ["-e .[lab,test]"]}
+    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "site", "dev"}
 
 
 def test_conda_and_pip_ask_for_the_same_python():
@@ -159,8 +156,10 @@ def test_every_file_of_code_says_at_its_top_what_it_is_for():
 # -- who may import whom ---------------------------------------------------------------
 
 
-def test_every_file_has_a_floor_and_every_floor_its_files():
+def test_the_architecture_names_every_file_and_gives_it_a_floor():
     assert {name.split(".")[0] for name in FILES} == set(FLOOR)
+    rooms = {name for name in FLOOR if not name.startswith("__")}
+    assert {name for name in rooms if not re.search(rf"`{name}(\.py|/)`", ARCHITECTURE)} == set()
 
 
 def test_a_file_imports_nothing_from_a_higher_floor():
