@@ -48,7 +48,7 @@ def chunked(**changes):
         "teacher_head": HEAD,
         "labels": LABELS,
     }
-    return kd.chunked_loss(**(given | changes))
+    return kd.chunked_distillation_loss(**(given | changes))
 
 
 # A row is a rule: what is said, and the calls that break it.

@@ -1,7 +1,6 @@
 """The chunked loss equals the full-logits loss, in a fraction of its memory."""
 
 import copy
-import sys
 from unittest import mock
 
 import numpy as np
@@ -11,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import willows_kd as kd
+from willows_kd import chunked_loss as module
 from willows_kd import distillation
-from willows_kd.chunked_loss import chunked_loss, equal_parts
+from willows_kd.chunked_loss import chunked_distillation_loss, equal_parts
 from willows_kd.cost import MemoryWatch
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix
 from willows_kd.models import has_linear_head
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 INF = float("inf")
-module = sys.modules[chunked_loss.__module__]
 
 
 def inputs(tokens, vocabulary, width, teacher_width, seed, dtype):
@@ -67,7 +66,9 @@ def test_it_is_the_full_logits_loss(
     mask = torch.rand(shape[0], generator=torch.Generator().manual_seed(seed)) >= masked
     how = temperature, alpha, divergence, mask
     with mock.patch.object(module, "ROWS", rows):
-        loss, soft, hard = chunked_loss(*student, *teacher, labels, *how, chunk, beta=beta)
+        loss, soft, hard = chunked_distillation_loss(
+            *student, *teacher, labels, *how, chunk, beta=beta
+        )
     wanted, wanted_soft, wanted_hard = full_logits_loss(student, teacher, labels, *how, beta)
     close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(
@@ -90,10 +91,14 @@ def test_in_every_precision_it_is_the_float64_loss_but_for_rounding(divergence, 
     teacher[1][:40, 0] = -INF if cut else 1
     alpha = 0.3
     if cut and divergence == "reverse_kl":
-        assert chunked_loss(*student, *teacher, labels, 2.0, alpha, divergence)[0] == INF
+        assert (
+            chunked_distillation_loss(*student, *teacher, labels, 2.0, alpha, divergence)[0] == INF
+        )
         return
     how = 2.0, alpha, divergence
-    found = with_gradients(chunked_loss(*student, *teacher, labels, *how, chunk=10)[0], student)
+    found = with_gradients(
+        chunked_distillation_loss(*student, *teacher, labels, *how, chunk=10)[0], student
+    )
     exact = [[x.detach().double() for x in pair] for pair in (student, teacher)]
     exact[0] = [x.requires_grad_() for x in exact[0]]
     wanted = with_gradients(full_logits_loss(*exact, labels, *how)[0], exact[0])
@@ -114,7 +119,7 @@ def test_tokens_cut_from_the_student_give_the_value_of_the_full_logits_loss(
         for hidden, head in [student, teacher] if teacher_too else [student]:
             hidden[:, 0] = 1
             head[:3, 0] = -INF
-    soft = chunked_loss(*student, *teacher, labels, 2.0, 0.0, divergence)[1]
+    soft = chunked_distillation_loss(*student, *teacher, labels, 2.0, 0.0, divergence)[1]
     wanted = full_logits_loss(student, teacher, labels, 2.0, 0.0, divergence)[1]
     assert soft.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert soft.isinf() == (divergence == "forward_kl" and not teacher_too)
@@ -125,13 +130,15 @@ def test_infinities_of_tokens_that_do_not_count_do_not_spread():
     with torch.no_grad():
         student[0][2] = teacher[0][2] = torch.inf
     mask = torch.arange(6) != 2
-    found = with_gradients(chunked_loss(*student, *teacher, labels, mask=mask)[0], student)
+    found = with_gradients(
+        chunked_distillation_loss(*student, *teacher, labels, mask=mask)[0], student
+    )
     assert all(value.isfinite().all() for value in found)
 
 
 def test_a_second_backward_pass_is_refused_in_the_words_of_autograd():
     student, teacher, labels = inputs(6, 10, 4, 4, 0, torch.float64)
-    loss = chunked_loss(*student, *teacher, labels)[0]
+    loss = chunked_distillation_loss(*student, *teacher, labels)[0]
     loss.backward(retain_graph=True)
     once = [x.grad.clone() for x in student]
     with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
@@ -143,7 +150,7 @@ def test_the_teacher_gets_no_gradient():
     student, teacher, labels = inputs(6, 10, 4, 4, 0, torch.float64)
     for x in teacher:
         x.requires_grad_()
-    loss, soft, hard = chunked_loss(*student, *teacher, labels, alpha=0.5)
+    loss, soft, hard = chunked_distillation_loss(*student, *teacher, labels, alpha=0.5)
     loss.backward()
     assert all(x.grad is None for x in teacher)
     assert not soft.requires_grad and not hard.requires_grad
@@ -153,10 +160,10 @@ def test_under_autocast_the_products_are_in_half_precision_and_the_gradients_in_
     student, teacher, labels = inputs(64, 300, 16, 16, 0, torch.float32)
     how = labels, 2.0, 0.3, "forward_kl", None, 10
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(chunked_loss(*student, *teacher, *how)[0], student)
+        found = with_gradients(chunked_distillation_loss(*student, *teacher, *how)[0], student)
     halves = [[x.detach().bfloat16() for x in pair] for pair in (student, teacher)]
     halves[0] = [x.requires_grad_() for x in halves[0]]
-    expected = with_gradients(chunked_loss(*halves[0], *halves[1], *how)[0], halves[0])
+    expected = with_gradients(chunked_distillation_loss(*halves[0], *halves[1], *how)[0], halves[0])
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one.to(other.dtype), other)
@@ -166,9 +173,9 @@ def test_under_autocast_the_products_are_in_half_precision_and_the_gradients_in_
 def test_numbers_of_numpy_are_numbers():
     student, teacher, labels = inputs(12, 10, 4, 4, 0, torch.float32)
     how = np.float32(2), np.float64(0.5), "jensen_shannon", None, np.int64(5)
-    found = chunked_loss(*student, *teacher, labels, *how, beta=np.float64(0.25))[0]
+    found = chunked_distillation_loss(*student, *teacher, labels, *how, beta=np.float64(0.25))[0]
     usual = 2.0, 0.5, "jensen_shannon", None, 5
-    assert found == chunked_loss(*student, *teacher, labels, *usual, beta=0.25)[0]
+    assert found == chunked_distillation_loss(*student, *teacher, labels, *usual, beta=0.25)[0]
 
 
 def test_parts_are_as_few_and_as_equal_as_can_be():
@@ -183,14 +190,14 @@ def test_parts_are_as_few_and_as_equal_as_can_be():
 
 def test_leading_dimensions_are_tokens_too():
     student, teacher, labels = inputs(12, 10, 4, 4, 0, torch.float64)
-    flat = chunked_loss(*student, *teacher, labels, 2.0, 0.5)[0]
+    flat = chunked_distillation_loss(*student, *teacher, labels, 2.0, 0.5)[0]
     blocks = [student[0].view(3, 4, 4), student[1], teacher[0].view(3, 4, 4), teacher[1]]
-    assert chunked_loss(*blocks, labels.view(3, 4), 2.0, 0.5)[0] == flat
+    assert chunked_distillation_loss(*blocks, labels.view(3, 4), 2.0, 0.5)[0] == flat
 
 
 def test_hard_labels_alone_need_no_teacher():
     student, _, labels = inputs(12, 10, 4, 4, 0, torch.float64)
-    loss, soft, hard = chunked_loss(*student, None, None, labels, alpha=1.0)
+    loss, soft, hard = chunked_distillation_loss(*student, None, None, labels, alpha=1.0)
     assert soft == 0
     assert loss == hard > 0
 
@@ -216,7 +223,7 @@ def test_what_cannot_be_used_is_named(changes, message):
     names = "student_hidden", "student_head", "teacher_hidden", "teacher_head", "labels"
     given = dict(zip(names, [*student, *teacher, labels], strict=True))
     with pytest.raises(kd.InputError, match=message):
-        chunked_loss(**given | changes)
+        chunked_distillation_loss(**given | changes)
 
 
 def test_a_chunk_is_sized_by_the_vocabulary_unless_given(monkeypatch):
@@ -226,10 +233,10 @@ def test_a_chunk_is_sized_by_the_vocabulary_unless_given(monkeypatch):
     monkeypatch.setattr(
         module, "into_gradient", lambda z, *rest: sizes.append(len(z)) or usual(z, *rest)
     )
-    chunked_loss(*student, *teacher, labels)
-    chunked_loss(*student, *teacher, labels, chunk=7)
+    chunked_distillation_loss(*student, *teacher, labels)
+    chunked_distillation_loss(*student, *teacher, labels, chunk=7)
     monkeypatch.setattr(module, "CHUNK", 9)  # less than one token
-    chunked_loss(*student, *teacher, labels)
+    chunked_distillation_loss(*student, *teacher, labels)
     assert sizes == [4, 4, 4] + [6, 6] + [1] * 12
 
 
@@ -238,7 +245,7 @@ def test_its_memory_does_not_grow_by_the_vocabulary_with_the_tokens():
     for tokens in (200, 800):
         student, teacher, labels = inputs(tokens, vocabulary, width, width, 0, torch.float32)
         with MemoryWatch() as watch:
-            chunked_loss(*student, *teacher, labels, 2.0, chunk=20)[0].backward()
+            chunked_distillation_loss(*student, *teacher, labels, 2.0, chunk=20)[0].backward()
         most[tokens] = watch.most
     assert most[800] - most[200] < 4 * 600 * width * 4  # hidden states, their gradient, masks
     assert most[800] < 800 * vocabulary * 4  # one tensor of logits would be more than all
@@ -268,8 +275,10 @@ def test_distill_trains_the_same_student_with_it_and_without(
 
 def test_distill_uses_it_for_gpt2(teacher, blocks, monkeypatch):
     calls = []
-    loss = distillation.chunked_loss
-    monkeypatch.setattr(distillation, "chunked_loss", lambda **kw: calls.append(1) or loss(**kw))
+    loss = distillation.chunked_distillation_loss
+    monkeypatch.setattr(
+        distillation, "chunked_distillation_loss", lambda **kw: calls.append(1) or loss(**kw)
+    )
     train(teacher, kd.student_from_teacher(teacher), blocks, epochs=1)
     assert len(calls) == 6
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from willows_kd.checkpoints import Checkpoints, NoCheckpoints, resume_run
-from willows_kd.chunked_loss import chunked_loss
+from willows_kd.chunked_loss import chunked_distillation_loss
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import require, type_name
@@ -186,8 +186,8 @@ class DistillationLoss(nn.Module):
     """The loss of a student: one module, for DistributedDataParallel to wrap.
 
     If the logits of teacher and student are hidden states times output weights, as in
-    GPT-2, `chunked_loss` computes it without holding all logits; if not, the functions of
-    `losses` do. The values are the same.
+    GPT-2, `chunked_distillation_loss` computes it without holding all logits; if not, the
+    functions of `losses` do. The values are the same.
     """
 
     def __init__(self, teacher, student, config: DistillConfig, ids: torch.Tensor):
@@ -217,7 +217,7 @@ class DistillationLoss(nn.Module):
         target = self.ask(teacher, ids) if config.alpha < 1 else None
         with self.autocast(ids):
             if self.chunked:
-                return chunked_loss(
+                return chunked_distillation_loss(
                     student_hidden=hidden_states(self.student, ids)[:, :-1],
                     student_head=output_weights(self.student, self.vocabulary),
                     teacher_hidden=target,

@@ -17,7 +17,7 @@ logit is -inf, adds 0 log 0 = 0; if only the other distribution gives it 0, a KL
 infinite. The arithmetic is in float32 at least.
 
 `DIVERGENCES`, the registry, holds the formulas. The functions here, the full-logits
-losses, take its values and leave the gradients to autograd; `chunked_loss` takes its
+losses, take its values and leave the gradients to autograd; `chunked_distillation_loss` takes its
 values and its gradients. To add a divergence, add an entry, and its name to
 `config.DIVERGENCE_NAMES`.
 """
