@@ -216,3 +216,15 @@ def test_the_readme_begins_with_the_two_commands_that_work():
 def test_continuous_integration_runs_the_readmes_own_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert TEST_COMMAND in script.replace(" --quiet", "")
+
+
+def test_links_from_page_to_page_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert links
+    assert [(page, link) for page, link in links if not (page.parent / link).exists()] == []
