@@ -20,8 +20,10 @@ from willows_kd.errors import require, type_name
 from willows_kd.evaluation import quality
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
 from willows_kd.models import (
+    check_positions,
     common_vocabulary,
     distributed_state,
+    dropout_set_to,
     eval_mode,
     has_linear_head,
     hidden_states,
@@ -177,9 +179,7 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
         f"{type_name(student)} has no gradient checkpointing; leave gradient_checkpointing out",
     )
     for name, model in (("teacher", teacher), ("student", student)):
-        longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-        fits = f"the {name} takes at most {longest}; pack the corpus again with that block_size"
-        require(blocks.block_size <= longest, f"blocks have {blocks.block_size} tokens, {fits}")
+        check_positions(model, blocks.train, name)
 
 
 class DistillationLoss(nn.Module):
@@ -372,20 +372,6 @@ def train_mode(teacher: nn.Module, student: nn.Module, config: DistillConfig):
             without_future_warnings(student.gradient_checkpointing_disable)
         teacher.train(modes[0])
         student.train(modes[1])
-
-
-@contextlib.contextmanager
-def dropout_set_to(model: nn.Module, p: float):
-    """A model with this dropout probability everywhere; then as before."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    before = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = p
-    try:
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.p = own
 
 
 def without_future_warnings(action: Callable, *arguments) -> None:
