@@ -409,9 +409,7 @@ def student_from_teacher(
             ).to(teacher.device)
         student.generation_config = copy.deepcopy(teacher.generation_config)
         if not (isinstance(init, str) and init == "random"):
-            check_layers(teacher, student, kept)
             copy_layers(teacher, student, kept)
-            check_student(teacher, student, kept)
     return student
 
 
@@ -558,16 +556,29 @@ def build_of(layer: nn.Module) -> dict[str, object]:
 
 
 def copy_layers(teacher, student, kept: list[int]) -> None:
-    """Give a student its teacher's weights; its layers get those of the layers kept.
+    """Give a student its teacher's weights, with those of the layers kept, and prove it.
 
     Raises:
-        InputError: a weight has another shape in the student, or is in one of them alone.
+        InputError: a layer is built otherwise than the one it copies, a weight has
+            another shape, or the logits are not the teacher's without its other layers.
     """
+    renumbered = kept != list(range(len(kept)))
+    scaled = renumbered and getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False)
+    if scaled:
+        warnings.warn(
+            "scale_attn_by_inverse_layer_idx divides attention by a layer's number, which is "
+            "another in the student: it starts a little further from its teacher",
+            stacklevel=3,
+        )
+    else:
+        check_layers(teacher, student, kept)
     weights, own = keep_layers(teacher, kept), student.state_dict()
     for name in sorted(weights.keys() | own.keys()):
         shapes = [tuple(each[name].shape) if name in each else "none" for each in (weights, own)]
         require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
     student.load_state_dict(weights)
+    if not scaled:
+        check_student(teacher, student, kept)
 
 
 @torch.no_grad()
@@ -577,13 +588,6 @@ def check_student(teacher, student, kept: list[int]) -> None:
     Raises:
         InputError: they are not the same.
     """
-    if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
-        warnings.warn(
-            "scale_attn_by_inverse_layer_idx scales attention by a layer's number, which is "
-            "another in the student: it starts a little further from its teacher",
-            stacklevel=3,
-        )
-        return
     ids = torch.arange(1, 13)[None].to(teacher.device) * 7919 % vocabulary_size(teacher)
     with eval_mode(teacher, student):
         with skipped_layers(teacher, kept):
