@@ -23,7 +23,7 @@ import willows_kd as kd
 from willows_kd.losses import forward_kl
 from willows_kd.models import dropout_set_to, layer_stack, quiet_transformers
 
-DEPTH, KEPT, VOCABULARY, LARGEST = 4, [0, 3], 96, 3e6
+DEPTH, KEPT, VOCABULARY, LARGEST = 4, [0, 3], 96, 1e7
 IDS = torch.arange(1, 17).view(2, 8) * 37 % VOCABULARY
 RIGHT, REFUSED, UNBUILT = "right", "refused", "not tried"
 SMALL = [  # the first pattern that matches a setting's name gives its value
@@ -59,7 +59,11 @@ def small(config_class):
         value = vars(defaults).get(name)
         if isinstance(value, transformers.PreTrainedConfig):
             sizes[name] = small(type(value))
-        elif name in ("head_dim", "num_key_value_heads") or type(value) is int and value > 1:
+        elif (
+            name in ("head_dim", "num_key_value_heads", "num_experts_per_tok")
+            or type(value) is int
+            and value > 1
+        ):
             fits = [size for pattern, size in SMALL if re.search(pattern, name)]
             if fits and (value is None or fits[0] < value or "layer" in name):
                 sizes[name] = fits[0]
@@ -121,7 +125,7 @@ def outcome(family: str) -> tuple[str, str]:
     try:
         teacher = random_teacher(family)
     except Exception as error:  # of a family's own code, given sizes that it does not like
-        return UNBUILT, " ".join(str(error).split())[:90]
+        return UNBUILT, " ".join(str(error).split())[-90:]
     try:
         student, whole = (kd.student_from_teacher(teacher, init=i) for i in (KEPT, range(DEPTH)))
     except kd.InputError as error:

@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -80,7 +81,7 @@ def predictions(model, blocks: torch.Tensor) -> torch.Tensor:
     return torch.stack(logits).detach().double().log_softmax(dim=-1)
 
 
-@pytest.mark.parametrize(("count", "size"), [(3, 16), (5, 7), (1, 12), (4, 3), (6, 2)])
+@pytest.mark.parametrize(("count", "size"), [(3, 16), (5, 7), (6, 2)])
 def test_quality_is_that_of_a_slow_reading(model, teacher, blocks, count, size):
     few = reshaped(blocks.test, count, size)
     log_q, log_p = predictions(model, few), predictions(teacher, few)
@@ -168,6 +169,120 @@ def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
         kd.quality(model, blocks.test, teacher=make_gpt2(layers=1, vocab_size=5000))
 
 
+@pytest.mark.parametrize("measure", [kd.quality, kd.block_nats])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (torch.zeros(2, 129, dtype=torch.long), "129 tokens, the model takes at most 128"),
+        (torch.full((1, 4), 4096), "a token id is 4096; the model knows 0 to 4095"),
+        (torch.full((1, 4), -1), "a token id is -1"),
+        (torch.zeros(4, dtype=torch.long), r"shape \(blocks, block_size\)"),
+        (torch.zeros(0, 4, dtype=torch.long), "at least one block"),
+        ([[1, 2, 3]], "blocks are a list"),
+    ],
+    ids=["too long", "unknown token", "negative", "no blocks", "none", "list"],
+)
+def test_blocks_that_cannot_be_read_are_refused(measure, given, expected, model):
+    with pytest.raises(kd.InputError, match=expected):
+        measure(model, given)
+
+
+def test_the_last_token_of_the_vocabulary_and_the_last_position_are_known(model):
+    assert kd.quality(model, torch.full((1, 128), 4095))["perplexity"] > 0
+
+
+def test_blocks_too_long_for_the_teacher_and_models_without_a_head_are_refused(
+    model, make_gpt2, blocks
+):
+    short = make_gpt2(layers=1, n_positions=16)
+    with pytest.raises(kd.InputError, match="32 tokens, the teacher takes at most 16"):
+        kd.quality(model, blocks.test, teacher=short)
+    with pytest.raises(kd.InputError, match="model is a GPT2Model.*AutoModelForCausalLM"):
+        kd.quality(model.transformer, blocks.test)
+    with pytest.raises(kd.InputError, match="teacher is a GPT2Model"):
+        kd.quality(model, blocks.test, teacher=model.transformer)
+
+
+def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teacher, blocks):
+    ruled_out = torch.arange(0, 4096, 7)
+
+    def rule_out(module, args, output):
+        output.logits[..., ruled_out] = -math.inf
+
+    teacher.register_forward_hook(rule_out)
+    found = kd.quality(model, blocks.test, teacher=teacher)
+    assert all(map(math.isfinite, found.values()))
+    log_q = predictions(model, blocks.test[:1])
+    log_p = predictions(teacher, blocks.test[:1])
+    terms = torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q))
+    found = kd.quality(model, blocks.test[:1], teacher=teacher)
+    assert found["kl_to_teacher"] == pytest.approx(terms.sum(dim=-1).mean().item(), rel=1e-4)
+
+
+# -- two models on the same blocks -----------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, evaluation.LOGITS_AT_ONCE])
+def test_the_nats_of_a_block_are_those_of_reading_it_alone(at_once, model, blocks, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", at_once)
+    found = kd.block_nats(model.train(), blocks.test)
+    assert found.shape == (len(blocks.test),)
+    assert model.training
+    perplexities = [kd.quality(model, block[None])["perplexity"] for block in blocks.test]
+    assert found.exp().tolist() == pytest.approx(perplexities, rel=1e-5)
+
+
+def test_blocks_of_one_token_have_no_nats(model):
+    with pytest.raises(kd.InputError, match="one token each"):
+        kd.block_nats(model, torch.ones(3, 1, dtype=torch.long))
+
+
+def test_a_model_does_not_differ_from_itself_and_a_shift_is_certain():
+    nats = torch.rand(20, generator=torch.Generator().manual_seed(0)).double()
+    assert kd.paired_bootstrap(nats, nats) == (0, 0, 0)
+    assert kd.paired_bootstrap(nats + 0.25, nats) == pytest.approx((0.25, 0.25, 0.25))
+    assert kd.paired_bootstrap(nats, nats + 0.25) == pytest.approx((-0.25, -0.25, -0.25))
+
+
+def test_the_interval_of_many_blocks_is_that_of_the_normal_distribution():
+    draw = np.random.default_rng(0).normal
+    a, b = draw(3.0, 0.5, size=2_000), draw(2.9, 0.4, size=2_000)
+    difference, low, high = kd.paired_bootstrap(a, b, resamples=4_000)
+    half_width = 1.96 * np.std(a - b) / math.sqrt(2_000)
+    assert difference == pytest.approx((a - b).mean())
+    assert high - difference == pytest.approx(half_width, rel=0.06)
+    assert difference - low == pytest.approx(half_width, rel=0.06)
+
+
+def test_what_is_hard_for_both_widens_nothing_only_if_the_blocks_are_paired():
+    draw = np.random.default_rng(1).normal
+    hard, noise = draw(3.0, 1.0, size=200), draw(0.1, 0.01, size=200)
+    _, low, high = kd.paired_bootstrap(hard + noise, hard, resamples=500)
+    assert 0 < low < 0.1 < high < 0.11
+    _, low, high = kd.paired_bootstrap(hard + noise, hard[::-1], resamples=500)
+    assert low < 0 < high
+
+
+def test_the_draws_follow_from_their_seed():
+    a, b = np.random.default_rng(2).random((2, 9))
+    first, again, other = (kd.paired_bootstrap(a, b, 200, seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (([1.0, 2.0], [1.0]), "shapes"),
+        (([], []), "shapes"),
+        (([[1.0]], [[1.0]]), "shapes"),
+        (([1.0], [1.0], 0), "resamples is 0"),
+    ],
+)
+def test_what_cannot_be_drawn_from_is_refused(given, expected):
+    with pytest.raises(kd.InputError, match=expected):
+        kd.paired_bootstrap(*given)
+
+
 # -- calibration -----------------------------------------------------------------------
 
 
@@ -244,6 +359,14 @@ def test_verbatim_is_the_share_of_runs_that_stand_in_the_training_text(sample, w
 
 QUALITY = ["perplexity", "bits_per_byte", "calibration_error", "kl_to_teacher", "agreement"]
 COSTS = ["parameters", "disk_mb", "memory_mb", "forward_ms", "token_ms"]
+
+
+def test_models_that_cannot_read_the_blocks_are_refused_by_name(
+    model, make_gpt2, blocks, tokenizer
+):
+    short = make_gpt2(layers=1, n_positions=16)
+    with pytest.raises(kd.InputError, match="32 tokens, the small takes at most 16"):
+        kd.compare({"teacher": model, "small": short}, blocks, tokenizer)
 
 
 def test_a_model_is_one_row_and_a_function_the_mean_of_its_seeds(
@@ -378,19 +501,27 @@ def test_every_number_of_a_comparison_is_in_its_text(model, blocks, tokenizer):
     assert all(cell for row in rows[1:] for cell in row)
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0.0, "0.000"),
-        (0.12345, "0.123"),
-        (-0.5, "-0.500"),
-        (1.2345, "1.23"),
-        (12.345, "12.3"),
-        (123.45, "123.5"),
-        (1234.6, "1,235"),
-        (2_345_678, "2.35 M"),
-        (math.nan, "-"),
-    ],
-)
-def test_a_number_has_the_digits_that_matter(value, shown):
-    assert number(value) == shown
+def test_a_number_has_the_digits_that_matter():
+    shown = {
+        0.0: "0.000",
+        -0.5: "-0.500",
+        0.9994: "0.999",
+        1.0: "1.00",
+        10.0: "10.0",
+        123.45: "123.5",
+        999.9: "999.9",
+        1000.0: "1,000",
+        99_999: "99,999",
+        100_000: "1.0 × 10⁵",
+        1_754_000: "1.8 × 10⁶",
+        -3.14e12: "-3.1 × 10¹²",
+        math.nan: "-",
+        math.inf: "∞",
+        -math.inf: "-∞",
+    }
+    assert [number(value) for value in shown] == list(shown.values())
+
+
+def test_what_is_counted_is_shown_in_millions():
+    shown = {4_606_000: "4.61 M", 1_543_210_000: "1,543.21 M", 1e5: "0.10 M", 99_999: "99,999"}
+    assert [number(value, count=True) for value in shown] == list(shown.values())

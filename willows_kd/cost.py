@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.models import eval_mode, max_positions, quiet_transformers
+from willows_kd.models import eval_mode, max_positions, merge_adapters, quiet_transformers
 
 
 def size_on_disk(model) -> int:
     """Bytes of the weights as `save_pretrained` writes them."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         try:
-            model.save_pretrained(folder)
+            merge_adapters(model).save_pretrained(folder)
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(" ".join(str(error).split())) from error
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

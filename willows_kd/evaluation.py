@@ -255,6 +255,9 @@ def compare(
     }
     teacher = teacher or next(iter(made.values()))[0]
     held_out = getattr(blocks, split)
+    for name, group in [("teacher", [teacher]), *made.items()]:
+        for model in group:
+            check_blocks(model, held_out, name)
     training_text = tokenizer.decode(blocks.train.flatten().tolist(), skip_special_tokens=True)
     speed = latency({name: group[0] for name, group in made.items()}, held_out[:1])
     rows = {}

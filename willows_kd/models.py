@@ -421,9 +421,7 @@ def student_from_teacher(
             ).to(teacher.device)
         student.generation_config = copy.deepcopy(teacher.generation_config)
         if not (isinstance(init, str) and init == "random"):
-            check_layers(teacher, student, kept)
             copy_layers(teacher, student, kept)
-            check_student(teacher, student, kept)
     return student
 
 
@@ -553,34 +551,46 @@ def check_layers(teacher, student, kept: list[int]) -> None:
             )
 
 
-def build_of(layer: nn.Module) -> dict[str, object]:
-    """The classes of a layer's modules and their plain attributes, but for its own number.
+# attributes in which layers that compute the same may differ
+OF_NO_LAYER = "^p$|drop|training|idx|index|layer_id|number|store"
 
-    Nor is it part of how a layer is built whether it stores what others share.
-    """
+
+def build_of(layer: nn.Module) -> dict[str, object]:
+    """The classes of a layer's modules, and those of their attributes that make a difference."""
     found = {}
     for name, module in layer.named_modules():
         found[name or "the class"] = type(module).__name__
         for key, value in vars(module).items():
-            plain = isinstance(value, bool | int | str) and not key.startswith("_")
-            if (
-                plain
-                and key != "training"
-                and not re.search("idx|index|layer_id|number|store", key)
-            ):
+            plain = isinstance(value, bool | int | float | str) and not key.startswith("_")
+            if plain and not re.search(OF_NO_LAYER, key):
                 found[f"{name}.{key}".lstrip(".")] = value
     return found
 
 
 def copy_layers(teacher, student, kept: list[int]) -> None:
-    """Give a student its teacher's weights; its layers get those of the layers kept.
+    """Give a student its teacher's weights, with those of the layers kept, and prove it.
 
     Raises:
-        InputError: a weight of either has no place in the other.
+        InputError: a layer is built otherwise than the one it copies, a weight has
+            another shape, or the logits are not the teacher's without its other layers.
     """
-    keys = student.load_state_dict(keep_layers(teacher, kept), strict=False)
-    odd = [*keys.missing_keys, *keys.unexpected_keys]
-    require(not odd, f"its weights are not the teacher's: {', '.join(odd[:2])} is in one alone")
+    renumbered = kept != list(range(len(kept)))
+    scaled = renumbered and getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False)
+    if scaled:
+        warnings.warn(
+            "scale_attn_by_inverse_layer_idx divides attention by a layer's number, which is "
+            "another in the student: it starts a little further from its teacher",
+            stacklevel=3,
+        )
+    else:
+        check_layers(teacher, student, kept)
+    weights, own = keep_layers(teacher, kept), student.state_dict()
+    for name in sorted(weights.keys() | own.keys()):
+        shapes = [tuple(each[name].shape) if name in each else "none" for each in (weights, own)]
+        require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
+    student.load_state_dict(weights)
+    if not scaled:
+        check_student(teacher, student, kept)
 
 
 @torch.no_grad()
@@ -590,13 +600,6 @@ def check_student(teacher, student, kept: list[int]) -> None:
     Raises:
         InputError: they are not the same.
     """
-    if getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
-        warnings.warn(
-            "scale_attn_by_inverse_layer_idx scales attention by a layer's number, which is "
-            "another in the student: it starts a little further from its teacher",
-            stacklevel=3,
-        )
-        return
     ids = torch.arange(1, 13)[None].to(teacher.device) * 7919 % vocabulary_size(teacher)
     with eval_mode(teacher, student):
         with skipped_layers(teacher, kept):
@@ -606,7 +609,7 @@ def check_student(teacher, student, kept: list[int]) -> None:
     require(
         error <= tolerance,
         f"its logits differ by {error:.2g} of their size from the teacher's without the other "
-        "layers; its layers depend on something besides their weights and settings",
+        "layers; a layer of this family depends on its number, or on the layers before it",
     )
 
 
@@ -665,10 +668,16 @@ def layer_stack(model: PreTrainedModel) -> str:
     """
     config = model.config.get_text_config(decoder=True)
     depth = getattr(config, depth_name(config))
-    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())  # no vision layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and module in decoder:
-            return name
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    if found:  # the decoder's rather than those of a part that sees or hears
+        return next(
+            (name for name, module in found.items() if module in decoder), next(iter(found))
+        )
     raise InputError(f"this {config.model_type} model has no list of its {depth} layers")
 
 
