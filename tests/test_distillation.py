@@ -383,7 +383,7 @@ def test_it_trains_inside_no_grad_and_inference_mode(teacher, student, blocks):
 
 def test_a_model_without_a_head_is_refused(teacher, student, blocks):
     for models in ((teacher, student.transformer), (teacher.transformer, student)):
-        with pytest.raises(kd.InputError, match="a GPT2Model, has no language-model head"):
+        with pytest.raises(kd.InputError, match="a GPT2Model, which predicts no tokens"):
             run(*models, blocks)
 
 
