@@ -8,6 +8,7 @@ seen so far, and goes on until `on_step` raises.
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -161,9 +162,10 @@ def random_course(shape: Shape, lines=()) -> Course:
 OnStep = Callable[[dict], None]
 
 
-def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True):
+def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True, dtype="float32"):
     """`kd.distill`, without the look at the validation blocks that the others do not take."""
     teacher = course.cache[0] if cached else course.teacher
+    config = dataclasses.replace(course.config, dtype=dtype)
 
     def train():
         with contextlib.ExitStack() as stack:
@@ -172,7 +174,7 @@ def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True):
             if not chunked:
                 no_stream = patch("willows_kd.distillation.has_linear_head", return_value=False)
                 stack.enter_context(no_stream)
-            kd.distill(teacher, student, course.blocks, course.config, on_step)
+            kd.distill(teacher, student, course.blocks, config, on_step)
 
     return train
 
@@ -314,6 +316,8 @@ LINES = "line by line"
 CONTESTANTS = {
     "ours": ours,
     CACHED: functools.partial(ours, cached=True),
+    "ours, bfloat16": functools.partial(ours, dtype="bfloat16"),
+    "ours, cached teacher, bfloat16": functools.partial(ours, cached=True, dtype="bfloat16"),
     REFERENCE: functools.partial(ours, chunked=False),
     "ours, full-logits loss, cached teacher": functools.partial(ours, cached=True, chunked=False),
     LINES: line_by_line,

@@ -15,6 +15,7 @@ from willows_kd.evaluation import number
 from willows_kd.style import COLOURS, MARKERS, figure
 from willows_kd.style import LINES as LINE_STYLES
 
+NAME_AND_MB = ["contestant", "mb"]
 PACKAGES = ("torch", "transformers", "trl", "nvidia-modelopt", "liger-kernel")
 STUDENTS = {
     "tiny": "the bundled teacher of 6 layers, a student of 3, the book in blocks of 128 tokens",
@@ -30,7 +31,7 @@ the student, the same optimiser and learning rates, 8 blocks of 128 tokens a ste
 {machine}. {versions}.
 
 Other work shares the machine: **read the ratios, not the seconds.** The contestants took turns in
-each round; a ratio is that of one round, and the median over the rounds is given."""
+each round."""
 
 
 def write_report(folder: Path, left_out: dict[str, str]) -> str:
@@ -96,36 +97,46 @@ def parity_section(frame: pd.DataFrame) -> str:
 # -- speed and memory ------------------------------------------------------------------
 
 
-def against(frame: pd.DataFrame, other: str, value="tokens_per_second") -> pd.Series:
-    """The median over the rounds of each contestant's ratio to another one, by contestant."""
+def against(frame: pd.DataFrame, other: str, value="tokens_per_second") -> pd.DataFrame:
+    """Each contestant's ratio to another one, round by round: a row a contestant."""
     rounds = frame.pivot(index="repeat", columns="contestant", values=value)
-    return rounds.div(rounds[other], axis=0).median()[frame["contestant"].unique()]
+    return rounds.div(rounds[other], axis=0).T.loc[frame["contestant"].unique()]
 
 
 def speed_section(frame: pd.DataFrame, memory: pd.DataFrame | None) -> str:
-    """Tokens a second, ratios, share of the limit, memory and set-up, a table a size."""
+    """Best and median tokens a second with their ratios, and memory and set-up, a table a size."""
     told = [f"## Speed and memory ({date(frame)})"]
     for size, rounds in frame.groupby("size", sort=False):
         rounds = rounds.assign(share=rounds["tokens_per_second"] / rounds["limit"])
-        table = rounds.groupby("contestant", sort=False)[["tokens_per_second", "setup"]].median()
-        table["lines"], table["cached"] = against(rounds, LINES), against(rounds, CACHED)
-        table["share"] = rounds.groupby("contestant")["share"].median()
-        table["mb"] = float("nan")
-        if memory is not None:
-            table["mb"] = memory[memory["size"] == size].set_index("contestant")["mb"]
-        head = ["contestant", "tokens/s", f"÷ {LINES}", f"÷ {CACHED}", "of the limit"]
-        rows = [[*head, "peak memory (MB)", "set-up (s)"]]
-        for name, row in table.iterrows():
-            ratios = number(row["lines"]), number(row["cached"]), f"{row['share']:.0%}"
-            rate = number(row["tokens_per_second"])
-            rows.append([name, rate, *ratios, number(row["mb"]), number(row["setup"])])
+        groups = rounds.groupby("contestant", sort=False)
+        rates = groups["tokens_per_second"].agg(["max", "median"]).round(1)
+        ratios, medians = against(rounds, LINES), groups[["setup", "share"]].median()
+        peaks = {} if memory is None else dict(memory[memory["size"] == size][NAME_AND_MB].values)
+        head = [
+            "contestant",
+            "best tokens/s",
+            "ratio",
+            "median tokens/s",
+            "ratio",
+            "ratio by round",
+        ]
+        rows = [[*head, "of the limit", "peak memory (MB)", "set-up (s)"]]
+        for name, rate in rates.iterrows():
+            row = [name]
+            for which in ("max", "median"):
+                row += [f"{rate[which]:,.1f}", f"{rate[which] / rates.loc[LINES, which]:.2f}"]
+            row.append(f"{ratios.loc[name].min():.2f} to {ratios.loc[name].max():.2f}")
+            row += [f"{medians.loc[name, 'share']:.0%}", number(peaks.get(name, float("nan")))]
+            rows.append([*row, number(medians.loc[name, "setup"])])
         many = f"{rounds['blocks'].iloc[0]:,} blocks, {rounds['repeat'].nunique()} rounds"
         told += [f"**{size}**: {STUDENTS[size]}; {many}.", markdown(rows)]
     told.append(
+        f"*Ratio*: the column before it, divided by that of *{LINES}*. *Ratio by round*: the "
+        "smallest and the largest ratio within one round, in which all take turns. "
         "*Of the limit*: the time that the matrix products of a step would take at the rate at "
         "which this machine multiplied matrices of the model's shapes in the same round, as a "
-        "share of the time taken. Counted are the products that each contestant cannot do "
-        "without: the student's three times, the teacher's once, or, cached, its head's. "
+        "share of the time taken; the median. Counted are the products that each contestant "
+        "cannot do without: the student's three times, the teacher's once, or, cached, its head's. "
         "*Peak memory*: resident, beyond teacher and student, in a process of its own. "
         "*Set-up* is left out of tokens/s; for a cached teacher it is one pass of the teacher over "
         "all blocks, which every later epoch and every later run uses again."
@@ -146,7 +157,8 @@ def plot_race(speeds: pd.DataFrame, curves: pd.DataFrame | None):
 
 def draw_speeds(ax, speeds: pd.DataFrame) -> None:
     """Tokens a second as multiples of line by line's, a bar a contestant and size."""
-    ratios = {size: against(rounds, LINES) for size, rounds in speeds.groupby("size", sort=False)}
+    groups = speeds.groupby("size", sort=False)
+    ratios = {size: against(rounds, LINES).median(axis=1) for size, rounds in groups}
     for i, (size, bars) in enumerate(ratios.items()):
         places = np.arange(len(bars)) + (i - (len(ratios) - 1) / 2) * 0.4
         ax.barh(places, bars, 0.38, color=COLOURS[(0, 3)[i]], label=size)
@@ -203,7 +215,7 @@ def loss_section(frame: pd.DataFrame) -> str:
         "beyond the inputs; the gradients, which all must make, are in it."
     ]
     for tokens, rounds in frame.groupby("tokens"):
-        ratios = against(rounds, NAIVE, "seconds")
+        ratios = against(rounds, NAIVE, "seconds").median(axis=1)
         rows = [[f"{tokens:,} tokens", "seconds", f"÷ {NAIVE}", "peak memory (MB)"]]
         medians = rounds.groupby("contestant")[["seconds", "mb"]].median()
         for name in filter(medians.index.__contains__, LOSSES):

@@ -94,6 +94,7 @@ def test_what_the_package_imports_is_required():
     required = {requirement.split(">=")[0] for requirement in GROUPS["dependencies"]}
     # these come with transformers, matplotlib and ipywidgets, which could not do without them
     required |= {"huggingface_hub", "safetensors", "numpy", "cycler", "IPython"}
+    required |= {"peft"}  # optional: imported only if an adapter is loaded
     assert {name: outside(name) - required for name in FILES if outside(name) - required} == {}
 
 
