@@ -4,7 +4,8 @@
 
 All take turns on the same machine, so that a slow moment falls on all of them. First it is
 made sure that all compute the same thing. A contestant whose package is missing or broken
-is named and left out. `pip install -e ".[bench]"` installs the packages; `race_report.py` writes what was found.
+is named and left out.
+`pip install -e ".[bench]"` installs the packages; `race_report.py` writes what was found.
 """
 
 import argparse

@@ -277,7 +277,7 @@ def test_tokens_that_the_teacher_rules_out_get_no_probability(teacher, blocks, f
 def test_a_teacher_without_a_head_or_with_too_few_positions_is_refused(
     teacher, blocks, folder, make_gpt2
 ):
-    with pytest.raises(kd.InputError, match="which predicts no tokens; load it with AutoModelForCausalLM"):
+    with pytest.raises(kd.InputError, match="predicts no tokens; load it with AutoModelFor"):
         kd.cache_teacher(teacher.base_model, blocks, top_k=3, folder=folder)
     with pytest.raises(kd.InputError, match="blocks have 32 tokens, the teacher takes at most 16"):
         kd.cache_teacher(make_gpt2(n_positions=16), blocks, folder=folder)
