@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import willows_kd as kd
-from willows_kd.chunked_loss import chunked_loss
+from willows_kd.chunked_loss import chunked_distillation_loss
 from willows_kd.corpus import split
 from willows_kd.distillation import parameter_groups, steps_of_epoch, warm_up_and_cosine
 
@@ -348,8 +348,8 @@ def naive_loss(hidden, head, teacher_hidden, teacher_head, labels):
 
 
 def our_loss(hidden, head, teacher_hidden, teacher_head, labels):
-    """`willows_kd.chunked_loss`."""
-    return chunked_loss(hidden, head, teacher_hidden, teacher_head, labels)[0]
+    """`willows_kd.chunked_distillation_loss`."""
+    return chunked_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels)[0]
 
 
 def liger_loss(hidden, head, teacher_hidden, teacher_head, labels):

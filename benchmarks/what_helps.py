@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results"
 SOFT = dict(temperature=1.0, alpha=0.0, learning_rate=2e-3)
 HARD = dict(temperature=1.0, alpha=1.0, learning_rate=4e-4)
+TITLES = {"transfer_sets": "Which text?", "temperatures": "Which temperature, which alpha?"}
 MEASURES = ("ratio", "kl_to_teacher", "agreement")
 
 
@@ -127,7 +128,8 @@ def write(measured: pd.DataFrame) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for name, chosen in tables.items():
         measured[chosen].to_csv(STORED / f"{name}.csv", index=False, float_format="%.6g")
-        (RESULTS / f"{name}.md").write_text(as_table(measured[chosen]), encoding="utf-8")
+        text = f"# {TITLES[name]}\n\n{as_table(measured[chosen])}"
+        (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def as_table(runs: pd.DataFrame) -> str:

@@ -7,8 +7,8 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-SERIES = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("[0-9]*.ipynb"))
+SERIES = sorted(NOTEBOOKS.glob("[0-9A]*.ipynb"))  # numbered notebooks, then appendices
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("[0-9A]*.ipynb"))
 
 
 def turn_dial(path: Path, **values):

@@ -40,7 +40,7 @@ def things(teacher, tokenizer, story, blocks, tmp_path):
     return Things(teacher, tokenizer, story, blocks, tmp_path)
 
 
-def stream(**changes):
+def chunked(**changes):
     given = {
         "student_hidden": HIDDEN,
         "student_head": HEAD,
@@ -48,206 +48,259 @@ def stream(**changes):
         "teacher_head": HEAD,
         "labels": LABELS,
     }
-    return kd.chunked_loss(**(given | changes))
+    return kd.chunked_distillation_loss(**(given | changes))
 
 
+# A row is a rule: what is said, and the calls that break it.
 BAD = {
     # reading and packing
-    "load_corpus(5)": (lambda t: kd.load_corpus(5), "the source is 5; give the path"),
-    "load_corpus('')": (lambda t: kd.load_corpus(""), "give the path of a text file"),
-    "load_corpus(bytes)": (lambda t: kd.load_corpus(b"book.txt"), "give the path of a text file"),
-    "load_corpus(null)": (lambda t: kd.load_corpus("a\0b"), "cannot be read"),
-    "load_corpus(missing)": (lambda t: kd.load_corpus(t.folder / "no.txt"), "does not exist"),
-    "load_corpus(directory)": (lambda t: kd.load_corpus(t.folder), "is a directory"),
-    "load_corpus(empty)": (lambda t: kd.load_corpus(t.file(b"")), "holds no text"),
-    "load_corpus(blank)": (lambda t: kd.load_corpus(t.file(b" \r\n\t ")), "holds no text"),
-    "load_corpus(binary)": (lambda t: kd.load_corpus(t.file(bytes(range(32)) * 9)), "is not text"),
-    "load_corpus(surrogate)": (
-        lambda t: kd.load_corpus(t.file(b"\xff\xfe" + 50 * b"\x00\xd8a\x00")),
+    "a source is a path": (
+        "give the path of a text file",
+        lambda t: kd.load_corpus(5),
+        lambda t: kd.load_corpus(""),
+        lambda t: kd.load_corpus(b"book.txt"),
+    ),
+    "a source can be read": ("cannot be read", lambda t: kd.load_corpus("a\0b")),
+    "a source exists": ("does not exist", lambda t: kd.load_corpus(t.folder / "no.txt")),
+    "a source is a file": ("is a directory", lambda t: kd.load_corpus(t.folder)),
+    "a source holds text": (
+        "holds no text",
+        lambda t: kd.load_corpus(t.file(b"")),
+        lambda t: kd.load_corpus(t.file(b" \r\n\t ")),
+    ),
+    "a source is text": (
         "is not text",
+        lambda t: kd.load_corpus(t.file(bytes(range(32)) * 9)),
+        lambda t: kd.load_corpus(t.file(b"\xff\xfe" + 50 * b"\x00\xd8a\x00")),
     ),
-    "pack(text)": (lambda t: kd.pack("text", t.tokenizer), "give what load_corpus returns"),
-    "pack(swapped)": (lambda t: kd.pack(t.tokenizer, t.story), "give what load_corpus returns"),
-    "pack(no tokenizer)": (lambda t: kd.pack(t.story, None), "give that of the teacher"),
-    "pack(1)": (lambda t: kd.pack(t.story, t.tokenizer, 1), "needs at least 2 tokens"),
-    "pack(-5)": (lambda t: kd.pack(t.story, t.tokenizer, -5), "needs at least 2 tokens"),
-    "pack(2.5)": (lambda t: kd.pack(t.story, t.tokenizer, 2.5), "a whole number, at least 2"),
-    "pack('128')": (lambda t: kd.pack(t.story, t.tokenizer, "128"), "a whole number, at least 2"),
-    "pack(nan)": (lambda t: kd.pack(t.story, t.tokenizer, math.nan), "a whole number, at least 2"),
-    "pack(1e9)": (lambda t: kd.pack(t.story, t.tokenizer, 10**9), "is too short"),
+    "a corpus is packed": (
+        "give what load_corpus returns",
+        lambda t: kd.pack("text", t.tokenizer),
+        lambda t: kd.pack(t.tokenizer, t.story),
+    ),
+    "packing needs a tokenizer": ("give that of the teacher", lambda t: kd.pack(t.story, None)),
+    "a block has two tokens": (
+        "needs at least 2 tokens",
+        lambda t: kd.pack(t.story, t.tokenizer, 1),
+        lambda t: kd.pack(t.story, t.tokenizer, -5),
+    ),
+    "a block size is a whole number": (
+        "a whole number, at least 2",
+        lambda t: kd.pack(t.story, t.tokenizer, 2.5),
+        lambda t: kd.pack(t.story, t.tokenizer, "128"),
+        lambda t: kd.pack(t.story, t.tokenizer, math.nan),
+    ),
+    "a text fills a block": ("is too short", lambda t: kd.pack(t.story, t.tokenizer, 10**9)),
     # models
-    "load_teacher(5)": (lambda t: kd.load_teacher(5), "the model is 5; give a directory"),
-    "load_teacher('')": (lambda t: kd.load_teacher(""), "give a directory or a name"),
-    "load_teacher(' ')": (lambda t: kd.load_teacher(" "), "give a directory or a name"),
-    "load_teacher(null)": (lambda t: kd.load_teacher("a\0b"), "the model hub did not give it"),
-    "load_teacher(file)": (lambda t: kd.load_teacher(t.file()), "is a file"),
-    "load_teacher(empty)": (lambda t: kd.load_teacher(t.folder), "no config.json"),
-    "load_student(no tokenizer)": (
-        lambda t: kd.load_student(kd.models.BUNDLED_TEACHER, None),
+    "a model is named": (
+        "give a directory or a name",
+        lambda t: kd.load_teacher(""),
+        lambda t: kd.load_teacher(" "),
+    ),
+    "a model's name is text": ("the model is 5; give a directory", lambda t: kd.load_teacher(5)),
+    "a model's name is one": ("the model hub did not", lambda t: kd.load_teacher("a\0b")),
+    "a model is no file": ("is a file", lambda t: kd.load_teacher(t.file())),
+    "a model has a config": ("no config.json", lambda t: kd.load_teacher(t.folder)),
+    "a student needs a tokenizer": (
         "give that of the teacher",
+        lambda t: kd.load_student(kd.models.BUNDLED_TEACHER, None),
     ),
-    "student(0)": (lambda t: kd.student_from_teacher(t.teacher, 0), "allows 1 to 4"),
-    "student(5)": (lambda t: kd.student_from_teacher(t.teacher, 5), "allows 1 to 4"),
-    "student(2.5)": (lambda t: kd.student_from_teacher(t.teacher, 2.5), "allows 1 to 4"),
-    "student('2')": (lambda t: kd.student_from_teacher(t.teacher, "2"), "allows 1 to 4"),
-    "student(True)": (lambda t: kd.student_from_teacher(t.teacher, True), "allows 1 to 4"),
-    "student(pair)": (
+    "a student has one to all layers": (
+        "allows 1 to 4",
+        lambda t: kd.student_from_teacher(t.teacher, 0),
+        lambda t: kd.student_from_teacher(t.teacher, 5),
+        lambda t: kd.student_from_teacher(t.teacher, 2.5),
+        lambda t: kd.student_from_teacher(t.teacher, "2"),
+        lambda t: kd.student_from_teacher(t.teacher, True),
+    ),
+    "a teacher comes without its tokenizer": (
+        "teacher is a tuple",
         lambda t: kd.student_from_teacher((t.teacher, t.tokenizer)),
-        "teacher is a tuple; give a model: teacher, tokenizer = load_teacher()",
+        lambda t: kd.distill((t.teacher, t.tokenizer), t.student, t.blocks),
     ),
-    "complete(prompt)": (lambda t: kd.complete(t.teacher, t.tokenizer, 5), "prompt is an int"),
-    "complete(no prompt)": (lambda t: kd.complete(t.teacher, t.tokenizer, None), "give a text"),
-    "complete(0 tokens)": (lambda t: kd.complete(t.teacher, t.tokenizer, "A", 0), "at least 1"),
-    "complete(-1 tokens)": (lambda t: kd.complete(t.teacher, t.tokenizer, "A", -1), "at least 1"),
-    "complete(T=-1)": (lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, -1), "at least 0"),
-    "complete(T=nan)": (
-        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.nan),
-        "temperature is nan",
-    ),
-    "complete(T=inf)": (
-        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.inf),
-        "temperature is inf",
-    ),
-    "complete(seed)": (
-        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, seed=2**70),
-        "from 0 to 2**64 - 1",
-    ),
-    "complete(top_k)": (
-        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, top_k=-1),
-        "0 for all tokens",
-    ),
-    "complete(pair)": (
-        lambda t: kd.complete((t.teacher, t.tokenizer), t.tokenizer, "A"),
+    "a model comes without its tokenizer": (
         "model is a tuple",
+        lambda t: kd.complete((t.teacher, t.tokenizer), t.tokenizer, "A"),
     ),
-    "save_model(file)": (
-        lambda t: kd.save_model(t.student, t.tokenizer, t.file()),
+    "a prompt is a text": (
+        "give a text",
+        lambda t: kd.complete(t.teacher, t.tokenizer, 5),
+        lambda t: kd.complete(t.teacher, t.tokenizer, None),
+    ),
+    "a completion has tokens": (
+        "at least 1",
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 0),
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", -1),
+    ),
+    "a sampling temperature is not negative": (
+        "at least 0",
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, -1),
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.nan),
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.inf),
+    ),
+    "a seed fits torch": (
+        "from 0 to 2**64 - 1",
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, seed=2**70),
+    ),
+    "sampling among k": (
+        "0 for all tokens",
+        lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, top_k=-1),
+    ),
+    "a model is saved in a directory": (
         "is a file; give a directory",
+        lambda t: kd.save_model(t.student, t.tokenizer, t.file()),
     ),
     # soft labels and losses
-    "soften(T=0)": (lambda t: kd.soften(LOGITS, 0), "a positive, finite number"),
-    "soften(T='2')": (lambda t: kd.soften(LOGITS, "2"), "a positive, finite number"),
-    "soften(T=None)": (lambda t: kd.soften(LOGITS, None), "a positive, finite number"),
-    "soften(list)": (lambda t: kd.soften([1.0, 2.0]), "logits are a list; give a tensor"),
-    "top_k(0)": (lambda t: kd.top_k(LOGITS, 0), "a whole number from 1 to 10"),
-    "top_k(11)": (lambda t: kd.top_k(LOGITS, 11), "a whole number from 1 to 10"),
-    "top_k(2.5)": (lambda t: kd.top_k(LOGITS, 2.5), "a whole number from 1 to 10"),
-    "forward_kl(shapes)": (lambda t: kd.forward_kl(LOGITS, LOGITS[:1]), "they must be equal"),
-    "reverse_kl(T=nan)": (lambda t: kd.reverse_kl(LOGITS, LOGITS, math.nan), "temperature is nan"),
-    "jensen_shannon(beta=1)": (
-        lambda t: kd.jensen_shannon(LOGITS, LOGITS, beta=1),
+    "a temperature is positive": (
+        "a positive, finite number",
+        lambda t: kd.soften(LOGITS, 0),
+        lambda t: kd.soften(LOGITS, "2"),
+        lambda t: kd.soften(LOGITS, None),
+        lambda t: kd.reverse_kl(LOGITS, LOGITS, math.nan),
+    ),
+    "logits are a tensor": ("give a tensor", lambda t: kd.soften([1.0, 2.0])),
+    "k is one to all tokens": (
+        "a whole number from 1 to 10",
+        lambda t: kd.top_k(LOGITS, 0),
+        lambda t: kd.top_k(LOGITS, 11),
+        lambda t: kd.top_k(LOGITS, 2.5),
+    ),
+    "teacher and student have one shape": (
+        "must be equal",
+        lambda t: kd.forward_kl(LOGITS, LOGITS[:1]),
+        lambda t: chunked(teacher_hidden=HIDDEN[:3]),
+        lambda t: chunked(teacher_head=HEAD[:9]),
+    ),
+    "beta lies inside": (
         "between 0 and 1, both excluded",
+        lambda t: kd.jensen_shannon(LOGITS, LOGITS, beta=1),
     ),
-    "total_variation(mask)": (
-        lambda t: kd.total_variation(LOGITS, LOGITS, 1.0, torch.ones(3, 2)),
+    "a mask has the tokens' shape": (
         "the mask has shape (3, 2); it must have (2, 3)",
+        lambda t: kd.total_variation(LOGITS, LOGITS, 1.0, torch.ones(3, 2)),
     ),
-    "hard_label_loss(shape)": (
-        lambda t: kd.hard_label_loss(LOGITS, torch.zeros(2, 2, dtype=torch.long)),
+    "labels have the tokens' shape": (
         "of shape (2, 3)",
+        lambda t: kd.hard_label_loss(LOGITS, torch.zeros(2, 2, dtype=torch.long)),
     ),
-    "hard_label_loss(floats)": (
-        lambda t: kd.hard_label_loss(LOGITS, torch.zeros(2, 3)),
+    "labels are token ids": (
         "they must be token ids",
+        lambda t: kd.hard_label_loss(LOGITS, torch.zeros(2, 3)),
     ),
-    "mix(2)": (lambda t: kd.mix(1.0, 1.0, 2), "between 0 (soft only) and 1 (hard only)"),
-    "mix(nan)": (lambda t: kd.mix(1.0, 1.0, math.nan), "alpha is nan"),
-    "shift(2-D)": (lambda t: kd.shift(LOGITS[0], LABELS), "(batch, block_size, vocabulary)"),
-    "shift(lengths)": (lambda t: kd.shift(LOGITS, torch.zeros(2, 4)), "do not go with ids"),
-    "chunked_loss(alpha)": (lambda t: stream(alpha=2), "alpha is 2"),
-    "chunked_loss(divergence)": (lambda t: stream(divergence="l2"), "one of forward_kl"),
-    "chunked_loss(chunk)": (lambda t: stream(chunk=0), "at least 1 token"),
-    "chunked_loss(labels)": (lambda t: stream(labels=LABELS[:3]), "of shape (4,)"),
-    "chunked_loss(tokens)": (lambda t: stream(teacher_hidden=HIDDEN[:3]), "must be equal"),
-    "chunked_loss(vocabulary)": (lambda t: stream(teacher_head=HEAD[:9]), "must be equal"),
-    "chunked_loss(no teacher)": (
-        lambda t: stream(teacher_hidden=None, teacher_head=None),
+    "alpha is a share": (
+        "between 0 (soft only) and 1 (hard only)",
+        lambda t: kd.mix(1.0, 1.0, 2),
+        lambda t: kd.mix(1.0, 1.0, math.nan),
+        lambda t: chunked(alpha=2),
+    ),
+    "logits to shift are whole blocks'": (
+        "(batch, block_size, vocabulary)",
+        lambda t: kd.shift(LOGITS[0], LABELS),
+    ),
+    "ids to shift go with logits": (
+        "do not go with ids",
+        lambda t: kd.shift(LOGITS, torch.zeros(2, 4)),
+    ),
+    "a divergence is known": ("one of forward_kl", lambda t: chunked(divergence="l2")),
+    "a chunk has tokens": ("at least 1 token", lambda t: chunked(chunk=0)),
+    "chunked labels are one per token": ("of shape (4,)", lambda t: chunked(labels=LABELS[:3])),
+    "a divergence needs a teacher": (
         "the teacher's hidden states and output weights are needed",
+        lambda t: chunked(teacher_hidden=None, teacher_head=None),
     ),
     # training
-    "distill(pair)": (
-        lambda t: kd.distill((t.teacher, t.tokenizer), t.student, t.blocks),
-        "teacher is a tuple",
-    ),
-    "distill(itself)": (
-        lambda t: kd.distill(t.teacher, t.teacher, t.blocks),
+    "a student is not its teacher": (
         "make the student with student_from_teacher",
+        lambda t: kd.distill(t.teacher, t.teacher, t.blocks),
     ),
-    "distill(tensor)": (
-        lambda t: kd.distill(t.teacher, t.student, t.blocks.train),
-        "blocks are a Tensor; give what pack returns",
-    ),
-    "distill(dict)": (
-        lambda t: kd.distill(t.teacher, t.student, t.blocks, {}),
-        "config is a dict; give a DistillConfig",
-    ),
-    "distill(frozen)": (
-        lambda t: kd.distill(t.teacher, t.frozen(), t.blocks),
-        "set requires_grad_(True)",
-    ),
-    "distill(long blocks)": (
-        lambda t: kd.distill(t.teacher, t.student, t.long()),
-        "blocks have 65 tokens, the teacher takes at most 64",
-    ),
-    "distill(resume nothing)": (
-        lambda t: kd.distill(t.teacher, t.student, t.blocks, resume=True),
-        "name the folder",
-    ),
-    "distill(checkpoints in a file)": (
-        lambda t: kd.distill(t.teacher, t.student, t.blocks, checkpoints=t.file() / "below"),
-        "cannot be written",
-    ),
-    "Checkpoints(-1)": (lambda t: Checkpoints(t.folder / "new", -1), "must be at least 0"),
-    "cache_teacher(dtype)": (
-        lambda t: kd.cache_teacher(t.teacher, t.blocks, "int8"),
-        "one of float32, float16",
-    ),
-    "cache_teacher(top_k)": (
-        lambda t: kd.cache_teacher(t.teacher, t.blocks, top_k=0),
-        "from 1 to 4095",
-    ),
-    "cache_teacher(tensor)": (
-        lambda t: kd.cache_teacher(t.teacher, t.blocks.train),
+    "blocks come from pack": (
         "give what pack returns",
+        lambda t: kd.distill(t.teacher, t.student, t.blocks.train),
+        lambda t: kd.cache_teacher(t.teacher, t.blocks.train),
+    ),
+    "settings are a DistillConfig": (
+        "config is a dict; give a DistillConfig",
+        lambda t: kd.distill(t.teacher, t.student, t.blocks, {}),
+    ),
+    "a student can learn": (
+        "set requires_grad_(True)",
+        lambda t: kd.distill(t.teacher, t.frozen(), t.blocks),
+    ),
+    "blocks fit the teacher": (
+        "blocks have 65 tokens, the teacher takes at most 64",
+        lambda t: kd.distill(t.teacher, t.student, t.long()),
+    ),
+    "resuming needs a folder": (
+        "name the folder",
+        lambda t: kd.distill(t.teacher, t.student, t.blocks, resume=True),
+    ),
+    "checkpoints can be written": (
+        "cannot be written",
+        lambda t: kd.distill(t.teacher, t.student, t.blocks, checkpoints=t.file() / "below"),
+    ),
+    "minutes between checkpoints": (
+        "must be at least 0",
+        lambda t: Checkpoints(t.folder / "new", -1),
+    ),
+    "a cache's precision is known": (
+        "one of float32, float16",
+        lambda t: kd.cache_teacher(t.teacher, t.blocks, "int8"),
+    ),
+    "a cache keeps some tokens": (
+        "from 1 to 4095",
+        lambda t: kd.cache_teacher(t.teacher, t.blocks, top_k=0),
     ),
     # measuring
-    "quality(blocks)": (lambda t: kd.quality(t.teacher, t.blocks), "such as Blocks.test"),
-    "quality(one row)": (lambda t: kd.quality(t.teacher, t.ids[0]), "(blocks, block_size)"),
-    "quality(none)": (lambda t: kd.quality(t.teacher, t.ids[:0]), "at least one block"),
-    "quality(ids)": (lambda t: kd.quality(t.teacher, t.ids + 5000), "the model knows 4096"),
-    "compare(list)": (lambda t: kd.compare([t.teacher], t.blocks, t.tokenizer), "in a dict"),
-    "compare(none)": (lambda t: kd.compare({}, t.blocks, t.tokenizer), "at least one"),
-    "compare(split)": (
-        lambda t: kd.compare({"teacher": t.teacher}, t.blocks, t.tokenizer, split="tests"),
+    "one split is measured": (
+        "such as Blocks.test",
+        lambda t: kd.quality(t.teacher, t.blocks),
+    ),
+    "blocks are rows": ("(blocks, block_size)", lambda t: kd.quality(t.teacher, t.ids[0])),
+    "there is a block": ("at least one block", lambda t: kd.quality(t.teacher, t.ids[:0])),
+    "ids are known": ("the model knows 4096", lambda t: kd.quality(t.teacher, t.ids + 5000)),
+    "models have names": (
+        "in a dict",
+        lambda t: kd.compare([t.teacher], t.blocks, t.tokenizer),
+    ),
+    "there is a model": ("at least one", lambda t: kd.compare({}, t.blocks, t.tokenizer)),
+    "a split is held out": (
         "must be test or validation",
+        lambda t: kd.compare({"teacher": t.teacher}, t.blocks, t.tokenizer, split="tests"),
     ),
-    "verbatim(0)": (lambda t: kd.verbatim("a b", "a b", 0), "at least 1"),
-    "latency(blocks)": (lambda t: kd.latency({"a": t.teacher}, t.blocks), "(batch, tokens)"),
-    "latency(repeats)": (lambda t: kd.latency({"a": t.teacher}, t.ids, 2, 0), "repeats is 0"),
-    "latency(tokens)": (lambda t: kd.latency({"a": t.teacher}, t.ids, 0), "new_tokens is 0"),
-    "peak_memory(blocks)": (lambda t: kd.peak_memory(t.teacher, t.blocks), "(batch, tokens)"),
+    "words in a row": ("at least 1", lambda t: kd.verbatim("a b", "a b", 0)),
+    "costs are measured on ids": (
+        "(batch, tokens)",
+        lambda t: kd.latency({"a": t.teacher}, t.blocks),
+        lambda t: kd.peak_memory(t.teacher, t.blocks),
+    ),
+    "latency is repeated": ("repeats is 0", lambda t: kd.latency({"a": t.teacher}, t.ids, 2, 0)),
+    "latency of tokens": ("new_tokens is 0", lambda t: kd.latency({"a": t.teacher}, t.ids, 0)),
     # drawing
-    "plot_history()": (lambda t: kd.plot_history({}), "give what distill returned"),
-    "plot_history(none)": (lambda t: kd.plot_history({"a": []}), "give what distill returned"),
-    "explore_temperature()": (
-        lambda t: kd.explore_temperature(t.teacher, t.tokenizer, []),
-        "at least one text",
+    "a history has steps": (
+        "give what distill returned",
+        lambda t: kd.plot_history({}),
+        lambda t: kd.plot_history({"a": []}),
     ),
-    "explore_tokens('')": (
-        lambda t: kd.explore_tokens(t.teacher, t.student, t.tokenizer, ""),
+    "there is a text to explore": (
+        "at least one text",
+        lambda t: kd.explore_temperature(t.teacher, t.tokenizer, []),
+    ),
+    "a text has tokens to predict": (
         "at least two tokens",
+        lambda t: kd.explore_tokens(t.teacher, t.student, t.tokenizer, ""),
     ),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_used_is_refused_in_one_line(name, things, tmp_path):
-    call, said = BAD[name]
+@pytest.mark.parametrize("rule", BAD)
+def test_what_cannot_be_used_is_refused_in_one_line(rule, things, tmp_path):
+    said, *calls = BAD[rule]
     weights = copy.deepcopy(things.student).state_dict()
-    with pytest.raises(kd.InputError) as refused:
-        call(things)
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    for call in calls:
+        with pytest.raises(kd.InputError) as refused:
+            call(things)
+        assert said in str(refused.value)
+        assert "\n" not in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"file.txt", "cache"}
     after = things.student.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
@@ -266,13 +319,13 @@ ODD_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_TEXTS)
-def test_odd_texts_are_read_and_packed(name, tokenizer, tmp_path, recwarn):
-    (tmp_path / "text.txt").write_bytes(ODD_TEXTS[name].encode())
-    corpus = kd.load_corpus(tmp_path / "text.txt")
-    blocks = kd.pack(corpus, tokenizer, block_size=64)
-    assert min(map(len, (blocks.train, blocks.validation, blocks.test))) >= 1
-    assert "\0" not in corpus.text
+def test_odd_texts_are_read_and_packed(tokenizer, tmp_path):
+    for name, text in ODD_TEXTS.items():
+        (tmp_path / "text.txt").write_bytes(text.encode())
+        corpus = kd.load_corpus(tmp_path / "text.txt")
+        blocks = kd.pack(corpus, tokenizer, block_size=64)
+        assert min(map(len, (blocks.train, blocks.validation, blocks.test))) >= 1, name
+        assert "\0" not in corpus.text, name
 
 
 def test_an_odd_prompt_is_continued(teacher, tokenizer):

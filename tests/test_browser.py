@@ -4,7 +4,7 @@ Needs Chromium (Debian: `apt-get install chromium`); skipped where there is none
 Screenshots of each notebook are left in tests/artifacts/.
 """
 
-import contextlib
+import json
 import os
 import shutil
 import socket
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from jupyter_client import BlockingKernelClient
 from notebook_runs import NOTEBOOKS, SERIES, small
 
 CHROMIUM = (
@@ -32,24 +33,28 @@ FLAGS = [
     "--no-first-run",
     "--disable-quic",
 ]
-MINUTES = 60_000  # milliseconds
+MINUTES = 60_000  # one of them, in milliseconds
 # Every cell in the page, seen or not; no pop-up with news of Jupyter.
 SETTINGS = {
     "notebook-extension/tracker": '{"windowingMode": "none"}',
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
 }
-STARTED = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
-    .some(prompt => prompt.textContent.match(/[*0-9]/))"""
-IDLE = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
-RAN = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
-    .every(prompt => prompt.textContent.match(/[0-9]/))"""
+# Through JupyterLab's own commands, which report the end: a click on a menu may come too early.
+RUN_ALL = """async () => {
+    await jupyterapp.restored;
+    const panel = jupyterapp.shell.currentWidget;
+    await panel.context.ready;
+    await panel.sessionContext.ready;
+    jupyterapp.commands.execute("notebook:run-all-cells").then(() => { window.ran = true; });
+}"""
 
 # an error's traceback, or what was written to stderr; by version they are told apart or not
 TROUBLE = ", ".join(f'[data-mime-type="application/vnd.jupyter.{n}"]' for n in ("error", "stderr"))
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found: `apt-get install chromium` (or your system's way)"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: `apt-get install chromium`"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +73,11 @@ def lab(tmp_path_factory):
         port = probe.getsockname()[1]
     command = f"-m jupyter lab --no-browser --port={port} --allow-root".split()
     command += ["--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}"]
+    command += ["--ServerApp.disable_check_xsrf=True", "--LabApp.expose_app_in_browser=True"]
     story = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
     places = {
         "JUPYTER_CONFIG_DIR": str(folder / ".config"),
+        "JUPYTER_RUNTIME_DIR": str(folder / ".runtime"),
         "XDG_CACHE_HOME": str(folder / ".cache"),
     }
     environment = {**os.environ, **places, "WILLOWS_KD_CORPUS": str(story), "HF_HUB_OFFLINE": "1"}
@@ -78,7 +85,7 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(
             [sys.executable, *command], stdout=log, stderr=log, env=environment, cwd=folder
         )
-    address = f"http://127.0.0.1:{port}/lab"
+    address = f"http://127.0.0.1:{port}"
     try:
         wait_until_answering(address)
         yield SimpleNamespace(address=address, folder=folder)
@@ -108,9 +115,24 @@ def wait_until_answering(address: str, seconds: float = 120) -> None:
             time.sleep(0.5)
 
 
-def sync_api():
-    """Playwright, where it is installed."""
-    return pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
+def start_kernel(lab, name: str) -> None:
+    """Start a notebook's kernel and return when it answers.
+
+    JupyterLab connects twice to a kernel that is slow to start, and forgets what it sent
+    before: so the page is opened only when the kernel is ready.
+    """
+    kernel = {"kernel": {"name": "python3"}, "name": name, "path": name, "type": "notebook"}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"{lab.address}/api/sessions", json.dumps(kernel).encode(), headers
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        number = json.load(answer)["kernel"]["id"]
+    client = BlockingKernelClient()
+    client.load_connection_file(str(lab.folder / ".runtime" / f"kernel-{number}.json"))
+    client.start_channels()
+    client.kernel_info(reply=True, timeout=120)
+    client.stop_channels()
 
 
 HOSTILE = """<img src=x onerror="document.title='broken in'"><script>document.title=1</script>"""
@@ -145,7 +167,8 @@ def hostile(lab):
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium."""
-    with sync_api().sync_playwright() as engine:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
+    with sync_api.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
@@ -155,43 +178,17 @@ def browser():
 def opened(lab, browser, request):
     """A page with a notebook opened and run from top to bottom; a screenshot afterwards."""
     path = request.getfixturevalue("hostile") if request.param == "hostile" else request.param
+    start_kernel(lab, path.name)
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
-    page.goto(f"{lab.address}/tree/{path.name}?reset")
-    page.wait_for_selector(".jp-Notebook", timeout=2 * MINUTES)
-    page.wait_for_selector(IDLE, timeout=2 * MINUTES)
     try:
-        run_all(page)
-        wait_until_run(page)
+        page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
+        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
+        page.evaluate(RUN_ALL)
+        page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
         yield page
     finally:
         photograph(page, ARTIFACTS / f"{path.stem}.png")
         page.close()
-
-
-def run_all(page) -> None:
-    """Ask for all cells to be run, again where a menu that was still loading did not hear it."""
-    for _ in range(4):
-        page.click('.lm-MenuBar-item:has-text("Run")')
-        page.click('[data-command="runmenu:run-all"]')
-        with contextlib.suppress(sync_api().TimeoutError):
-            page.wait_for_function(STARTED, timeout=MINUTES / 3)
-            return
-        page.keyboard.press("Escape")
-
-
-def wait_until_run(page) -> None:
-    """Return when all cells have run; asks again where JupyterLab lost the kernel on the way.
-
-    On a busy machine a kernel that is slow to start is connected to twice, and what was
-    sent to it before is forgotten: cells wait, and the kernel has nothing to do.
-    """
-    for _ in range(15):  # minutes: cores may be busy
-        with contextlib.suppress(sync_api().TimeoutError):
-            page.wait_for_function(RAN, timeout=MINUTES)
-            return
-        if page.query_selector(IDLE):
-            run_all(page)
-    page.wait_for_function(RAN, timeout=MINUTES)
 
 
 def photograph(page, path: Path) -> None:

@@ -30,6 +30,7 @@ from transformers import (
 from willows_kd import commands, corpus, evaluation, gutenberg, models
 from willows_kd.checkpoints import Checkpoints
 from willows_kd.cli import main, parse
+from willows_kd.errors import WriteError
 
 ROOT = Path(__file__).parent.parent
 SENTENCE = "the mole and the rat went down to the river in a boat of their own by the wood"
@@ -69,9 +70,6 @@ def place(tokenizer, tmp_path_factory):
     save(place / "stranger", larger, n_layer=1)
     (place / "text.txt").write_text(make_text(1000), encoding="utf-8")
     (place / "short.txt").write_text("The Mole had been working.\n", encoding="utf-8")
-    (place / "empty.txt").touch()
-    (place / "blank.txt").write_text(" \n\t\n\n", encoding="utf-8")
-    (place / "binary.bin").write_bytes(bytes(range(256)) * 40)
     (place / "folder").mkdir()
     (place / "folder" / "poem.txt").write_text("by me")
     return place
@@ -87,6 +85,7 @@ def command_line(place: Path, output: Path, *more: str, without: str = "") -> li
         "block_size": 32,
         "batch_size": 8,
         "device": "cpu",
+        "dtype": "float32",
     }
     usual.pop(without, None)
     return ["distill", *(word for k, v in usual.items() for word in (f"--{k}", str(v))), *more]
@@ -204,7 +203,7 @@ def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place
         "epochs": 2,
         "epochs_finished": 2,
         "batch_size": 8,
-        "temperature": 2.0,
+        "temperature": 1.0,
         "alpha": 0.0,
         "divergence": "forward_kl",
         "seed": 3,
@@ -216,7 +215,7 @@ def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place
 def test_the_model_card_holds_the_settings_and_the_table_that_was_shown(good_run):
     card = (good_run.folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "- temperature: 2.0\n" in card
+    assert "- temperature: 1.0\n" in card
     table = [line for line in good_run.out if line.startswith("|")]
     assert "\n".join(table) in card
 
@@ -252,12 +251,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(distil, tm
 # -- options ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [1, 3, 4])
-def test_layers_sets_the_depth_of_the_student(layers, distil, tmp_path, capsys):
-    assert distil("--layers", str(layers)) == 0
-    assert f"Loading student model ({layers} of the teacher's layers)" in capsys.readouterr().out
+def test_layers_sets_the_depth_of_the_student(distil, tmp_path, capsys):
+    assert distil("--layers", "3") == 0
+    assert "Loading student model (3 of the teacher's layers)" in capsys.readouterr().out
     config = json.loads((tmp_path / "student" / "config.json").read_text())
-    assert config["n_layer"] == layers
+    assert config["n_layer"] == 3
 
 
 def test_a_student_made_elsewhere_is_trained_as_it_is(distil, place, tmp_path, capsys):
@@ -278,62 +276,29 @@ def test_a_student_with_a_padded_head_is_trained_on_the_shared_tokens(
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("alpha", "asked_for"),
-    [("0", ["soft_loss"]), ("0.5", ["soft_loss", "hard_loss"]), ("1", ["hard_loss"])],
-)
-def test_alpha_chooses_between_the_soft_and_the_hard_labels(alpha, asked_for, distil, tmp_path):
-    assert distil("--alpha", alpha) == 0
-    history = history_of(tmp_path / "student")
-    found = [name for name in ("soft_loss", "hard_loss") if history[name].notna().all()]
-    assert found == asked_for
-    weights = [float(alpha) if name == "hard_loss" else 1 - float(alpha) for name in found]
-    mixed = sum(w * history[name] for w, name in zip(weights, found, strict=True))
-    assert history["loss"].tolist() == pytest.approx(mixed.tolist(), rel=1e-5)
-
-
-def test_accumulation_makes_of_two_batches_one_step(distil, tmp_path):
-    histories = {}
-    for batch, steps in [(8, 1), (4, 2), (4, 1)]:
-        options = f"--batch_size {batch} --gradient_accumulation_steps {steps}".split()
-        assert distil(*options) == 0
-        histories[batch, steps] = history_of(tmp_path / "student")
-    assert len(histories[4, 2]) == len(histories[8, 1]) < len(histories[4, 1])
-    for name in ("loss", "gradient_norm"):
-        one, two = (histories[k][name].tolist() for k in [(8, 1), (4, 2)])
-        assert one == pytest.approx(two, rel=1e-3)
-
-
-def test_bfloat16_is_for_the_arithmetic_and_the_weights_stay_float32(distil, tmp_path):
-    kept = {}
-    for dtype in ("float32", "bfloat16"):
-        assert distil("--dtype", dtype) == 0
-        assert settings_of(tmp_path / "student")["dtype"] == dtype
-        kept[dtype] = load_file(tmp_path / "student" / "model.safetensors")
-    assert {tensor.dtype for tensor in kept["bfloat16"].values()} == {torch.float32}
-    assert any(not torch.equal(v, kept["float32"][k]) for k, v in kept["bfloat16"].items())
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("temperature", 3.5),
-        ("divergence", "reverse_kl"),
-        ("divergence", "jensen_shannon"),
-        ("divergence", "total_variation"),
-        ("learning_rate", 0.01),
-        ("block_size", 16),
-    ],
-)
-def test_an_option_changes_the_student_and_is_written_down(
-    option, value, distil, good_run, tmp_path
-):
-    assert distil(f"--{option}", str(value), "--epochs", "2", "--seed", "3") == 0
-    assert settings_of(tmp_path / "student")[option] == value
-    weights = [
-        (f / "model.safetensors").read_bytes() for f in (tmp_path / "student", good_run.folder)
+def test_options_change_the_student_and_are_written_down(distil, good_run, tmp_path):
+    changes = {
+        "temperature": 3.5,
+        "alpha": 0.25,
+        "divergence": "jensen_shannon",
+        "beta": 0.3,
+        "learning_rate": 0.01,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "block_size": 16,
+        "dtype": "bfloat16",
+    }
+    options = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    assert distil(*options, "--epochs", "2", "--seed", "3", "--gradient_checkpointing") == 0
+    changes["gradient_checkpointing"] = True
+    settings = settings_of(tmp_path / "student")
+    assert {name: settings[name] for name in changes} == changes
+    saved = [
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "student", good_run.folder)
     ]
-    assert weights[0] != weights[1]
+    assert any(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert {tensor.dtype for tensor in saved[0].values()} == {torch.float32}
 
 
 def test_blocks_may_be_as_long_as_the_models_positions(place, tmp_path):
@@ -393,77 +358,38 @@ def test_the_help_names_every_option(capsys):
 
 # -- bad input -------------------------------------------------------------------------
 
+# One row for each source of an error; the ranges of the settings are tested in test_config.py.
 BAD_INPUTS = [
-    # options that are none, or no number
+    # the command line itself
     ("--bogus 1", "--bogus"),
     ("surplus", "surplus"),
     ("--epochs", "expected one argument"),
-    ("--epochs many", "invalid int value: 'many'"),
     ("--epochs 1.5", "invalid int value: '1.5'"),
-    ("--batch_size 2.5", "invalid int value"),
-    ("--gradient_accumulation_steps x", "invalid int value"),
-    ("--block_size x", "invalid int value"),
-    ("--layers x", "invalid int value"),
-    ("--seed x", "invalid int value"),
     ("--temperature warm", "invalid float value"),
-    ("--alpha x", "invalid float value"),
-    ("--learning_rate x", "invalid float value"),
     ("--dtype float16", "float32"),
     ("--divergence l2", "forward_kl"),
-    ("--checkpoint_minutes often", "invalid float value"),
-    # values out of range
-    ("--checkpoint_minutes -1", "checkpoint minutes are -1.0; they must be at least 0"),
-    ("--checkpoint_minutes nan", "at least 0"),
-    ("--temperature 0", "temperature is 0.0; it must be above 0"),
-    ("--temperature -1", "temperature is -1.0"),
-    ("--temperature nan", "temperature is nan"),
-    ("--temperature inf", "temperature is inf"),
-    ("--alpha -0.1", "from 0 (soft labels only) to 1 (hard labels only)"),
-    ("--alpha 1.1", "alpha is 1.1"),
-    ("--alpha nan", "alpha is nan"),
+    # settings, checkpoints, devices
+    ("--beta 1", "beta is 1.0; it must be above 0 and below 1"),
     ("--epochs 0", "epochs is 0; it must be a whole number, at least 1"),
-    ("--epochs -3", "epochs is -3"),
-    ("--learning_rate 0", "learning_rate is 0.0"),
-    ("--learning_rate 1.5", "at most 1"),
-    ("--learning_rate nan", "learning_rate is nan"),
-    ("--batch_size 0", "batch_size is 0"),
-    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0"),
-    ("--seed -1", "seed is -1"),
-    ("--seed 4294967296", "2**32 - 1"),
-    ("--block_size 1", "block_size is 1; this model takes 2 to 128"),
-    ("--block_size -5", "block_size is -5"),
-    ("--block_size 129", "2 to 128"),
-    ("--layers 0", "layers is 0; this teacher allows 1 to 4"),
-    ("--layers 5", "1 to 4"),
-    ("--layers 2 --student {place}/narrow", "leave out --student"),
-    # devices
-    ("--device nonsense", "device nonsense cannot be used here"),
-    ("--device cuda:99", "cuda:99"),
+    ("--checkpoint_minutes nan", "checkpoint minutes are nan; they must be at least 0"),
     ("--device meta", "device meta cannot be used here"),
-    ("--device hpu", "device hpu cannot be used here"),
     # models
+    ("--block_size 129", "block_size is 129; this model takes 2 to 128"),
+    ("--layers 5", "layers is 5; this teacher allows 1 to 4"),
+    ("--layers 2 --student {place}/narrow", "leave out --student"),
     ("--model_dir {place}/missing", "does not exist"),
-    ("--model_dir {place}/text.txt", "is a file"),
-    ("--model_dir {place}/folder", "no config.json"),
     ("--model_dir no-such-owner/no-such-model", "model hub"),
     ("--model_dir ''", "model_dir"),
-    ("--student {place}/missing", "does not exist"),
     ("--student {place}/folder", "no config.json"),
     ("--student {place}/stranger", "must share a vocabulary"),
     ("--student no-such-owner/no-such-model", "--student half"),
     ("--student {place}/narrow --block_size 65", "2 to 64"),
     # texts
     ("--dataset_path {place}/missing.txt", "does not exist"),
-    ("--dataset_path {place}/folder", "is a directory"),
-    ("--dataset_path {place}/empty.txt", "holds no text"),
-    ("--dataset_path {place}/blank.txt", "holds no text"),
-    ("--dataset_path {place}/binary.bin", "is not text"),
     ("--dataset_path {place}/short.txt", "too short"),
     ("--dataset_path ''", "dataset_path"),
     # where the student goes
-    ("--output_dir {place}/short.txt", "is a file"),
     ("--output_dir {place}/folder", "no distillation wrote"),
-    ("--output_dir {place}/short.txt/student", "cannot be written"),
     ("--output_dir {place}/short.txt/below/student", "cannot be written"),
     ("--overwrite --output_dir {place}/short.txt", "is a file"),
     ("--overwrite --output_dir /", "root of a disk"),
@@ -549,7 +475,102 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(distil, tmp_path, capfd, m
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (OSError(28, "No space left on device"), 3),
+        (ValueError("no\nnumbers"), 1),
+    ],
+    ids=["full disk", "any other"],
+)
+def test_a_student_that_cannot_be_compared_is_saved_all_the_same(
+    failure, code, distil, tmp_path, monkeypatch, capsys
+):
+    def failing(*_):
+        raise failure
+
+    monkeypatch.setattr(commands, "compare", failing)
+    assert distil() == code
+    said = capsys.readouterr()
+    reason = " ".join(str(failure).split())
+    assert f"{reason}: the student is trained and saved, but was not compared\n" in said.out
+    assert "Traceback" not in said.err
+    assert names(tmp_path) == {"student"}
+    assert load_file(tmp_path / "student" / "model.safetensors")
+
+
+def test_a_student_that_cannot_be_saved_is_refused_before_it_is_trained(
+    distil, tmp_path, monkeypatch, capsys
+):
+    def failing(*_, **__):
+        raise KeyError("attention_types")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", failing)
+    monkeypatch.setattr(commands, "distill", lambda *_, **__: pytest.fail("it was trained"))
+    assert distil() == 2
+    error = capsys.readouterr().err
+    assert error == "error: a GPT2LMHeadModel like this cannot be saved: 'attention_types'\n"
+    assert listing(tmp_path) == {}
+
+
+def test_a_student_that_cannot_be_written_has_a_code_of_its_own(distil, monkeypatch, capsys):
+    def full(*_):
+        raise WriteError("student cannot be written: No space left on device")
+
+    monkeypatch.setattr(models, "save_model", full)
+    assert distil() == 3
+    assert "error: student cannot be written: No space left" in capsys.readouterr().err
+
+
+def test_the_help_lists_the_exit_codes(capsys):
+    assert run(["distill", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == ["0", "1", "2", "3", "130"]
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_is_recommended_if_the_cpu_has_it_and_nobody_chose(
+    has_instructions, place, tmp_path, monkeypatch, capsys, quick
+):
+    found = {"avx512_bf16": has_instructions}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert run(command_line(place, tmp_path / "student", without="dtype")) == 0
+    assert ("--dtype bfloat16 is usually faster" in capsys.readouterr().out) == has_instructions
+    assert settings_of(tmp_path / "student")["dtype"] == "float32"
+
+
+def test_a_tokenizer_that_adds_to_gpt2s_gets_half_and_a_line_why(
+    distil, tokenizer, monkeypatch, capsys
+):
+    monkeypatch.setattr(commands, "GPT2_VOCABULARY", len(tokenizer) - 1)
+    assert distil() == 0
+    said = capsys.readouterr().out
+    assert f"ℹ️ The teacher's tokenizer has {len(tokenizer)} tokens and GPT-2's" in said
+    assert "Loading student model (half)" in said
+
+
+def test_column_and_encoding_are_passed_on_if_given(distil, monkeypatch):
+    asked = []
+
+    def load(source, **given):
+        asked.append(given)
+        return corpus.load_corpus(source)
+
+    monkeypatch.setattr(commands, "load_corpus", load)
+    assert distil() == 0
+    assert distil("--text_column", "body", "--encoding", "cp1251") == 0
+    assert asked == [{}, {"text_column": "body", "encoding": "cp1251"}]
+
+
 # -- Ctrl-C ----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Ctrl-C raises KeyboardInterrupt, even if a shell has started the tests with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -558,7 +579,7 @@ def ends(monkeypatch):
     ends = SimpleNamespace(weights={}, stop=lambda row: False)
     real = commands.distill
 
-    def watched(teacher, student, blocks, config, on_step, *more):
+    def watched(teacher, student, blocks, config, on_step, **more):
         def step(row):
             if "average_loss" in row:
                 weights = student.state_dict().items()
@@ -567,7 +588,7 @@ def ends(monkeypatch):
             if ends.stop(row):
                 signal.raise_signal(signal.SIGINT)
 
-        return real(teacher, student, blocks, config, step, *more)
+        return real(teacher, student, blocks, config, on_step=step, **more)
 
     monkeypatch.setattr(commands, "distill", watched)
     return ends
@@ -584,10 +605,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("epochs", ["1", "2"])
-def test_ctrl_c_in_the_first_epoch_saves_a_checkpoint_only(epochs, distil, ends, tmp_path, capsys):
+def test_ctrl_c_in_the_first_epoch_saves_a_checkpoint_only(distil, ends, tmp_path, capsys):
     ends.stop = lambda row: row["step"] == 2
-    assert distil("--epochs", epochs) == 130
+    assert distil() == 130
     said = capsys.readouterr()
     assert "Saving" not in said.out
     assert "stopped: nothing was saved; add --resume to go on from where it stopped" in said.err
@@ -623,24 +643,21 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(distil, tmp_path, capsy
     assert names(tmp_path) == {"student.checkpoints"}
 
 
-@pytest.mark.parametrize("epochs", [2, 3])
-def test_ctrl_c_later_saves_the_student_of_the_last_finished_epoch(
-    epochs, distil, ends, tmp_path, capsys
-):
+def test_ctrl_c_later_saves_the_student_of_the_last_finished_epoch(distil, ends, tmp_path, capsys):
     ends.stop = lambda row: row["epoch"] == 2
-    assert distil("--epochs", str(epochs)) == 130
+    assert distil("--epochs", "2") == 130
     said = capsys.readouterr()
     assert "✅ Distilled model saved successfully!" in said.out
-    assert f"stopped: the student is that of epoch 1 of {epochs}; add --resume" in said.out
+    assert "stopped: the student is that of epoch 1 of 2; add --resume" in said.out
     assert "Traceback" not in said.err
     folder = tmp_path / "student"
     assert settings_of(folder)["epochs_finished"] == 1
-    assert settings_of(folder)["epochs"] == epochs
+    assert settings_of(folder)["epochs"] == 2
     assert set(history_of(folder)["epoch"]) == {1}
     assert_saved(folder, ends.weights[1])
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("epoch", [2, 3])
 def test_ctrl_c_at_the_very_end_of_an_epoch_saves_the_student_that_it_names(
     epoch, distil, ends, tmp_path
 ):
@@ -673,7 +690,9 @@ def test_ctrl_c_while_the_table_is_measured_saves_the_trained_student(
 
     monkeypatch.setattr(commands, "compare", interrupted)
     assert distil() == 130
-    assert "stopped: the student is trained, but was not compared" in capsys.readouterr().out
+    assert (
+        "stopped: the student is trained and saved, but was not compared" in capsys.readouterr().out
+    )
     assert settings_of(tmp_path / "student")["epochs_finished"] == 1
     assert_saved(tmp_path / "student", ends.weights[1])
     assert names(tmp_path) == {"student"}
@@ -682,16 +701,15 @@ def test_ctrl_c_while_the_table_is_measured_saves_the_trained_student(
 # -- going on --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_stopped_run_that_is_resumed_makes_the_same_student(
-    step, distil, ends, good_run, tmp_path, capsys
+    distil, ends, good_run, tmp_path, capsys
 ):
     same = ["--epochs", "2", "--seed", "3"]
-    ends.stop = lambda row: row["step"] == step
+    ends.stop = lambda row: row["step"] == 3
     assert distil(*same) == 130
     ends.stop = lambda row: False
     assert distil(*same, "--resume") == 0
-    assert f"Going on after step {step}, from " in capsys.readouterr().out
+    assert "Going on after step 3, from " in capsys.readouterr().out
     assert_saved(tmp_path / "student", load_file(good_run.folder / "model.safetensors"))
     pd.testing.assert_frame_equal(
         history_of(tmp_path / "student").drop(columns="seconds"),
@@ -713,7 +731,7 @@ def test_a_stopped_run_is_not_thrown_away_unasked(distil, ends, tmp_path, capsys
         "--resume goes on with it, --overwrite starts afresh\n"
     )
     assert distil("--resume", "--temperature", "3") == 2
-    assert "temperature was 2.0, is 3.0" in capsys.readouterr().err
+    assert "temperature was 1.0, is 3.0" in capsys.readouterr().err
     assert listing(tmp_path) == before
     assert distil("--overwrite", "--temperature", "3") == 0
     assert settings_of(tmp_path / "student")["temperature"] == 3
@@ -792,6 +810,7 @@ def real_gpt2(tokenizer, tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_gpt2s_real_size_is_distilled(distil, real_gpt2, tmp_path):
     (tmp_path / "text.txt").write_text(make_text(480))
     options = f"--model_dir {real_gpt2} --student half --dataset_path {tmp_path / 'text.txt'}"
@@ -830,24 +849,21 @@ def test_the_package_run_as_a_module_says_in_one_line_what_is_wrong(place, tmp_p
     assert done.stderr == "error: model directory missing does not exist\n"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["--help", "distill --help", "distill --bogus", "distill --epochs 0", "distill --alpha nan"],
-)
-def test_help_and_bad_values_need_nothing_that_is_slow_to_import(arguments):
-    code = f"""
+def test_help_and_bad_values_need_nothing_that_is_slow_to_import():
+    code = """
 import sys
 from willows_kd.cli import main
-try:
-    main({arguments.split()})
-except SystemExit:
-    pass
-slow = {{"torch", "transformers", "datasets", "pandas"}} & set(sys.modules)
-sys.exit(f"imported: {{slow}}" if slow else 0)
+for arguments in ("--help", "distill --help", "distill --bogus", "distill --epochs 0"):
+    try:
+        main(arguments.split())
+    except SystemExit:
+        pass
+slow = {"torch", "transformers", "datasets", "pandas", "numpy"} & set(sys.modules)
+sys.exit(f"imported: {slow}" if slow else 0)
 """
     done = process("-c", code)
     assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout if "--help" in arguments else "error: " in done.stderr
+    assert done.stdout.count("usage: ") == done.stderr.count("error: ") == 2
 
 
 # -- the teacher's cache ---------------------------------------------------------------
@@ -872,8 +888,3 @@ def test_a_cache_that_cannot_be_written_is_a_line_and_no_more(
     assert "⚠️ no cache, the teacher is asked each time: " in said.out
     assert "Warning" not in said.out + said.err
     assert (tmp_path / "student" / "model.safetensors").exists()
-
-
-def test_gradient_checkpointing_reaches_the_settings(distil, tmp_path):
-    assert distil("--gradient_checkpointing") == 0
-    assert settings_of(tmp_path / "student")["gradient_checkpointing"] is True

@@ -24,9 +24,10 @@ finally:
     nbformat.write(notebook, sys.argv[1])
 """
 
-pytestmark = pytest.mark.skipif(
-    PYTHON is None, reason="COLAB_PYTHON names no interpreter: see the top of tests/test_colab.py"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="COLAB_PYTHON names no interpreter: see .ci/run"),
+]
 
 
 @pytest.fixture(scope="module")

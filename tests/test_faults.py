@@ -1,4 +1,4 @@
-"""What a machine does to a run: a full disk, no memory, no leave. A line each, nothing lost."""
+"""A full disk, no memory, no permission: one clear line each, and nothing is lost."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ def test_where_no_file_can_grow_the_earlier_output_and_the_checkpoints_stay(job,
     assert job(output, "--seed", "1").returncode == 0
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     done = job(output, limit=NO_LARGE_FILES.format(100_000))
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert "cannot be written" in one_line(done.stderr)
     assert "⚠️ No checkpoint at step" in done.stdout
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
@@ -85,8 +85,8 @@ from willows_kd import evaluation
 evaluation.size_on_disk = full
 """
     done = job(tmp_path / "student", limit=limit)
-    assert done.returncode == 130
-    assert "No space left on device: the student is trained, but was not compared" in done.stdout
+    assert done.returncode == 3
+    assert "the student is trained and saved, but was not compared" in done.stdout
     assert "Traceback" not in done.stderr
     assert weights(tmp_path / "student")
 
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_when_the_student_is_saved_keeps_the_checkpoint(
     filler.write_bytes(bytes(DISK - checkpoint - size // 2))
     output = small_disk / "student"
     done = job(output)
-    assert done.returncode == 2, done.stdout
+    assert done.returncode == 3, done.stdout
     assert "No space left on device" in one_line(done.stderr)
     assert not output.exists()
     assert list(small_disk.glob(".*")) == []  # nothing half-written
@@ -135,11 +135,11 @@ def test_a_disk_that_is_full_when_the_student_is_saved_keeps_the_checkpoint(
 LITTLE_MEMORY = """
 distill = commands.distill
 
-def limited(*arguments):
+def limited(*arguments, **options):
     with open("/proc/self/statm") as statm:
         held = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 30_000_000, held + 30_000_000))
-    return distill(*arguments)
+    return distill(*arguments, **options)
 
 commands.distill = limited
 """

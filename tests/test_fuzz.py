@@ -17,6 +17,8 @@ from willows_kd import commands, corpus
 from willows_kd.checkpoints import Checkpoints
 from willows_kd.cli import main, parse
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")), deadline=None, derandomize=True
 )

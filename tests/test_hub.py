@@ -9,14 +9,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 HTML = b"<html><body>Sign in to the network</body></html>"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SECONDS = 60  # that any answer may take
 HANG = 90  # seconds: longer than anybody waits
 
 
@@ -27,6 +25,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     root: Path
     done = threading.Event()
     seen: list[str] = []
+    waited_out: list[str] = []
 
     def do_HEAD(self):
         self.answer(head=True)
@@ -41,7 +40,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         fault = self.path.removeprefix("/api/models").split("/")[2]
         file = self.root / self.path.rsplit("/", 1)[-1]
         if fault == "hangs":
-            self.done.wait(HANG)
+            if not self.done.wait(HANG):
+                self.waited_out.append(self.path)
             self.close_connection = True
         elif fault == "unknown":
             self.send(404, b"Repository not found", head, {"X-Error-Code": "RepoNotFound"})
@@ -74,7 +74,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def ask(model_dir, tmp_path):
     """A function that asks the hub for names, in a process of its own."""
-    Hub.root, Hub.seen = model_dir, []
+    Hub.root, Hub.seen, Hub.waited_out = model_dir, [], []
     Hub.done.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
@@ -123,16 +123,13 @@ def test_a_hub_that_fails_is_one_line_and_spoils_nothing(ask):
         assert name in answer["message"]
         assert said in answer["message"]
         assert "\n" not in answer["message"]
-        assert answer["seconds"] < SECONDS
     assert found["faults/good"]["what"] == "loaded"
     assert "Traceback" not in ask.stderr
 
 
 def test_a_hub_that_hangs_is_given_up(ask):
-    start = time.monotonic()
-    found = ask("faults/hangs")["faults/hangs"]
-    assert found["what"] == "HubError"
-    assert time.monotonic() - start < 2 * SECONDS
+    assert ask("faults/hangs")["faults/hangs"]["what"] == "HubError"
+    assert not Hub.waited_out
 
 
 @pytest.mark.parametrize("fault", ["html", "cut"])

@@ -1,80 +1,61 @@
 """The notebooks as they are stored, and as learners re-run them."""
 
-import sys
-
 import nbformat
 import pytest
 from check_notebooks import problems
 from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, execute, small, stderr
 
-sys.path.insert(0, str(NOTEBOOKS))
-import sync_setup  # noqa: E402
+SAMPLE_STORY = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
+
+
+def test_notebooks_are_numbered_in_order_and_each_has_solutions():
+    numbered = [path.stem for path in SERIES if path.stem[0].isdigit()]
+    appendices = [path.stem for path in SERIES if path.stem[0] == "A"]
+    assert [stem[:3] for stem in numbered] == [f"{n:02}_" for n in range(1, len(numbered) + 1)]
+    assert [stem.split("_")[0] for stem in appendices] == [
+        f"A{n}" for n in range(1, len(appendices) + 1)
+    ]
+    with_solutions = {path.stem.removesuffix("_solutions") for path in SOLUTIONS}
+    assert set(numbered) <= with_solutions <= {*numbered, *appendices}
+
+
+def test_what_is_stored_is_one_clean_run():
+    found = {path.name: problems(path) for path in SERIES + SOLUTIONS}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_solutions_end_by_asserting_that_every_check_is_satisfied():
+    """nbval runs them, so a check that is not satisfied fails there."""
+    for path in SOLUTIONS:
+        cells = nbformat.read(path, as_version=4).cells
+        last = [cell.source for cell in cells if cell.cell_type == "code"][-1]
+        assert last.endswith(("assert done_1 and done_2 and done_3", "assert all(checks)"))
+
+
+# -- as learners run them again; nbval has run each once as it stands --------------------
 
 by_name = pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
-any_notebook = pytest.mark.parametrize("path", SERIES + SOLUTIONS, ids=lambda path: path.stem)
 
 
-def tagged(path, tag):
-    cells = nbformat.read(path, as_version=4).cells
-    return [cell for cell in cells if tag in cell.metadata.get("tags", [])]
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def kernel_environment(monkeypatch):
     """Kernels find the sample story and no network, as under nbval."""
-    monkeypatch.setenv(
-        "WILLOWS_KD_CORPUS", str(NOTEBOOKS.parent / "willows_kd/assets/sample_story.txt")
-    )
+    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(SAMPLE_STORY))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_there_are_four_notebooks_each_with_solutions():
-    assert [path.stem[:2] for path in SERIES] == ["01", "02", "03", "04"]
-    assert [path.stem for path in SOLUTIONS] == [f"{path.stem}_solutions" for path in SERIES]
-
-
-@any_notebook
-def test_what_is_stored_is_one_clean_run(path):
-    assert problems(path) == []
-
-
-@any_notebook
-def test_the_set_up_cell_is_the_same_everywhere(path):
-    assert [cell.source for cell in tagged(path, "set-up")] == [sync_setup.set_up_cell()]
-
-
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernel_environment")
 @by_name
-def test_the_colab_line_follows_the_address(path):
-    assert [cell.source for cell in tagged(path, "colab")] == [sync_setup.colab_line(path)]
+def test_a_notebook_runs_cold_and_on_hard_labels_only(path, tmp_path):
+    assert stderr(execute(small(path, TEMPERATURE=0.5, ALPHA=1.0), tmp_path)) == ""
 
 
-def test_an_address_in_pyproject_reaches_badge_and_set_up_cell(monkeypatch):
-    monkeypatch.setattr(sync_setup, "address", lambda: "https://github.com/owner/name")
-    assert 'REPOSITORY = "https://github.com/owner/name"' in sync_setup.set_up_cell()
-    assert "/github/owner/name/blob/main/notebooks/" in sync_setup.colab_line(SERIES[0])
-
-
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernel_environment")
 @by_name
-@pytest.mark.parametrize(
-    "dial",
-    [{"TEMPERATURE": 0.5, "ALPHA": 1.0}, {"TEMPERATURE": 20.0, "ALPHA": 0.3, "SEED": 7}],
-    ids=["cold and hard", "hot and mixed"],
-)
-def test_a_notebook_runs_at_other_settings(path, dial, tmp_path):
-    assert stderr(execute(small(path, **dial), tmp_path)) == ""
-
-
-@by_name
-def test_cells_run_twice_and_back_again(path, tmp_path):
-    """A learner goes down, then back to the dial, then down again, each cell twice."""
-    notebook = small(path)
-    down = range(len(notebook.cells))
-    twice = [index for index in down for _ in range(2)]
+def test_cells_run_twice_hot_and_mixed(path, tmp_path):
+    """A learner turns the dial far up and runs each cell again before the next."""
+    notebook = small(path, TEMPERATURE=20.0, ALPHA=0.3, SEED=7)
+    twice = [index for index in range(len(notebook.cells)) for _ in range(2)]
     assert stderr(execute(notebook, tmp_path, order=twice)) == ""
-
-
-@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-def test_solutions_end_by_asserting_that_all_checks_are_content(path):
-    """nbval runs them, so a check that is not fails there."""
-    code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    assert code[-1].endswith(("assert done_1 and done_2 and done_3", "assert all(checks)"))

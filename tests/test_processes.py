@@ -53,6 +53,7 @@ TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="names the loopback device as Linux does")
 @pytest.mark.parametrize(
     ("launcher", "more"), [(TORCHRUN, ["--cache_teacher"]), (ACCELERATE, [])], ids=["run", "launch"]
@@ -74,6 +75,7 @@ def test_two_processes_make_the_student_that_one_makes(model_dir, text, tmp_path
     assert apart.norm() < 0.02 * moved.norm()  # Adam makes steps of gradients that are rounding
 
 
+@pytest.mark.processes
 def test_of_two_processes_only_one_says_what_is_wrong(tmp_path):
     command = [*TORCHRUN, "willows_kd", "distill", "--model_dir", str(tmp_path / "nowhere")]
     result = subprocess.run(

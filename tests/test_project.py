@@ -26,17 +26,12 @@ FILES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
     for file in sorted(PACKAGE.rglob("*.py"))
 }
-every_file = pytest.mark.parametrize("name", FILES)
 
-# The house of design.md: a file may import from its own floor and those below it.
+# A file may import from its own floor and those below it. ARCHITECTURE.md has the floors.
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 FLOORS = [
-    {"errors", "config"},
-    {"gutenberg", "corpus", "models", "soft_labels", "losses", "chunked_loss"},
-    {"cost", "evaluation", "distillation", "teacher_cache", "checkpoints", "stopping"},
-    {"style", "plots", "widgets", "exercises"},
-    {"commands"},
-    {"cli", "__main__"},
-    {"__init__"},
+    set(re.findall(r"`(\w+)`", row))
+    for row in reversed(re.findall(r"^ +\| \d \| (.*) \|$", ARCHITECTURE, re.MULTILINE))
 ]
 FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 DRAWING = {"style", "plots", "widgets"}
@@ -77,29 +72,29 @@ def test_the_conda_environment_installs_the_project_and_nothing_else():
     assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
     assert names == ["python", "pip"]
     assert pip == {"pip": ["-e .[lab,test]"]}
-    assert set(GROUPS) == {"dependencies", "lab", "test", "bench"}
+    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "site", "dev"}
 
 
 def test_conda_and_pip_ask_for_the_same_python():
     assert f"python{PROJECT['requires-python']}" in ENVIRONMENT["dependencies"]
 
 
-@pytest.mark.parametrize("requirement", REQUIREMENTS)
-def test_a_requirement_has_no_upper_bound(requirement):
-    assert re.fullmatch(r"[a-z0-9_-]+(>=\d+(\.\d+)*)?", requirement)
-
-
-def test_a_requirement_has_one_lower_bound_wherever_it_is_named():
-    names = [requirement.split(">=")[0] for requirement in REQUIREMENTS]
+def test_a_requirement_has_one_lower_bound_and_no_upper_one():
+    ours = f"{PROJECT['name']}["  # an extra may be made of others
+    matches = [
+        re.fullmatch(r"([a-z0-9_-]+)(>=\d+(\.\d+)*)?", requirement)
+        for requirement in REQUIREMENTS
+        if not requirement.startswith(ours)
+    ]
+    names = [match[1] for match in matches]
     assert len(names) == len(set(names))
 
 
-@every_file
-def test_what_a_file_imports_is_required(name):
+def test_what_the_package_imports_is_required():
     required = {requirement.split(">=")[0] for requirement in GROUPS["dependencies"]}
     # these come with transformers, matplotlib and ipywidgets, which could not do without them
     required |= {"huggingface_hub", "safetensors", "numpy", "cycler", "IPython"}
-    assert outside(name) <= required
+    assert {name: outside(name) - required for name in FILES if outside(name) - required} == {}
 
 
 def test_every_folder_of_code_is_packaged():
@@ -130,13 +125,13 @@ def test_the_command_that_is_installed_exists():
 # -- what is promised ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", kd.HOME)
-def test_a_public_name_can_be_imported_and_says_what_it_is(name):
-    value = getattr(kd, name)
-    assert value.__module__ == f"willows_kd.{kd.HOME[name]}"
-    documentation = inspect.cleandoc(value.__doc__ or "")
-    assert documentation
-    assert not documentation.startswith(f"{name}(")  # what dataclass writes where nothing stands
+def test_every_public_name_can_be_imported_and_says_what_it_is():
+    for name, home in kd.HOME.items():
+        value = getattr(kd, name)
+        assert value.__module__ == f"willows_kd.{home}", name
+        documentation = inspect.cleandoc(value.__doc__ or "")
+        # a dataclass without a docstring is given its signature
+        assert documentation and not documentation.startswith(f"{name}("), name
 
 
 def test_the_public_names_are_listed_once_and_offered_by_completion():
@@ -151,27 +146,30 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         kd.distil  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        *FILES.values(),
-        ROOT / "model_distillation.py",
-        *ROOT.glob("recipes/*.py"),
-        *ROOT.glob("benchmarks/*.py"),
-    ],
-    ids=lambda file: str(file.relative_to(ROOT)),
-)
-def test_a_file_says_at_its_top_what_it_is_for(file):
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+def test_every_file_of_code_says_at_its_top_what_it_is_for():
+    folders = [ROOT / "recipes", ROOT / "benchmarks", PACKAGE]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    for file in [*files, ROOT / "model_distillation.py"]:
+        assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), file
 
 
 # -- who may import whom ---------------------------------------------------------------
 
 
-@every_file
-def test_a_file_imports_nothing_from_a_higher_floor(name):
-    height = FLOOR[name.split(".")[0]]
-    assert {found for found in inside(name) if FLOOR[found] > height} == set()
+def test_the_architecture_names_every_file_and_gives_it_a_floor():
+    assert {name.split(".")[0] for name in FILES} == set(FLOOR)
+    rooms = {name for name in FLOOR if not name.startswith("__")}
+    assert {name for name in rooms if not re.search(rf"`{name}(\.py|/)`", ARCHITECTURE)} == set()
+
+
+def test_a_file_imports_nothing_from_a_higher_floor():
+    upward = {
+        (name, found)
+        for name in FILES
+        for found in inside(name)
+        if FLOOR[found] > FLOOR[name.split(".")[0]]
+    }
+    assert upward == set()
 
 
 def test_arrows_point_one_way():
@@ -180,15 +178,15 @@ def test_arrows_point_one_way():
     assert {(a, b) for a, b in arrows if a != b and (b, a) in arrows} == set()
 
 
-@pytest.mark.parametrize("name", ["soft_labels", "losses", "chunked_loss"])
-def test_the_mathematics_knows_tensors_only(name):
-    assert outside(name) <= {"torch"}
-    assert inside(name) <= {"errors", "soft_labels", "losses"}
+def test_the_mathematics_knows_tensors_only():
+    for name in ("soft_labels", "losses", "chunked_loss"):
+        assert outside(name) <= {"torch"}
+        assert inside(name) <= {"errors", "soft_labels", "losses"}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in DRAWING])
-def test_only_the_files_that_draw_know_how_to(name):
-    assert not outside(name) & {"matplotlib", "ipywidgets", "IPython"}
+def test_only_the_files_that_draw_know_how_to():
+    drawing = {name for name in FILES if outside(name) & {"matplotlib", "ipywidgets", "IPython"}}
+    assert drawing == DRAWING
 
 
 def test_the_package_imports_nothing_slow_by_itself():
@@ -218,3 +216,15 @@ def test_the_readme_begins_with_the_two_commands_that_work():
 def test_continuous_integration_runs_the_readmes_own_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert TEST_COMMAND in script.replace(" --quiet", "")
+
+
+def test_links_from_page_to_page_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert links
+    assert [(page, link) for page, link in links if not (page.parent / link).exists()] == []

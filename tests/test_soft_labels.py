@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,22 +46,12 @@ def test_a_temperature_keeps_the_order_of_the_tokens(shape, temperature, seed):
     assert (in_order.diff(dim=-1) >= 0).all()
 
 
-def test_a_high_temperature_makes_all_tokens_equally_likely():
-    soft = kd.soften(random_logits(4, 50), 1e6)
-    assert torch.allclose(soft, torch.full((4, 50), 1 / 50), atol=1e-6)
-
-
-def test_a_low_temperature_leaves_only_the_first_choice():
-    logits = random_logits(4, 50)
-    first_choice = torch.nn.functional.one_hot(logits.argmax(dim=-1), 50).float()
-    assert torch.allclose(kd.soften(logits, 1e-3), first_choice, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_softened_in_float32(dtype):
     logits = random_logits(3, 50).to(dtype)
     soft = kd.soften(logits, 2)
     assert soft.dtype == torch.float32
+    assert kd.soften(logits.double()).dtype == torch.float64
     assert torch.equal(soft, kd.soften(logits.float(), 2))
 
 
@@ -71,10 +62,31 @@ def test_a_temperature_that_no_softmax_can_take_is_refused(function, temperature
         function(random_logits(5), temperature)
 
 
-@pytest.mark.parametrize("vocabulary", [2, 50, 4096])
-def test_the_entropy_of_no_idea_is_the_logarithm_of_the_vocabulary(vocabulary):
-    uniform = torch.full((vocabulary,), 1 / vocabulary)
-    assert kd.entropy(uniform).item() == pytest.approx(math.log(vocabulary), rel=1e-5)
+def test_tokens_of_minus_infinity_have_no_probability_and_change_nothing_else():
+    logits = random_logits(4, 10).double()
+    cut = torch.cat([logits, torch.full((4, 3), -math.inf)], dim=-1)
+    assert torch.equal(kd.soften(cut, 2)[:, :10], kd.soften(logits, 2))
+    assert torch.equal(kd.entropy(kd.soften(cut, 2)), kd.entropy(kd.soften(logits, 2)))
+    assert kd.top_k(cut, 13).probabilities[:, 10:].tolist() == [[0, 0, 0]] * 4
+
+
+@pytest.mark.parametrize("k", [0, 51, 2.0, True])
+def test_a_k_that_the_vocabulary_does_not_have_is_refused(k):
+    with pytest.raises(kd.InputError, match=f"k is {k}; it must be a whole number from 1 to 50"):
+        kd.top_k(random_logits(50), k)
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits = random_logits(50)
+    found, expected = kd.top_k(logits, np.int64(50), np.float32(2)), kd.top_k(logits, 50, 2)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_what_is_no_number_or_no_tensor_is_refused():
+    with pytest.raises(kd.InputError, match="temperature is '2'; it must be a positive"):
+        kd.soften(random_logits(5), "2")
+    with pytest.raises(kd.InputError, match="logits are a list; give a tensor"):
+        kd.soften([1.0, 2.0])
 
 
 def test_the_entropy_of_a_hard_label_is_zero():

@@ -135,10 +135,34 @@ class Checkpoints:
             self.last_time = time.monotonic()
             tqdm.write(f"⚠️ No checkpoint at step {len(history)}: {error}. Training goes on.")
 
+    def describe(self, teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
+        """What has to be the same for a run to be resumed."""
+        return describe_run(teacher, student, blocks, config)
+
     def clear(self) -> None:
         """Remove all checkpoints."""
         for file in self.files():
             file.unlink(missing_ok=True)
+
+
+class NoCheckpoints:
+    """Stands in for `Checkpoints` if none are to be written: nothing is, and none is ever due."""
+
+    locked = staticmethod(contextlib.nullcontext)
+
+    def files(self) -> list[Path]:
+        """None."""
+        return []
+
+    def describe(self, *_) -> None:
+        """Nothing: no checkpoint needs it."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def try_save(self, *_) -> None:
+        """Write nothing."""
 
 
 class Checkpoint:

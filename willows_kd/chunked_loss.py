@@ -19,7 +19,7 @@ CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT
 ROWS = 2**19  # logits in one step of the arithmetic: 2 MiB, to stay in a CPU's cache
 
 
-def chunked_loss(
+def chunked_distillation_loss(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
@@ -131,7 +131,7 @@ class ChunkedLoss(torch.autograd.Function):
         """The gradients that `forward` kept, times that of the loss, in place."""
         if ctx.gradients is None:
             raise RuntimeError(
-                "Trying to backward through the graph a second time: chunked_loss hands out "
+                "Trying to backward through the graph a second time: the chunked loss hands out "
                 "its gradients once, to save memory; compute the loss again"
             )
         grad_hidden, grad_head = ctx.gradients

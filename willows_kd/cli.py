@@ -10,7 +10,16 @@ import sys
 import traceback
 
 from willows_kd.config import DIVERGENCE_NAMES, DTYPES, DistillConfig
-from willows_kd.errors import InputError
+from willows_kd.errors import InputError, WriteError
+
+EXIT_CODES = """\
+exit codes:
+  0    the student is trained, saved and compared
+  1    the student is saved but could not be compared, or the output was closed early
+  2    something that was given cannot be used
+  3    a file could not be written, such as on a full disk
+  130  stopped by the user; --resume continues
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for bad input, 130 when stopped."""
+    """Run a command and return its exit code, one of `EXIT_CODES`."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without emoji still gets the words
@@ -34,12 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (InputError, OSError) as error:  # the latter is the machine's: a full disk
+    except (InputError, OSError) as error:
         if options.debug:
             traceback.print_exc()
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, OSError | WriteError) else 2
     except KeyboardInterrupt:
         print("\nstopped: nothing was saved", file=sys.stderr)
         return 130
@@ -53,13 +62,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "distill",
         help="train a smaller student on a teacher's soft labels",
         description="Train a smaller student on a teacher's soft labels and save it.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(distill)
     return parser.parse_args(arguments)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `distill` takes, with the defaults of `DistillConfig`."""
+    """The options of `distill`, with the defaults of `DistillConfig`."""
 
     def add(name: str, text: str, default=None, **more) -> None:
         shown = "" if default is None else f" (default: {default})"
@@ -68,23 +79,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     settings = DistillConfig()
     add("model_dir", "the teacher: a directory or hub name (default: the bundled one)")
     add("dataset_path", "a text (default: The Wind in the Willows; offline, the sample story)")
+    add("text_column", "column of a JSONL, CSV or Parquet data set that holds the text")
+    add("encoding", "encoding of the text, such as cp1251 (default: found out)")
     add("output_dir", "where the student is saved", "./wind_in_the_willows_distilled")
     add(
         "student",
         "half, for half of the teacher's layers, or a directory or hub name "
         "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
     )
-    add("layers", "make a student of so many of the teacher's layers", type=int)
-    add("temperature", "softens teacher and student alike", settings.temperature, type=float)
-    add("alpha", "weight of the hard labels, from 0 to 1", settings.alpha, type=float)
+    add("layers", "how many of the teacher's layers the student keeps", type=int)
+    add(
+        "temperature",
+        "softens the distributions of teacher and student alike",
+        settings.temperature,
+        type=float,
+    )
+    add(
+        "alpha",
+        "weight of the hard labels, from 0 to 1; the soft labels have the rest",
+        settings.alpha,
+        type=float,
+    )
     add(
         "divergence",
-        "how far the student is from the soft labels",
+        "how the distance from the soft labels is measured",
         settings.divergence,
         choices=DIVERGENCE_NAMES,
     )
+    add("beta", "the teacher's weight in jensen_shannon", settings.beta, type=float)
     add("epochs", "passes over the training text", settings.epochs, type=int)
-    add("learning_rate", "AdamW's peak", settings.learning_rate, type=float)
+    add("learning_rate", "the peak, after the warm-up", settings.learning_rate, type=float)
     add("batch_size", "blocks in a forward pass", settings.batch_size, type=int)
     add(
         "gradient_accumulation_steps",
@@ -95,18 +119,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("block_size", "tokens in a block", 128, type=int)
     add("seed", "orders the blocks", settings.seed, type=int)
     add("device", "auto, cpu, cuda, cuda:1, mps ...", "auto")
-    add("dtype", "of the arithmetic", settings.dtype, choices=DTYPES)
+    add("dtype", f"of the arithmetic (default: {settings.dtype})", choices=DTYPES)
     parser.add_argument(
         "--gradient_checkpointing", action="store_true", help="slower, in less memory"
     )
     parser.add_argument(
         "--cache_teacher",
         action="store_true",
-        help="run the teacher once and keep what it knows on disk, for this run and later ones",
+        help="run the teacher once and keep its hidden states on disk, for this run and later ones",
     )
     add("checkpoint_minutes", "between two checkpoints, besides each epoch's end", 5.0, type=float)
     parser.add_argument(
-        "--resume", action="store_true", help="go on with a run that was stopped, if there is one"
+        "--resume", action="store_true", help="continue a run that was stopped, if there is one"
     )
     parser.add_argument(
         "--overwrite",
@@ -123,4 +147,5 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         InputError: a value is out of its range.
     """
     names = {field.name for field in dataclasses.fields(DistillConfig)}
-    return DistillConfig(**{k: v for k, v in vars(options).items() if k in names})
+    given = {k: v for k, v in vars(options).items() if k in names and v is not None}
+    return DistillConfig(**given)

@@ -1,4 +1,4 @@
-"""What `willows-kd distill` does: check, load, train, save, compare."""
+"""What `willows-kd distill` does: prepare, train, compare, save."""
 
 import contextlib
 import copy
@@ -18,25 +18,30 @@ import willows_kd
 from willows_kd import files, models
 from willows_kd.checkpoints import Checkpoints
 from willows_kd.config import DistillConfig
-from willows_kd.corpus import Corpus, load_corpus, pack
+from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
+from willows_kd.cost import size_on_disk
 from willows_kd.distillation import distill
-from willows_kd.errors import InputError
+from willows_kd.errors import InputError, WriteError
 from willows_kd.evaluation import as_markdown, compare
 from willows_kd.teacher_cache import cache_teacher
 
 GPT2_VOCABULARY = 50_257
+
+# exit codes; bad input is 2
+OK, FAILED, CANNOT_WRITE, STOPPED = 0, 1, 3, 130
 
 
 def distill_to_directory(options, config: DistillConfig) -> int:
     """Run the whole job, with checkpoints beside the output directory, and return the exit code.
 
     Raises:
-        InputError: something that was given cannot be used. Nothing was written.
+        InputError: something that was given cannot be used, or (`WriteError`) the student
+            cannot be written. Nothing was written.
     """
     main_process = models.distributed_state().is_main_process
     if not main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
-    for name in ("model_dir", "student", "dataset_path", "output_dir"):
+    for name in ("model_dir", "student", "dataset_path", "output_dir", "text_column", "encoding"):
         if getattr(options, name) == "":
             raise InputError(f"{name} is empty; leave it out or give a path")
     output = Path(options.output_dir)
@@ -50,7 +55,7 @@ def distill_to_directory(options, config: DistillConfig) -> int:
                 f"{checkpoints.folder} holds a run that was stopped; "
                 "--resume goes on with it, --overwrite starts afresh"
             )
-        return train_and_save(options, config, checkpoints)
+        return prepare_train_save(options, config, checkpoints)
 
 
 def checkpoints_folder(output: Path) -> Path:
@@ -59,77 +64,154 @@ def checkpoints_folder(output: Path) -> Path:
     return named.with_name(f"{named.name}.checkpoints")
 
 
-def train_and_save(options, config: DistillConfig, checkpoints: Checkpoints) -> int:
-    """Check, load, train, save, compare; returns the exit code."""
-    main_process = models.distributed_state().is_main_process
+@dataclasses.dataclass
+class Job:
+    """What a run trains with, all of it checked."""
+
+    teacher: torch.nn.Module
+    student: torch.nn.Module
+    tokenizer: object
+    corpus: Corpus
+    blocks: Blocks
+    names: dict[str, str]  # of teacher and student, for the settings that are saved
+
+
+def prepare_train_save(options, config: DistillConfig, checkpoints: Checkpoints) -> int:
+    """Prepare, train, compare and save; returns the exit code."""
+    job = prepare(options)
+    hint_at_bfloat16(options, job.student.device)
+    untrained = copy.deepcopy(job.student)
+    history, epochs = train(job, config, checkpoints, options)
+    if not models.distributed_state().is_main_process:
+        return OK
+    if not epochs:
+        print(f"stopped: nothing was saved{how_to_resume(checkpoints)}", file=sys.stderr)
+        return STOPPED
+    finished = epochs == config.epochs
+    table, failure, code = try_to_compare(job, untrained) if finished else (None, "", STOPPED)
+    save(job, options, config, history, table)
+    if not finished:
+        stopped = f"stopped: the student is that of epoch {epochs} of {config.epochs}"
+        print(f"{stopped}{how_to_resume(checkpoints)}")
+        return code
+    checkpoints.clear()
+    if table is None:
+        print(f"{failure}: the student is trained and saved, but was not compared")
+        return code
+    print(f"\n{as_markdown(table)}")
+    print(f"\nMeasured on the held-out test text of {job.corpus.title}, with {describe(table)}.")
+    return code
+
+
+def prepare(options) -> Job:
+    """Check and load everything, what is quickest to check first.
+
+    Raises:
+        InputError: something that was given cannot be used.
+    """
     device = find_device(options.device)
+    check_inputs_stay(options)
     bundled = options.model_dir is None
     teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
-    check_inputs_stay(options)
-    tokenizer = models.load_tokenizer(teacher_name)
     models.check_context(teacher_name, options.block_size)
-    student_name = choose_student(options, tokenizer)
-    corpus = None if options.dataset_path is None else load_corpus(options.dataset_path)
-    if corpus and len(corpus.text) < 100 * options.block_size:  # may be too short: see at once
-        pack_without_warning(corpus, tokenizer, options.block_size)
+    if options.layers is not None and options.student not in (None, "half"):
+        raise InputError("--layers makes a student from the teacher; leave out --student")
+    if options.student not in (None, "half"):
+        check_student(options.student, options.block_size)
+    corpus = None if options.dataset_path is None else read_corpus(options)
 
     print(f"🔍 Loading teacher model from: {'the bundled teacher' if bundled else teacher_name}")
-    teacher, _ = models.load_teacher(teacher_name, device)
+    teacher, tokenizer = models.load_teacher(teacher_name, device)
+    student_name = choose_student(options, tokenizer)
     print(f"🔍 Loading student model ({student_name})...")
-    student = load_or_make_student(options, student_name, teacher, device)
+    student = load_or_make_student(options, student_name, teacher, tokenizer, device)
+    check_savable(student)
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
-    corpus = corpus or load_corpus()
+    corpus = corpus or read_corpus(options)
     print("⚙️ Tokenizing dataset...")
     blocks = pack_without_warning(corpus, tokenizer, options.block_size)
-    print("🚀 Starting distillation training...")
-    if corpus.skipped:
-        print(f"⚠️ Skipping empty input batch... ({corpus.skipped} empty lines or chapters)")
-    sys.stdout.flush()
+    teacher_name = "willows_kd's bundled teacher" if bundled else teacher_name
+    names = {"teacher": teacher_name, "student": student_name}
+    return Job(teacher, student, tokenizer, corpus, blocks, names)
 
-    untrained = copy.deepcopy(student)
+
+def train(
+    job: Job, config: DistillConfig, checkpoints: Checkpoints, options
+) -> tuple[list[dict], int]:
+    """Distil; if Ctrl-C stops it, the student is that of the last epoch finished in this run.
+
+    Returns:
+        the history of the finished epochs, and how many those are.
+    """
+    print("🚀 Starting distillation training...")
+    if job.corpus.skipped:
+        print(f"⚠️ Skipping empty input batch... ({job.corpus.skipped} empty lines or chapters)")
+    sys.stdout.flush()
+    kept: dict = {"epoch": 0}
+
+    def on_step(row: dict) -> None:
+        if "average_loss" in row:
+            weights = job.student.state_dict().items()
+            kept["weights"] = {k: v.detach().to("cpu", copy=True) for k, v in weights}
+            kept["epoch"] = row["epoch"]
+            tqdm.write(f"✅ Epoch {row['epoch']}: Average Loss {row['average_loss']:.4f}")
+
     cached = options.cache_teacher and config.alpha < 1
-    asked = cache_with_printed_warnings(teacher, blocks) if cached else teacher
-    history, finished = train(asked, student, blocks, config, checkpoints, options.resume)
-    if not main_process:
-        return 0
-    if not finished:
-        print(f"stopped: nothing was saved{how_to_resume(checkpoints)}", file=sys.stderr)
-        return 130
-    table = None
-    if finished == config.epochs:
-        named = {"teacher": teacher, "student before": untrained, "student": student}
-        try:
-            table = compare(named, blocks, tokenizer)
-        except (KeyboardInterrupt, OSError) as error:  # the student is there: save it all the same
-            uncompared = str(error) or "stopped"
+    teacher = cache_with_printed_warnings(job.teacher, job.blocks) if cached else job.teacher
+    history = distill(
+        teacher,
+        job.student,
+        job.blocks,
+        config,
+        on_step=on_step,
+        checkpoints=checkpoints,
+        resume=options.resume,
+    )
+    last = history[-1] if history else {}
+    if last.get("epoch") == config.epochs and "average_loss" in last:
+        return history, config.epochs
+    if kept["epoch"]:
+        job.student.load_state_dict(kept["weights"])
+    return [row for row in history if row["epoch"] <= kept["epoch"]], kept["epoch"]
+
+
+def try_to_compare(job: Job, untrained) -> tuple[pd.DataFrame | None, str, int]:
+    """The table of teacher and student; if there is none, why, and the exit code for that.
+
+    Whatever happens here, the student is trained, and is to be saved.
+    """
+    named = {"teacher": job.teacher, "student before": untrained, "student": job.student}
+    try:
+        return compare(named, job.blocks, job.tokenizer), "", OK
+    except KeyboardInterrupt:
+        return None, "stopped", STOPPED
+    except Exception as error:
+        code = CANNOT_WRITE if isinstance(error, OSError | WriteError) else FAILED
+        return None, one_line(error), code
+
+
+def save(job: Job, options, config: DistillConfig, history: list[dict], table) -> None:
+    """Write the output directory: the student, its settings, its history and a model card.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     settings = {
-        "teacher": "willows_kd's bundled teacher" if bundled else teacher_name,
-        "student": student_name,
-        "corpus": corpus.provenance,
+        **job.names,
+        "corpus": job.corpus.provenance,
         "block_size": options.block_size,
-        "epochs_finished": finished,
+        "epochs_finished": history[-1]["epoch"],
         **dataclasses.asdict(config),
         "versions": {m.__name__: m.__version__ for m in (willows_kd, torch, transformers)},
     }
-    print(f"💾 Saving distilled student model to: {options.output_dir}")
     extra = {
         files.SETTINGS_FILE: json.dumps(settings, indent=2) + "\n",
         "history.csv": pd.DataFrame(history).to_csv(index=False),
         "README.md": model_card(settings, table),
     }
-    models.save_model(student, tokenizer, options.output_dir, extra, options.overwrite)
+    print(f"💾 Saving distilled student model to: {options.output_dir}")
+    models.save_model(job.student, job.tokenizer, options.output_dir, extra, options.overwrite)
     print("✅ Distilled model saved successfully!")
-    if finished < config.epochs:
-        stopped = f"stopped: the student is that of epoch {finished} of {config.epochs}"
-        print(f"{stopped}{how_to_resume(checkpoints)}")
-        return 130
-    checkpoints.clear()
-    if table is None:
-        print(f"{uncompared}: the student is trained, but was not compared")
-        return 130
-    print(f"\n{as_markdown(table)}")
-    print(f"\nMeasured on the held-out test text of {corpus.title}, with {describe(table)}.")
-    return 0
 
 
 def check_inputs_stay(options) -> None:
@@ -162,33 +244,84 @@ def choose_student(options, tokenizer) -> str:
     """What to call the student that is to be loaded or made.
 
     Raises:
-        InputError: it is not there, or reads text otherwise than the teacher.
+        InputError: it is not there, or its tokenizer is not the teacher's.
     """
     if options.layers is not None:
-        if options.student not in (None, "half"):
-            raise InputError("--layers makes a student from the teacher; leave out --student")
         return f"{options.layers} of the teacher's layers"
-    gpt2 = len(tokenizer) == GPT2_VOCABULARY
-    name = options.student or ("distilgpt2" if gpt2 else "half")
+    size = len(tokenizer)
+    if options.student is None and 0 < size - GPT2_VOCABULARY < models.PADDING_LIMIT:
+        print(
+            f"ℹ️ The teacher's tokenizer has {size} tokens and GPT-2's {GPT2_VOCABULARY}, so "
+            "distilgpt2 does not fit: the student is half of the teacher"
+        )
+    name = options.student or ("distilgpt2" if size == GPT2_VOCABULARY else "half")
     if name != "half":
-        try:
-            models.check_context(name, options.block_size)
-            models.check_same_tokenizer(tokenizer, models.load_tokenizer(name))
-        except models.HubError as error:
-            raise InputError(f"{error}; --student half makes one from the teacher") from error
+        if options.student is None:  # others were checked before the teacher was loaded
+            check_student(name, options.block_size)
+        models.check_same_tokenizer(tokenizer, models.load_tokenizer(name))
     return name
 
 
-def load_or_make_student(options, name: str, teacher, device):
+def check_student(name: str, block_size: int) -> None:
+    """Refuse a student that is not there, or takes no blocks of this length.
+
+    Raises:
+        InputError: with what to do instead.
+    """
+    try:
+        models.check_context(name, block_size)
+    except models.HubError as error:
+        raise InputError(f"{error}; --student half makes one from the teacher") from error
+
+
+def load_or_make_student(options, name: str, teacher, tokenizer, device):
     """The student of that name, checked to share the teacher's vocabulary."""
     if name == "half" or options.layers is not None:
         return models.student_from_teacher(teacher, options.layers)
     student = models.load_model(name, device)
-    shared = models.common_vocabulary(teacher, student)
+    small, large = sorted((teacher, student), key=lambda model: model.config.vocab_size)
     heads = teacher.config.vocab_size, student.config.vocab_size
-    if heads[0] != heads[1]:
-        print(f"ℹ️ Heads of {heads[0]} and {heads[1]} logits: the first {shared} are tokens")
+    if heads[0] != heads[1] and min(heads) >= len(tokenizer):
+        # the tokenizers are the same, so what the larger head has beyond the smaller is no token
+        large.resize_token_embeddings(small.config.vocab_size)
+        print(f"ℹ️ Heads of {heads[0]} and {heads[1]} logits: the first {min(heads)} are used")
+    models.common_vocabulary(teacher, student)
     return student
+
+
+def check_savable(student) -> None:
+    """Try to save a student before it is trained, rather than after hours.
+
+    Raises:
+        InputError: `transformers` cannot save it.
+    """
+    try:
+        size_on_disk(student)
+    except OSError:  # no room for temporary files: the output directory may have it
+        pass
+    except Exception as error:
+        name = type(student).__name__
+        raise InputError(f"a {name} like this cannot be saved: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def hint_at_bfloat16(options, device: torch.device) -> None:
+    """Print that bfloat16 would be faster, if this CPU has instructions for it and nobody chose."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # newer versions of PyTorch have it
+    fast = device.type == "cpu" and (can.get("avx512_bf16") or can.get("amx_bf16"))
+    if options.dtype is None and fast:
+        print("ℹ️ This CPU has bfloat16 instructions: --dtype bfloat16 is usually faster here")
+
+
+def read_corpus(options) -> Corpus:
+    """The corpus that the options name."""
+    given = {"text_column": options.text_column, "encoding": options.encoding}
+    given = {name: value for name, value in given.items() if value is not None}
+    return load_corpus(options.dataset_path, **given)
 
 
 def pack_without_warning(corpus: Corpus, tokenizer, block_size: int):
@@ -208,34 +341,8 @@ def cache_with_printed_warnings(teacher, blocks):
     return asked
 
 
-def train(
-    teacher, student, blocks, config: DistillConfig, checkpoints: Checkpoints, resume: bool
-) -> tuple[list[dict], int]:
-    """Distil; where Ctrl-C stops it, the student is that of the last epoch finished here.
-
-    Returns:
-        the history of the finished epochs, and how many those are.
-    """
-    kept: dict = {"epoch": 0}
-
-    def on_step(row: dict) -> None:
-        if "average_loss" in row:
-            weights = student.state_dict().items()
-            kept["weights"] = {k: v.detach().to("cpu", copy=True) for k, v in weights}
-            kept["epoch"] = row["epoch"]
-            tqdm.write(f"✅ Epoch {row['epoch']}: Average Loss {row['average_loss']:.4f}")
-
-    history = distill(teacher, student, blocks, config, on_step, checkpoints, resume)
-    last = history[-1] if history else {}
-    if last.get("epoch") == config.epochs and "average_loss" in last:
-        return history, config.epochs
-    if kept["epoch"]:
-        student.load_state_dict(kept["weights"])
-    return [row for row in history if row["epoch"] <= kept["epoch"]], kept["epoch"]
-
-
 def how_to_resume(checkpoints: Checkpoints) -> str:
-    """What to say to somebody who stopped a run."""
+    """What to do next, for somebody who stopped a run."""
     return "; add --resume to go on from where it stopped" if checkpoints.files() else ""
 
 

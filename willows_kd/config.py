@@ -1,6 +1,7 @@
 """The settings of a distillation, in one place, checked when they are made."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from willows_kd.errors import InputError
@@ -15,26 +16,30 @@ class DistillConfig:
 
     Attributes:
         temperature: softens the teacher's and the student's distributions alike.
-        alpha: weight of the hard-label cross-entropy; 1 - alpha weighs the soft
-            labels. 0 is soft labels only, 1 is the hard-label control.
-        divergence: how far the student is from the soft labels, by name.
+        alpha: weight of the hard-label cross-entropy, as in Hinton et al. 2015; 1 - alpha
+            is the weight of the soft labels. 0 is soft labels only, 1 is the hard-label
+            control. Some libraries weigh the other side: torchtune's `kd_ratio` is the
+            weight of the soft labels, so it is 1 - alpha.
+        divergence: how the distance from the soft labels is measured, by name.
+        beta: the teacher's weight in the Jensen-Shannon divergence; the others ignore it.
         epochs: passes over the training blocks.
-        learning_rate: AdamW's peak, after the warm-up and before the cosine.
+        learning_rate: the peak, after the warm-up and before the cosine decay.
         batch_size: blocks in one forward pass, over all processes.
         gradient_accumulation_steps: forward passes in one optimiser step.
         warmup_ratio: share of all steps over which the learning rate rises.
         weight_decay: AdamW's, on matrices only.
-        max_grad_norm: the gradient is scaled down to this norm where it is longer.
-        dropout: of the student while it trains.
+        max_grad_norm: a gradient with a larger norm is scaled down to this norm.
+        dropout: the student's dropout probability while it trains.
         seed: orders the blocks and draws the dropout.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
         gradient_checkpointing: keep only each layer's input for the backward pass and
             compute the rest again: slower, in less memory.
     """
 
-    temperature: float = 2.0
+    temperature: float = 1.0
     alpha: float = 0.0
     divergence: str = "forward_kl"
+    beta: float = 0.5
     epochs: int = 3
     learning_rate: float = 1e-3
     batch_size: int = 8
@@ -48,7 +53,7 @@ class DistillConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        """Refuse what cannot work, and say what would be accepted.
+        """Check every setting, and say what would be accepted.
 
         Raises:
             InputError: a value has the wrong type or lies outside its range.
@@ -56,6 +61,7 @@ class DistillConfig:
         self._check("temperature", float, "above 0 and at most 1000", lambda v: 0 < v <= 1000)
         self._check("alpha", float, "from 0 (soft labels only) to 1 (hard labels only)", unit_range)
         self._check("divergence", str, f"one of {', '.join(DIVERGENCE_NAMES)}", DIVERGENCE_NAMES)
+        self._check("beta", float, "above 0 and below 1", lambda v: 0 < v < 1)
         self._check("epochs", int, "at least 1", lambda v: v >= 1)
         self._check("learning_rate", float, "above 0 and at most 1", lambda v: 0 < v <= 1)
         self._check("batch_size", int, "at least 1", lambda v: v >= 1)
@@ -73,11 +79,13 @@ class DistillConfig:
     def _check(self, name, type_, accepted, test):
         value = getattr(self, name)
         whole = "a whole number, " if type_ is int else ""
-        numeric = (int, float) if type_ is float else type_
-        right_type = isinstance(value, numeric) and not isinstance(value, bool)
+        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type_]
+        right_type = isinstance(value, kind) and not isinstance(value, bool)
         finite = right_type and (type_ is str or abs(value) < math.inf)
         if not finite or not (test(value) if callable(test) else value in test):
             raise InputError(f"{name} is {value!r}; it must be {whole}{accepted}")
+        if not isinstance(value, int | float | str):  # NumPy's, which JSON does not know
+            object.__setattr__(self, name, type_(value))
 
 
 def unit_range(value: float) -> bool:

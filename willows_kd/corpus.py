@@ -364,7 +364,9 @@ class Blocks:
     """A corpus as tensors of token ids, each of shape (blocks, block_size).
 
     Attributes:
-        train, validation, test: int64 tensors.
+        train: int64 tensor, to learn from.
+        validation: int64 tensor, to choose by.
+        test: int64 tensor, to look at once.
         remainder: for each split, the tokens at its end that fill no block.
     """
 

@@ -10,27 +10,35 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from willows_kd.checkpoints import Checkpoints, describe_run, resume_run
-from willows_kd.chunked_loss import chunked_loss
+from willows_kd.checkpoints import Checkpoints, NoCheckpoints, resume_run
+from willows_kd.chunked_loss import chunked_distillation_loss
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import require, type_name
 from willows_kd.evaluation import quality
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
 from willows_kd.models import (
+    check_positions,
     common_vocabulary,
     distributed_state,
+    dropout_set_to,
+    eval_mode,
     has_linear_head,
     hidden_states,
     output_weights,
     require_model,
 )
-from willows_kd.stopping import check_finite, failures_as_input_errors, graceful_interrupt
+from willows_kd.stopping import (
+    check_finite,
+    failures_as_input_errors,
+    graceful_interrupt,
+    is_half_precision,
+)
 
 
+@torch.inference_mode(False)  # which allows gradients, even inside a caller's no_grad
 def distill(
     teacher: nn.Module,
     student: nn.Module,
@@ -43,89 +51,100 @@ def distill(
     """Train a student, in place, on its teacher's soft labels.
 
     The teacher is in eval mode throughout, takes no gradient, and is left as it was.
-    The same seed, machine and thread count give the same student, stopped and resumed
-    or not. Ctrl-C ends the training after the step at hand, a second one at once.
+    The same seed, machine and thread count give the same student, whether the run was
+    stopped and resumed or not. Ctrl-C ends the run after the current step, a second
+    Ctrl-C at once.
 
     Args:
-        teacher, student: causal language models with one vocabulary.
-        blocks: the packed corpus; the student is trained on `blocks.train` and looked
-            at on `blocks.validation` after each epoch.
-        config: the settings; the defaults where None. `alpha=1` never asks the
-            teacher: it is the hard-label control, on the same path.
-        on_step: called after each optimiser step with that step's row.
-        checkpoints: a folder to keep the last two checkpoints in, or `Checkpoints`,
-            which also says how often; None keeps none.
-        resume: go on from the newest checkpoint there, where there is one.
+        teacher, student: causal language models with one vocabulary. The student's weights
+            are in float32 or float64.
+        blocks: the packed corpus. The student is trained on `blocks.train` and evaluated
+            on `blocks.validation` after each epoch.
+        config: the settings; None for the defaults. With `alpha=1` the teacher is not asked
+            for soft labels: this is the hard-label control, on the same path.
+        on_step: called after each optimiser step with that step's row of the history.
+        checkpoints: a folder for the last two checkpoints, or `Checkpoints`, which also
+            sets how often they are written; None writes none.
+        resume: continue from the newest checkpoint, if there is one.
 
     Returns:
-        The history, a row (dict) a step, ready for `pandas.DataFrame`: step, epoch,
-        loss, soft_loss and hard_loss (nats per token, None where not asked for),
-        learning_rate, gradient_norm, tokens (seen so far) and seconds (of training).
-        The last row of an epoch also has average_loss, validation_perplexity and
-        validation_kl. Where Ctrl-C stopped it, the history is that far, and the student
-        as of its last row.
+        The history, a row (dict) per step, ready for `pandas.DataFrame`: step, epoch,
+        loss, soft_loss and hard_loss (nats per token; None if it has no weight),
+        gradient_norm, learning_rate, tokens (seen so far) and seconds (of training). The
+        last row of an epoch also has average_loss, validation_perplexity and
+        validation_kl. If Ctrl-C stopped the run, the history ends with the last finished
+        step, and the student is as of that step.
 
     Raises:
-        InputError: teacher and student do not share a vocabulary, the loss or gradient is no
-            longer a number, memory is out, or the checkpoints are of another run.
+        InputError: teacher, student or blocks do not fit together, the loss or gradient is
+            not finite, memory runs out, or the checkpoints belong to a different run.
     """
     config = DistillConfig() if config is None else config
-    checkpoints = Checkpoints(checkpoints) if isinstance(checkpoints, str | Path) else checkpoints
     check(teacher, student, blocks, config)
-    require(not resume or checkpoints, "to resume, name the folder: checkpoints=...")
+    require(not resume or checkpoints is not None, "to resume, name the folder: checkpoints=...")
+    if not isinstance(checkpoints, Checkpoints):
+        checkpoints = NoCheckpoints() if checkpoints is None else Checkpoints(checkpoints)
+
     distributed_state()
     accelerator = Accelerator()
-    if accelerator.num_processes > 1:
+    main_process, processes = accelerator.is_main_process, accelerator.num_processes
+    if processes > 1:
         student.to(accelerator.device)
     teacher.to(student.device)
-    objective = Objective(teacher, student, config, blocks.train[:1].to(student.device))
-    optimizer = torch.optim.AdamW(parameter_groups(student, config), lr=config.learning_rate)
+    objective = DistillationLoss(teacher, student, config, blocks.train[:1])
+    optimizer = torch.optim.AdamW(parameter_groups(student, config))
     optimizer.zero_grad()
     plan = plan_steps(len(blocks.train), config)
-    main_process = accelerator.is_main_process
+    written = checkpoints if main_process else NoCheckpoints()  # one process writes for all
+
     with contextlib.ExitStack() as stack:
-        if checkpoints and main_process:
-            stack.enter_context(checkpoints.locked())
-        run = describe_run(teacher, student, blocks, config) if checkpoints else None
+        stack.enter_context(written.locked())
+        run = checkpoints.describe(teacher, student, blocks, config)
         history = resume_run(accelerator, checkpoints, student, optimizer, run) if resume else []
-        done = len(history)
-        schedule = LambdaLR(
-            optimizer,
-            lambda s: warm_up_and_cosine(s + done, config.warmup_ratio * len(plan), len(plan)),
-        )
         objective = accelerator.prepare_model(objective, device_placement=False)
-        bar = stack.enter_context(progress(plan, done, main_process))
-        stack.enter_context(reproducible())
+        bar = stack.enter_context(progress_bar(len(plan), len(history), main_process))
+        stack.enter_context(torch.random.fork_rng())  # the caller's random state stays as it is
         stack.enter_context(train_mode(teacher, student, config))
-        stop = stack.enter_context(graceful_interrupt(accelerator.num_processes == 1))
-        for epoch, step, ends_epoch in plan[done:]:
+        stack.enter_context(failures_as_input_errors(history, checkpoints))
+        stop = stack.enter_context(graceful_interrupt(processes == 1))
+        for epoch, step, ends_epoch in plan[len(history) :]:
             start = time.perf_counter()
-            so_far = history[-1] if history else {"tokens": 0, "seconds": 0.0}
             row = {"step": len(history) + 1, "epoch": epoch}
-            # dropout that follows from seed and step, so that a resumed run draws it alike
+            # dropout follows from seed and step, so that a resumed run draws the same
             torch.manual_seed(config.seed * 2**31 + row["step"])
-            with failures_as_input_errors(row["step"], checkpoints):
-                row |= backward(accelerator, teacher, objective, blocks.train[step], config)
-                norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-                row |= {"gradient_norm": norm.item(), "learning_rate": schedule.get_last_lr()[0]}
-                check_finite(row)
-                optimizer.step()
+
+            losses = torch.zeros(3)
+            for ids, weight, is_last in micro_batches(blocks.train[step], config, accelerator):
+                with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
+                    parts = objective(teacher, ids.to(student.device))
+                    # DistributedDataParallel averages over the processes; we want the sum
+                    accelerator.backward(parts[0] * weight * processes)
+                losses += weight * torch.stack(parts).detach().float().cpu()
+            loss, soft, hard = accelerator.reduce(losses.to(accelerator.device), "sum").tolist()
+            row["loss"] = loss
+            row["soft_loss"] = soft if config.alpha < 1 else None
+            row["hard_loss"] = hard if config.alpha > 0 else None
+
+            norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+            row["gradient_norm"] = norm.item()
+            check_finite(row, teacher if config.alpha < 1 else None, student, blocks.train[step])
+            row["learning_rate"] = learning_rate(len(history), len(plan), config)
+            for group in optimizer.param_groups:
+                group["lr"] = row["learning_rate"]
+            optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
-            row["tokens"] = so_far["tokens"] + len(step) * blocks.block_size
-            row["seconds"] = so_far["seconds"] + time.perf_counter() - start
+
+            before = history[-1] if history else {"tokens": 0, "seconds": 0.0}
+            row["tokens"] = before["tokens"] + len(step) * blocks.block_size
+            row["seconds"] = before["seconds"] + time.perf_counter() - start
             history.append(row)
             if ends_epoch:
                 row |= end_of_epoch(teacher, student, blocks, history, config)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {row['tokens'] / row['seconds']:,.0f} tokens/s",
-                refresh=False,
-            )
-            bar.update()
+            advance(bar, row)
             if on_step and main_process:
                 on_step(row)
-            if checkpoints and main_process and (ends_epoch or stop.requested or checkpoints.due()):
-                checkpoints.try_save(student, optimizer, history, run)
+            if ends_epoch or stop.requested or written.due():
+                written.try_save(student, optimizer, history, run)
             if stop.requested and len(history) < len(plan):
                 tqdm.write(f"stopped after step {len(history)} of {len(plan)}")
                 break
@@ -133,7 +152,7 @@ def distill(
 
 
 def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
-    """Refuse what cannot be distilled, before anything is done.
+    """Require models, blocks and settings that fit together, before anything is done.
 
     Raises:
         InputError: with what would be accepted.
@@ -146,108 +165,126 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
     )
     same = "teacher and student are one model; make the student with student_from_teacher"
     require(student is not teacher, same)
-    trained = any(p.requires_grad for p in student.parameters())
+    trained = [p for p in student.parameters() if p.requires_grad]
     require(trained, "no weight of the student takes gradients; set requires_grad_(True)")
+    half = sorted({str(p.dtype).removeprefix("torch.") for p in trained if is_half_precision(p)})
+    require(
+        not half,
+        f"the student's weights are {', '.join(half)}, in which small updates are lost; train "
+        'student.float(), and for speed set DistillConfig(dtype="bfloat16")',
+    )
+    require(
+        not config.gradient_checkpointing
+        or getattr(student, "supports_gradient_checkpointing", False),
+        f"{type_name(student)} has no gradient checkpointing; leave gradient_checkpointing out",
+    )
     for name, model in (("teacher", teacher), ("student", student)):
-        longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-        fits = f"the {name} takes at most {longest}; pack the corpus again with that block_size"
-        require(blocks.block_size <= longest, f"blocks have {blocks.block_size} tokens, {fits}")
+        check_positions(model, blocks.train, name)
 
 
-def progress(plan: list, done: int, shown: bool) -> tqdm:
-    """A progress bar over the optimiser steps, for one process of several."""
-    return tqdm(total=len(plan), initial=done, unit="step", leave=False, disable=not shown)
+class DistillationLoss(nn.Module):
+    """The loss of a student: one module, for DistributedDataParallel to wrap.
 
-
-def backward(accelerator, teacher, objective, blocks, config) -> dict:
-    """The gradient of one optimiser step, and its losses in nats per token.
-
-    Each forward pass weighs as much as the tokens it holds, out of those of the whole
-    step, all processes together: how a step is cut up does not change it.
-
-    Args:
-        objective: an `Objective`, as `accelerator.prepare_model` returned it.
-        blocks: the token ids of the step, shape (blocks, block_size).
-    """
-    device = accelerator.unwrap_model(objective).student.device
-    sums = torch.zeros(3)
-    parts = blocks.split(config.batch_size)
-    for i, part in enumerate(parts):
-        mine = part[accelerator.process_index :: accelerator.num_processes]
-        weight = len(mine) / len(blocks)
-        # a process without a block of its own still has to take part: with weight 0
-        ids = (mine if len(mine) else part[:1]).to(device)
-        is_last = i == len(parts) - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
-            answer = accelerator.unwrap_model(objective).ask(teacher, ids)
-            loss, soft, hard = objective(ids, answer)
-            # DistributedDataParallel takes the mean over processes where the sum is wanted
-            accelerator.backward(loss * weight * accelerator.num_processes)
-        sums += weight * torch.stack([loss, soft, hard]).detach().float().cpu()
-    loss, soft, hard = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
-    return {
-        "loss": loss,
-        "soft_loss": soft if config.alpha < 1 else None,
-        "hard_loss": hard if config.alpha > 0 else None,
-    }
-
-
-class Objective(nn.Module):
-    """A student and what it is to minimise: one module, for DistributedDataParallel to wrap.
-
-    Where the logits of teacher and student are hidden states times output weights, as
-    in GPT-2, the loss goes straight from these to gradients (`chunked_loss.py`); else it
-    is the same loss of the logits.
+    If the logits of teacher and student are hidden states times output weights, as in
+    GPT-2, `chunked_distillation_loss` computes it without holding all logits; if not, the
+    functions of `losses` do. The values are the same.
     """
 
     def __init__(self, teacher, student, config: DistillConfig, ids: torch.Tensor):
-        """As it suits these models; `ids` are a few blocks to try them on."""
+        """Choose the way that suits these models; `ids` are a few blocks to try them on.
+
+        Raises:
+            InputError: they share no vocabulary, or one has no logits.
+        """
         super().__init__()
         self.student, self.config = student, config
         self.vocabulary = common_vocabulary(teacher, student)
-        asked = [student, teacher] if config.alpha < 1 else [student]
-        self.chunked = all(has_linear_head(model, ids) for model in asked)
-        if self.chunked:
-            self.teacher_head = output_weights(asked[-1], self.vocabulary).detach()
+        ids = ids.to(student.device)
+        asked = {"student": student} | ({"teacher": teacher} if config.alpha < 1 else {})
+        self.chunked = all(has_linear_head(model, ids) for model in asked.values())
+        if not self.chunked:
+            for name, model in asked.items():
+                require_logits(name, model, ids)
 
-    @torch.no_grad()
-    def ask(self, teacher, ids: torch.Tensor) -> torch.Tensor | None:
-        """What the loss needs of the teacher: hidden states or logits, or nothing."""
-        if self.config.alpha == 1:
-            return None
-        with self.autocast(ids):
-            if self.chunked:
-                return hidden_states(teacher, ids)
-            return teacher(ids, use_cache=False).logits[..., : self.vocabulary]
+    def forward(self, teacher, ids: torch.Tensor):
+        """The loss of some blocks, and without gradient its soft-label and hard-label parts.
 
-    def forward(self, ids: torch.Tensor, answer: torch.Tensor | None):
-        """The loss of some blocks, and its soft-label and hard-label parts without gradient."""
+        Args:
+            teacher: in eval mode; with `alpha=1` it is not asked.
+            ids: token ids, shape (blocks, block_size).
+        """
         config = self.config
+        target = self.ask(teacher, ids) if config.alpha < 1 else None
         with self.autocast(ids):
             if self.chunked:
-                hidden = hidden_states(self.student, ids)[:, :-1]
-                head = output_weights(self.student, self.vocabulary)
-                teacher = (None, None) if answer is None else (answer[:, :-1], self.teacher_head)
-                how = config.temperature, config.alpha, config.divergence
-                return chunked_loss(hidden, head, *teacher, ids[:, 1:], *how)
+                return chunked_distillation_loss(
+                    student_hidden=hidden_states(self.student, ids)[:, :-1],
+                    student_head=output_weights(self.student, self.vocabulary),
+                    teacher_hidden=target,
+                    teacher_head=None
+                    if target is None
+                    else output_weights(teacher, self.vocabulary),
+                    labels=ids[:, 1:],
+                    temperature=config.temperature,
+                    alpha=config.alpha,
+                    divergence=config.divergence,
+                    beta=config.beta,
+                )
             logits, labels = shift(self.student(ids, use_cache=False).logits, ids)
             logits = logits[..., : self.vocabulary]
             soft = hard = torch.zeros((), device=ids.device)
             if config.alpha > 0:
                 hard = hard_label_loss(logits, labels)
             if config.alpha < 1:
-                divergence = DIVERGENCES[config.divergence]
-                soft = divergence(logits, answer[:, :-1], config.temperature)
+                divergence = DIVERGENCES[config.divergence].with_parameters(beta=config.beta)
+                soft = divergence(logits, target, config.temperature)
             return mix(hard, soft, config.alpha), soft, hard
 
+    @torch.no_grad()
+    def ask(self, teacher, ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's hidden states, or its logits, at each position that has a next token."""
+        with self.autocast(ids):
+            if self.chunked:
+                return hidden_states(teacher, ids)[:, :-1]
+            return teacher(ids, use_cache=False).logits[:, :-1, : self.vocabulary]
+
     def autocast(self, ids: torch.Tensor):
-        """Half-precision arithmetic where the settings ask for it."""
+        """bfloat16 arithmetic, if the settings ask for it."""
         wanted = self.config.dtype == "bfloat16"
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=wanted)
 
 
+@torch.no_grad()
+def require_logits(name: str, model, ids: torch.Tensor) -> None:
+    """Require a model that returns logits, as `AutoModel` without a head does not."""
+    with eval_mode(model):
+        found = hasattr(model(ids, use_cache=False), "logits")
+    headless = f"the {name}, {type_name(model)}, has no language-model head"
+    require(found, f"{headless}; load it with AutoModelForCausalLM")
+
+
+def micro_batches(ids: torch.Tensor, config: DistillConfig, accelerator):
+    """The forward passes of one optimiser step, as far as they are this process's.
+
+    Each weighs as much as the tokens it holds, out of those of the whole step, all
+    processes together: how a step is cut up does not change it.
+
+    Args:
+        ids: the token ids of the step, shape (blocks, block_size).
+
+    Yields:
+        token ids, their weight, and whether they are the last of the step.
+    """
+    batches = ids.split(config.batch_size)
+    for i, batch in enumerate(batches, start=1):
+        mine = batch[accelerator.process_index :: accelerator.num_processes]
+        weight = len(mine) / len(ids)
+        # a process without a block of its own still has to take part: with weight 0
+        yield mine if len(mine) else batch[:1], weight, i == len(batches)
+
+
 def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) -> dict:
-    """The epoch's average loss over its blocks, and what the validation blocks say."""
+    """The epoch's average loss over its blocks, and the student's quality on held-out blocks."""
     epoch = history[-1]["epoch"]
     sizes = [len(step) for step in steps_of_epoch(len(blocks.train), config, epoch - 1)]
     weighted = (row["loss"] * n for row, n in zip(history[-len(sizes) :], sizes, strict=True))
@@ -260,7 +297,7 @@ def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) 
 
 
 def plan_steps(blocks: int, config: DistillConfig) -> list[tuple[int, torch.Tensor, bool]]:
-    """All optimiser steps: the epoch, which blocks it sees, and whether the epoch ends there."""
+    """All optimiser steps: the epoch (from 1), the blocks to see, and whether it ends the epoch."""
     plan = []
     for epoch in range(1, config.epochs + 1):
         steps = steps_of_epoch(blocks, config, epoch - 1)
@@ -269,10 +306,25 @@ def plan_steps(blocks: int, config: DistillConfig) -> list[tuple[int, torch.Tens
 
 
 def steps_of_epoch(blocks: int, config: DistillConfig, epoch: int) -> tuple[torch.Tensor, ...]:
-    """Which blocks each optimiser step of an epoch sees: all of them once, shuffled anew."""
+    """Which blocks each optimiser step of an epoch sees: all of them once, shuffled anew.
+
+    Args:
+        blocks: how many there are.
+        config: for its batch size, gradient accumulation steps and seed.
+        epoch: counted from 0.
+
+    Returns:
+        for each step the indices of its blocks; the last step may have fewer.
+    """
     generator = torch.Generator().manual_seed(config.seed * 1_000 + epoch)
     order = torch.randperm(blocks, generator=generator)
     return order.split(config.batch_size * config.gradient_accumulation_steps)
+
+
+def learning_rate(step: int, total_steps: int, config: DistillConfig) -> float:
+    """The learning rate of a step, counted from 0."""
+    warmup_steps = config.warmup_ratio * total_steps
+    return config.learning_rate * warm_up_and_cosine(step, warmup_steps, total_steps)
 
 
 def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> float:
@@ -284,7 +336,7 @@ def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> floa
 
 
 def parameter_groups(student: nn.Module, config: DistillConfig) -> list[dict]:
-    """Weight decay for matrices, none for biases and normalisation."""
+    """AdamW's groups: weight decay for matrices, none for biases and normalisation."""
     trained = [p for p in student.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -292,32 +344,32 @@ def parameter_groups(student: nn.Module, config: DistillConfig) -> list[dict]:
     ]
 
 
-@contextlib.contextmanager
-def reproducible():
-    """The caller's random numbers go on undisturbed, whatever is drawn here."""
-    with torch.random.fork_rng():
-        yield
+def progress_bar(total: int, done: int, shown: bool) -> tqdm:
+    """A bar over the optimiser steps, for one process of several."""
+    return tqdm(total=total, initial=done, unit="step", leave=False, disable=not shown)
+
+
+def advance(bar: tqdm, row: dict) -> None:
+    """Move the bar by a step, with the loss and the speed so far."""
+    speed = row["tokens"] / row["seconds"]
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+    bar.update()
 
 
 @contextlib.contextmanager
 def train_mode(teacher: nn.Module, student: nn.Module, config: DistillConfig):
     """Teacher in eval mode, student in train mode as configured; then all as before."""
     modes = teacher.training, student.training
-    layers = [module for module in student.modules() if isinstance(module, nn.Dropout)]
-    before = [layer.p for layer in layers]
     teacher.eval()
     student.train()
-    for layer in layers:
-        layer.p = config.dropout
     if config.gradient_checkpointing:
         without_future_warnings(student.gradient_checkpointing_enable, {"use_reentrant": False})
     try:
-        yield
+        with dropout_set_to(student, config.dropout):
+            yield
     finally:
         if config.gradient_checkpointing:
             without_future_warnings(student.gradient_checkpointing_disable)
-        for layer, p in zip(layers, before, strict=True):
-            layer.p = p
         teacher.train(modes[0])
         student.train(modes[1])
 

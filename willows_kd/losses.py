@@ -17,12 +17,11 @@ logit is -inf, adds 0 log 0 = 0; if only the other distribution gives it 0, a KL
 infinite. The arithmetic is in float32 at least.
 
 `DIVERGENCES`, the registry, holds the formulas. The functions here, the full-logits
-losses, take its values and leave the gradients to autograd; `chunked_loss` takes its
+losses, take its values and leave the gradients to autograd; `chunked_distillation_loss` takes its
 values and its gradients. To add a divergence, add an entry, and its name to
 `config.DIVERGENCE_NAMES`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -38,12 +37,27 @@ def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> to
 
     Its gradient with respect to the student's logits is T · (q - p) / N for each of the N
     tokens that count.
+
+    Args:
+        student_logits, teacher_logits: shape (..., vocabulary). Only the student's take
+            gradients.
+        temperature: T, softens both distributions; positive.
+        mask: True for each token that counts, shape (...); None counts all.
+
+    Returns:
+        the mean over the tokens that count, in nats per token: one number, 0 if none counts.
+
+    Raises:
+        InputError: the shapes do not fit together, or T is not positive and finite.
     """
     return DIVERGENCES["forward_kl"](student_logits, teacher_logits, temperature, mask)
 
 
 def reverse_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
-    """KL(student || teacher) · T², as in MiniLLM (Gu et al. 2024, section 2.1)."""
+    """KL(student || teacher) · T², as in MiniLLM (Gu et al. 2024, section 2.1).
+
+    The arguments are those of `forward_kl`.
+    """
     return DIVERGENCES["reverse_kl"](student_logits, teacher_logits, temperature, mask)
 
 
@@ -55,7 +69,7 @@ def jensen_shannon(
     The generalised divergence of GKD (Agarwal et al. 2024, equation 1). It tends to 0 as
     `beta` tends to 0 or 1, so `beta` must lie strictly between. Divided by beta it tends to
     the forward KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends
-    to 1.
+    to 1. The other arguments are those of `forward_kl`.
     """
     divergence = DIVERGENCES["jensen_shannon"].with_parameters(beta=beta)
     return divergence(student_logits, teacher_logits, temperature, mask)
@@ -66,7 +80,7 @@ def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) 
 
     T and not T², since this distance is of first order in the difference of the logits:
     its gradient shrinks as 1/T, that of a KL as 1/T². Used for distillation by Wen et al.
-    2023 (f-divergence minimisation, section 3).
+    2023 (f-divergence minimisation, section 3). The arguments are those of `forward_kl`.
     """
     return DIVERGENCES["total_variation"](student_logits, teacher_logits, temperature, mask)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import huggingface_hub
+import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
@@ -98,6 +99,17 @@ def bundled_history(name: str = "student") -> list[dict]:
             {key: number_or_none(value) for key, value in row.items()}
             for row in csv.DictReader(file)
         ]
+
+
+def stored_results(name: str) -> pd.DataFrame:
+    """Results that take too long for a notebook: a row a training run, as a benchmark stored it.
+
+    Args:
+        name: "transfer_sets" or "temperatures", both by `benchmarks/what_helps.py`.
+    """
+    stored = {file.stem: file for file in sorted((ASSETS / "results").glob("*.csv"))}
+    require(name in stored, f"no stored results are called {name!r}; there are {', '.join(stored)}")
+    return pd.read_csv(stored[name])
 
 
 def bundled(name: str) -> Path:

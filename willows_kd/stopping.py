@@ -1,4 +1,4 @@
-"""How a training ends before its time: Ctrl-C, no memory left, a loss that is no number."""
+"""How a training run ends early: Ctrl-C, out of memory, a loss that is not finite."""
 
 import contextlib
 import math
@@ -9,46 +9,89 @@ from types import SimpleNamespace
 
 import torch
 
-from willows_kd.checkpoints import Checkpoints
+from willows_kd.checkpoints import Checkpoints, NoCheckpoints
 from willows_kd.errors import InputError
 
 
-def check_finite(row: dict) -> None:
-    """Refuse a step that would spoil the student."""
+def check_finite(row: dict, teacher, student, ids: torch.Tensor) -> None:
+    """Stop before a step that would spoil the student.
+
+    Args:
+        row: of the history, with `step`, `loss` and `gradient_norm`.
+        teacher, student: the models; no teacher if it is not asked.
+        ids: the token ids of the step, to look for the cause with.
+
+    Raises:
+        InputError: the loss or the gradient is not finite, with the likely cause.
+    """
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(row[name]):
             raise InputError(
                 f"the {name.replace('_', ' ')} became {row[name]} at step {row['step']}; "
-                "lower the learning rate or the temperature"
+                f"{likely_cause(teacher, student, ids)}"
             )
 
 
+@torch.no_grad()
+def likely_cause(teacher, student, ids: torch.Tensor) -> str:
+    """Why a loss is not finite, and what to do: the first of the usual causes that applies."""
+    if teacher is not None and any(is_half_precision(p) for p in teacher.parameters()):
+        return "the teacher's weights are in half precision, which may overflow: teacher.float()"
+    infinite = {
+        name
+        for name, model in (("student", student), ("teacher", teacher))
+        if model is not None
+        and any(
+            model(block[None].to(student.device), use_cache=False).logits.isinf().any()
+            for block in ids
+        )
+    }
+    if "student" in infinite:
+        return (
+            "the student's logits hold infinities, and a token with logit -inf that the teacher "
+            "or the text can have makes the loss infinite; give it finite logits"
+        )
+    if "teacher" in infinite:
+        return (
+            "the teacher's logits hold infinities; +inf has no softmax, and -inf makes reverse_kl "
+            "infinite, where forward_kl and jensen_shannon are finite"
+        )
+    return "lower the learning rate, or the temperature if it is high"
+
+
+def is_half_precision(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is float16 or bfloat16."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
 @contextlib.contextmanager
-def failures_as_input_errors(step: int, checkpoints: Checkpoints | None):
-    """What ends a training, in one line: with the step, and where one can go on from."""
+def failures_as_input_errors(history: list[dict], checkpoints: Checkpoints | NoCheckpoints):
+    """Turn what ends a training run into one line, with the step and the last checkpoint."""
     try:
         yield
     except (InputError, RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and "DefaultCPUAllocator" not in str(error) and error.__class__ != InputError:
+        full = full or "DefaultCPUAllocator" in str(error)
+        if not full and not isinstance(error, InputError):
             raise
         reason = error
-        if error.__class__ != InputError:
+        if full:
             reason = (
-                f"out of memory at step {step}; lower the batch size, and raise "
+                f"out of memory at step {len(history) + 1}; lower the batch size, and raise "
                 "gradient_accumulation_steps to keep the steps as they are, or set "
                 "gradient_checkpointing"
             )
-        files = checkpoints.files() if checkpoints else []
+        files = checkpoints.files()
         last = f" (the last good checkpoint: {files[0]})" if files else ""
         raise InputError(f"{reason}{last}") from error
 
 
 @contextlib.contextmanager
 def graceful_interrupt(allowed: bool) -> Iterator[SimpleNamespace]:
-    """Turn the first Ctrl-C into `asked`, for the step at hand to end; a second stops at once.
+    """Turn the first Ctrl-C into `requested`, so that the step ends; a second stops at once.
 
-    Several processes are told of it at different steps, so these stop at once.
+    Several processes would notice it at different steps, so they stop at once (`allowed` is
+    False).
     """
     stop = SimpleNamespace(requested=False)
     if not allowed or threading.current_thread() is not threading.main_thread():
@@ -57,11 +100,11 @@ def graceful_interrupt(allowed: bool) -> Iterator[SimpleNamespace]:
 
     before = signal.getsignal(signal.SIGINT)
 
-    def ask(*_):
+    def request(*_):
         stop.requested = True
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, request)
     try:
         yield stop
     finally:

@@ -31,6 +31,7 @@ from willows_kd.files import (
 )
 from willows_kd.losses import forward_kl
 from willows_kd.models import (
+    check_positions,
     distributed_state,
     eval_mode,
     has_linear_head,
@@ -173,11 +174,7 @@ def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
     """Refuse arguments that allow no cache."""
     require_model(teacher, "teacher")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
-    has_head = getattr(teacher, "get_output_embeddings", lambda: None)() is not None
-    require(has_head, "the teacher has no head; load it with AutoModelForCausalLM")
-    longest = getattr(teacher.config, "max_position_embeddings", None) or blocks.block_size
-    fits = f"the teacher takes at most {longest}; pack the corpus again with that block_size"
-    require(blocks.block_size <= longest, f"blocks have {blocks.block_size} tokens, {fits}")
+    check_positions(teacher, blocks.train, "teacher")
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     vocabulary = teacher.config.vocab_size

@@ -1,0 +1,84 @@
+"""The set-up cell and the Colab line: the same in every notebook, with a fork's own address."""
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from notebook_runs import NOTEBOOKS
+
+sys.path.insert(0, str(NOTEBOOKS))
+import sync_setup  # noqa: E402
+
+ADDRESS = "https://github.com/owner/name"
+
+
+def tagged(notebook, tag):
+    return [cell.source for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def test_stored_cells_are_those_that_the_script_writes_for_one_address():
+    stored = {path: nbformat.read(path, as_version=4) for path in sync_setup.notebooks()}
+    [address] = {sync_setup.stored_address(notebook) for notebook in stored.values()}
+    for path, notebook in stored.items():
+        assert tagged(notebook, "set-up") == [sync_setup.set_up_cell(address)], path
+        assert tagged(notebook, "colab") == [sync_setup.colab_line(path, address)], path
+
+
+@pytest.mark.parametrize(
+    "remote, found",
+    [
+        ("https://github.com/owner/name.git", ADDRESS),
+        ("https://user:secret@github.com/owner/name/", ADDRESS),
+        ("git@github.com:owner/name.git", ADDRESS),
+        ("ssh://git@github.com:22/owner/name", ADDRESS),
+        ("https://gitlab.com/group/team/my.name", "https://gitlab.com/group/team/my.name"),
+        ("/srv/git/name.git", ""),
+        ("C:/Users/me/name", ""),
+        ("file:///srv/git/name", ""),
+        ("https://127.0.0.1:8000/owner/name", ""),
+        ("http://localhost/owner/name", ""),
+        ("https://github.com/owner", ""),
+        ("", ""),
+    ],
+)
+def test_an_address_is_taken_from_a_remote_that_others_can_reach(remote, found):
+    assert sync_setup.public_address(remote) == found
+
+
+def test_a_forks_remote_comes_before_pyproject_and_a_local_one_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(sync_setup, "ROOT", tmp_path)
+    urls = '[project]\n[project.urls]\nRepository = "https://github.com/first/name"\n'
+    (tmp_path / "pyproject.toml").write_text(urls)
+    assert sync_setup.address() == "https://github.com/first/name"  # no git yet
+    git = ["git", "-C", tmp_path]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "remote", "add", "origin", tmp_path], check=True)
+    assert sync_setup.address() == "https://github.com/first/name"
+    subprocess.run([*git, "remote", "set-url", "origin", "git@github.com:fork/name"], check=True)
+    assert sync_setup.address() == "https://github.com/fork/name"
+
+
+def test_an_address_reaches_the_badge_and_the_set_up_cell():
+    path = sync_setup.notebooks()[0]
+    assert f'REPOSITORY = "{ADDRESS}"' in sync_setup.set_up_cell(ADDRESS)
+    link = f"https://colab.research.google.com/github/owner/name/blob/main/notebooks/{path.name}"
+    assert link in sync_setup.colab_line(path, ADDRESS)
+    assert "wheel" in sync_setup.colab_line(path, "https://gitlab.com/owner/name")
+
+
+def test_writing_an_address_leaves_all_else_as_it_is(tmp_path, monkeypatch):
+    original = sync_setup.notebooks()[0]
+    monkeypatch.setattr(sync_setup, "ROOT", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    copy = tmp_path / "notebooks" / original.name
+    copy.write_bytes(original.read_bytes())
+    before = nbformat.read(original, as_version=4)
+    sync_setup.sync(copy, ADDRESS)
+    changed = nbformat.read(copy, as_version=4)
+    assert sync_setup.stored_address(changed) == ADDRESS
+    sync_setup.sync(copy)  # as when the notebook is run again
+    assert sync_setup.stored_address(nbformat.read(copy, as_version=4)) == ADDRESS
+    for old, new in zip(before.cells, changed.cells, strict=True):
+        if not {"set-up", "colab"} & set(old.metadata.get("tags", [])):
+            assert new == old

@@ -1,0 +1,206 @@
+"""The site in a real browser: `make site`, then every page as a reader sees it.
+
+Needs the extra `site` and Chromium; skipped without them. Screenshots of every page, on a desk
+and on a phone, are left in tests/artifacts/site/.
+"""
+
+import functools
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from notebook_runs import SERIES, SOLUTIONS
+from test_browser import ARTIFACTS, CHROMIUM, FLAGS, sync_api
+
+import willows_kd as kd
+
+pytest.importorskip("myst_nb", reason='`pip install -e ".[site]"`')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found"),
+]
+
+ROOT = Path(__file__).parent.parent
+DESK = {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
+# What is shown as prose, in which no TeX or Markdown may be left: all but code and drawn formulas.
+PROSE = """() => {
+    const copy = document.querySelector('article').cloneNode(true);
+    copy.querySelectorAll('pre, code, mjx-container, script').forEach(one => one.remove());
+    return copy.textContent;
+}"""
+TEX = re.compile(r"\$[^$\n]+\$|\\\(|\\\[|\\[a-z]{2,}")
+TABLE = re.compile(r"\| ?:?[-–—]{2}")  # as Markdown writes it, with dashes made long or not
+# Drawn, and with no command that MathJax does not know, which it writes in red.
+FORMULAS = """() => [...document.querySelectorAll('.math')].map(one =>
+    !!one.querySelector('mjx-container svg')
+    && !one.querySelector('[data-mjx-error], [fill="red"]'))"""
+LINKS = "() => [...document.querySelectorAll('a[href]')].map(one => one.href)"
+ANCHORS = "() => [...document.querySelectorAll('[id]')].map(one => one.id)"
+# What reaches beyond the window and is in nothing that scrolls by itself.
+SIDEWAYS = """() => {
+    const scrolls = one => one && one.tagName !== 'ARTICLE' && (
+        ['auto', 'scroll'].includes(getComputedStyle(one).overflowX) || scrolls(one.parentElement));
+    return [...document.querySelectorAll('article, article *')]
+        .filter(one => one.getBoundingClientRect().right > window.innerWidth && !scrolls(one))
+        .map(one => one.outerHTML.slice(0, 80));
+}"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and prints nothing."""
+
+    def log_message(self, *args):
+        """Print nothing."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site's folder and its address on this machine."""
+    folder = tmp_path_factory.mktemp("build") / "site"
+    command = re.search(r"-m sphinx .*", (ROOT / "Makefile").read_text(encoding="utf-8"))[0]
+    command = command.replace("build/site", str(folder))
+    command = command.replace("build/doctrees", str(folder.with_name("doctrees")))
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield SimpleNamespace(folder=folder, address=f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def context():
+    """A headless Chromium."""
+    with sync_api().sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def seen(site, context):
+    """What a reader meets on each page: one visit each on a desk and on a phone."""
+    pages = sorted(path.relative_to(site.folder).as_posix() for path in site.folder.rglob("*.html"))
+    return {name: visit(site, context, name) for name in pages if name != "index.html"}
+
+
+def visit(site, context, name: str) -> SimpleNamespace:
+    """Open one page in both sizes, and note what it shows and asks for."""
+    page = context.new_page(viewport=DESK)
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("response", lambda got: got.status >= 400 and errors.append(f"{got.status} {got.url}"))
+    page.goto(site.address + name)
+    page.evaluate("() => window.MathJax?.startup?.promise")
+    found = SimpleNamespace(requests=requests, errors=errors)
+    found.links, found.anchors = page.evaluate(LINKS), page.evaluate(ANCHORS)
+    found.formulas, found.prose = page.evaluate(FORMULAS), page.evaluate(PROSE)
+    picture = ARTIFACTS / "site" / name.replace("/", "-").removesuffix(".html")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=f"{picture}-1280.png", full_page=True)
+    page.set_viewport_size(PHONE)
+    found.sideways = page.evaluate(SIDEWAYS)
+    page.screenshot(path=f"{picture}-390.png", full_page=True)
+    page.close()
+    return found
+
+
+def test_every_notebook_and_page_is_there(seen):
+    for path in SERIES + SOLUTIONS:
+        assert f"{path.relative_to(ROOT).with_suffix('.html').as_posix()}" in seen
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{path.stem}.html" in seen
+
+
+def test_no_page_has_an_error(seen):
+    assert {name: page.errors for name, page in seen.items() if page.errors} == {}
+
+
+def test_no_request_leaves_the_machine(site, seen):
+    asked = {url for page in seen.values() for url in page.requests}
+    assert {url for url in asked if not url.startswith((site.address, "data:"))} == set()
+
+
+def test_no_link_within_the_site_is_dead(site, seen):
+    dead = []
+    for name, page in seen.items():
+        for link in set(page.links):
+            path, _, anchor = link.partition("#")
+            if not path.startswith(site.address):
+                continue
+            target = path.removeprefix(site.address)
+            if target in seen and anchor and anchor not in seen[target].anchors:
+                dead.append((name, link))
+            if not (site.folder / target).exists():
+                dead.append((name, link))
+    assert dead == []
+
+
+def test_formulas_are_drawn_and_none_is_left_as_tex(seen):
+    assert sum(len(page.formulas) for page in seen.values()) > 10
+    assert [name for name, page in seen.items() if not all(page.formulas)] == []
+    assert {n: TEX.findall(page.prose) for n, page in seen.items() if TEX.search(page.prose)} == {}
+
+
+def test_tables_are_drawn_and_none_is_left_as_markdown(seen):
+    assert [name for name, page in seen.items() if TABLE.search(page.prose)] == []
+
+
+def test_no_page_scrolls_sideways_on_a_phone(seen):
+    assert {name: page.sideways for name, page in seen.items() if page.sideways} == {}
+
+
+def test_the_search_finds_the_notebook_on_temperature(site, context):
+    page = context.new_page(viewport=DESK)
+    page.goto(site.address)  # which leads on to the first page
+    page.wait_for_url("**/docs/index.html")
+    page.fill("input[name=q]", "temperature")
+    page.press("input[name=q]", "Enter")
+    page.wait_for_selector("#search-results li a")
+    page.wait_for_function("() => document.querySelector('.search-summary')")
+    found = page.evaluate(
+        "() => [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
+    )
+    assert any("02_soft_labels_and_temperature.html" in link for link in found)
+    page.close()
+
+
+def test_the_api_has_every_public_name_in_order(seen):
+    listed = [
+        anchor for anchor in seen["docs/api.html"].anchors if anchor.startswith("willows_kd.")
+    ]
+    names = [f"willows_kd.{file}.{name}" for name, file in kd.HOME.items()]
+    assert [anchor for anchor in listed if anchor.count(".") == 2] == names
+
+
+def test_the_command_line_shows_the_help(site):
+    page = (site.folder / "docs" / "command_line.html").read_text(encoding="utf-8")
+    assert "usage: willows-kd distill" in re.sub(r"<[^>]+>", "", page)
+
+
+def test_a_notebook_gets_the_badge_of_this_copys_address(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import pages
+
+    monkeypatch.setattr(pages, "address", lambda: "https://github.com/owner/name")
+    app = SimpleNamespace(env=SimpleNamespace(doc2path=lambda docname: f"{docname}.ipynb"))
+    cells = [{"metadata": {"tags": ["colab"]}, "source": ""}]
+    source = [json.dumps({"cells": cells})]
+    pages.prepare_notebook(app, "notebooks/01_teacher", source)
+    place = (
+        "https://colab.research.google.com/github/owner/name/blob/main/notebooks/01_teacher.ipynb"
+    )
+    assert json.loads(source[0])["cells"][0]["source"] == f"[Open in Colab]({place})"
