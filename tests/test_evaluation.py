@@ -174,8 +174,8 @@ def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
     ("given", "expected"),
     [
         (torch.zeros(2, 129, dtype=torch.long), "129 tokens, the model takes at most 128"),
-        (torch.full((1, 4), 4096), "a token id is 4096; the model knows 0 to 4095"),
-        (torch.full((1, 4), -1), "a token id is -1"),
+        (torch.full((1, 4), 4096), "a token id is 4096; the model knows 4096, from 0"),
+        (torch.tensor([[-1, 5]]), "a token id is -1"),
         (torch.zeros(4, dtype=torch.long), r"shape \(blocks, block_size\)"),
         (torch.zeros(0, 4, dtype=torch.long), "at least one block"),
         ([[1, 2, 3]], "blocks are a list"),

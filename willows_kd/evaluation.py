@@ -85,7 +85,7 @@ def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
     )
     least, most = blocks.min().item(), blocks.max().item()
     known = vocabulary_size(model)
-    wrong = f"a token id is {least if least < 0 else most}; the {name} knows 0 to {known - 1}"
+    wrong = f"a token id is {least if least < 0 else most}; the {name} knows {known}, from 0"
     require(least >= 0 and most < known, wrong)
     check_positions(model, blocks, name)
 
