@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-STORY = (
-    Path(__file__).parent.parent / "willows_kd" / "assets" / "sample_story.txt"
-)
+STORY = Path(__file__).parent.parent / "willows_kd" / "assets" / "sample_story.txt"
 DEAD_END = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 os.environ.setdefault("WILLOWS_KD_CORPUS", str(STORY))

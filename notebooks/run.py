@@ -39,9 +39,7 @@ def run(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [
-                kept for output in cell.outputs if (kept := still(output))
-            ]
+            cell.outputs = [kept for output in cell.outputs if (kept := still(output))]
     nbformat.write(notebook, path)
 
 
@@ -62,8 +60,6 @@ def still(output):
 
 
 if __name__ == "__main__":
-    for notebook_path in [
-        Path(name).resolve() for name in sys.argv[1:]
-    ] or notebooks():
+    for notebook_path in [Path(name).resolve() for name in sys.argv[1:]] or notebooks():
         print(notebook_path.name, flush=True)
         run(notebook_path)
