@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import willows_kd as kd
-from willows_kd.losses import DIVERGENCES, log_softened
+from willows_kd.losses import DIVERGENCES, kl, log_softened
 
 INF = math.inf
 MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
@@ -107,6 +107,13 @@ def test_only_a_kl_is_infinite_and_only_if_its_first_distribution_alone_has_mass
         "student": ["forward_kl"],
         "both": [],
     }
+
+
+@each_cut
+def test_the_kl_of_log_probabilities_is_its_formula(cut):
+    p, q = (torch.softmax(z.detach(), dim=-1) for z in two(9, cut=cut))
+    expected = kl_on_paper(p.tolist(), q.tolist())
+    assert kl(p.log(), q.log()).item() == pytest.approx(expected, rel=1e-12)
 
 
 @each_divergence
@@ -281,12 +288,12 @@ def test_models_with_no_token_in_common_reach_the_bounds():
     assert kd.total_variation(student, teacher).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("kl", "beta"), [(kd.forward_kl, 1e-6), (kd.reverse_kl, 1 - 1e-6)])
-def test_jensen_shannon_tends_to_zero_at_its_ends_and_divided_by_its_weight_to_a_kl(kl, beta):
+@pytest.mark.parametrize(("other", "beta"), [(kd.forward_kl, 1e-6), (kd.reverse_kl, 1 - 1e-6)])
+def test_jensen_shannon_tends_to_zero_at_its_ends_and_divided_by_its_weight_to_a_kl(other, beta):
     student, teacher = two(2, 4, 11, scale=1)
     found = kd.jensen_shannon(student, teacher, 2, beta=beta).item()
     assert found == pytest.approx(0, abs=1e-4)
-    assert found / min(beta, 1 - beta) == pytest.approx(kl(student, teacher, 2).item(), rel=1e-3)
+    assert found / min(beta, 1 - beta) == pytest.approx(other(student, teacher, 2).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("beta", [0, 1, -0.1, 1.1, math.nan])
