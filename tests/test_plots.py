@@ -49,7 +49,7 @@ def test_parts_names_the_share_of_the_layers(make_gpt2):
 def test_split_says_how_many_test_lines_touch_training_lines():
     chapters = ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
     figure = kd.plot_split({"by chapter": chapters, "mixed": ["train", "test"] * 5})
-    assert title(figure) == "Test lines that touch training lines: 0% by chapter, 100% mixed"
+    assert title(figure) == "Test text next to training text: 0% by chapter, 100% mixed"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "train",
         "validation",

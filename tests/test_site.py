@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from notebook_runs import SERIES, SOLUTIONS
-from test_browser import ARTIFACTS, CHROMIUM, FLAGS, sync_api
+from test_browser import ARTIFACTS, CHROMIUM, FLAGS
 
 import willows_kd as kd
 
@@ -82,7 +82,8 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="module")
 def context():
     """A headless Chromium."""
-    with sync_api().sync_playwright() as engine:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
+    with sync_api.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()

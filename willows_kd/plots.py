@@ -152,7 +152,7 @@ def plot_split(parts: dict[str, Sequence[str]], down: int = 12) -> Figure:
         ax.grid(visible=False)
         fig.legend(handles=swatches, loc="outside lower center", ncols=3)
         beside = [f"{share_beside(lines):.0%} {name}" for name, lines in parts.items()]
-        ax.set_title(f"Test lines that touch training lines: {', '.join(beside)}")
+        ax.set_title(f"Test text next to training text: {', '.join(beside)}")
     return fig
 
 
