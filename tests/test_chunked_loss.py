@@ -195,9 +195,10 @@ def test_leading_dimensions_are_tokens_too():
     assert chunked_distillation_loss(*blocks, labels.view(3, 4), 2.0, 0.5)[0] == flat
 
 
-def test_hard_labels_alone_need_no_teacher():
+@pytest.mark.parametrize("teacher", [(None, None), (torch.zeros(3, 4), torch.zeros(9, 4))])
+def test_hard_labels_alone_need_no_teacher_and_do_not_look_at_one(teacher):
     student, _, labels = inputs(12, 10, 4, 4, 0, torch.float64)
-    loss, soft, hard = chunked_distillation_loss(*student, None, None, labels, alpha=1.0)
+    loss, soft, hard = chunked_distillation_loss(*student, *teacher, labels, alpha=1.0)
     assert soft == 0
     assert loss == hard > 0
 

@@ -270,7 +270,7 @@ def test_each_entry_of_the_registry_is_a_public_function_with_its_parameters():
 def test_parameters_change_the_divergences_that_have_them_and_no_other():
     logits = two(4, 11)
     for name, divergence in DIVERGENCES.items():
-        changed = divergence.with_parameters(beta=0.1)(*logits) != divergence(*logits)
+        changed = divergence.with_parameters(beta=0.1)(*logits, 1.0) != divergence(*logits, 1.0)
         assert changed == (name == "jensen_shannon")
         assert divergence.with_parameters() == divergence
 

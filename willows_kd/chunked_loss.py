@@ -62,18 +62,18 @@ def chunked_distillation_loss(
     known = ", ".join(DIVERGENCES)
     require(divergence in DIVERGENCES, f"divergence is {divergence!r}; it must be one of {known}")
     require(chunk is None or is_integer(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
+    counted = ... if mask is None else mask.bool()
     if alpha < 1:
         check_teacher(student_hidden, student_head, teacher_hidden, teacher_head)
-    counted = ... if mask is None else mask.bool()
-    student_hidden, labels = student_hidden[counted], labels[counted]
-    if alpha < 1:
-        teacher_hidden, teacher_head = teacher_hidden[counted].detach(), teacher_head.detach()
-        teacher_hidden = teacher_hidden.flatten(0, -2)
+        teacher_hidden = teacher_hidden[counted].flatten(0, -2).detach()
+        teacher_head = teacher_head.detach()
+    else:
+        teacher_hidden = teacher_head = None
+    student_hidden, labels = student_hidden[counted].flatten(0, -2), labels[counted].flatten()
     soft_loss = DIVERGENCES[divergence].with_parameters(beta=beta)
     settings = temperature, alpha, soft_loss, chunk or max(1, CHUNK // len(student_head))
-    teacher = (teacher_hidden, teacher_head) if alpha < 1 else (None, None)
     return ChunkedLoss.apply(
-        student_hidden.flatten(0, -2), student_head, *teacher, labels.flatten(), settings
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, settings
     )
 
 

@@ -107,7 +107,7 @@ class Divergence:
         own = {name: given.get(name, value) for name, value in self.parameters.items()}
         return replace(self, parameters=own)
 
-    def __call__(self, student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
+    def __call__(self, student_logits, teacher_logits, temperature, mask=None) -> torch.Tensor:
         """The full-logits loss: T^power · value, averaged over the tokens that count."""
         log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
         per_token, _ = self.formula(log_q, log_p, **self.parameters)
