@@ -91,11 +91,12 @@ def publish(student, history, config, folder: Path, teacher, blocks, tokenizer) 
     tokenizer.save_pretrained(folder)
     kept = [row for row in history if row["step"] % 10 == 1 or "validation_perplexity" in row]
     pd.DataFrame(kept).to_csv(folder / "history.csv", index=False, float_format="%.6g")
-    card = model_card(folder.name, student, history[-1], config, found, asked)
+    best = min(kept, key=lambda row: row.get("validation_perplexity", math.inf))
+    card = model_card(folder.name, student, history[-1], best, config, found, asked)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(name: str, student, last: dict, config, found: dict, asked: dict) -> str:
+def model_card(name: str, student, last, best, config, found: dict, asked: dict) -> str:
     """The README of a bundled student."""
     labels = "the teacher's soft labels" if config.alpha == 0 else "hard labels, as a control,"
     rows = "\n".join(
@@ -116,7 +117,8 @@ tags: [knowledge-distillation, willows_kd]
 Half the layers of the bundled teacher ({student.config.n_layer} of them): \
 {student.num_parameters():,} parameters, stored in fp16. Trained on {labels} with \
 {last["tokens"] / 1e6:.1f} million tokens: chapters I-X of The Wind in the Willows and forty other \
-public-domain books (recipes/books.csv), one block of the book for three of the others.
+public-domain books (recipes/books.csv), one block of the book for three of the others. Its \
+weights are those after {best["tokens"] / 1e6:.1f} million tokens, the best on chapter XI.
 
 Made by `python recipes/make_bundled_students.py --books FOLDER --willows FILE`; every setting \
 is in that script. `history.csv` holds every tenth step of the training run, and the validation \
