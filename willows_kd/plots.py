@@ -457,7 +457,7 @@ def draw_validation(ax, histories, along: str, teacher: float | None, begin=()) 
         points = [
             (row[along], row["validation_perplexity"])
             for row in history
-            if not math.isnan(row.get("validation_perplexity", math.nan))
+            if not pd.isna(row.get("validation_perplexity"))
         ]
         if points:  # else stopped before the first epoch's end
             marker = MARKERS[i % 5] if len(points) < 20 else ""

@@ -30,7 +30,8 @@ def check_count(my_count: Callable) -> bool:
     """Check `my_count(config)`: the parameters of a GPT-2 with that `GPT2Config`."""
     shapes = (2003, 53, 40, 3), (2011, 71, 28, 5)  # such that no two mistakes are alike
     names = "vocab_size", "n_positions", "n_embd", "n_layer"
-    cases = [(GPT2Config(**dict(zip(names, shape, strict=True)), n_head=2),) for shape in shapes]
+    rest = {"n_head": 2, "bos_token_id": None, "eos_token_id": None}
+    cases = [(GPT2Config(**dict(zip(names, shape, strict=True)), **rest),) for shape in shapes]
     right = partial(count, *first_choices(COUNTED))
     praise = "every parameter of two more GPT-2s is accounted for"
     mistakes = combined(COUNTED, count, most=len(COUNTED))
