@@ -34,13 +34,7 @@ from pathlib import Path
 REPOSITORY = "{address}"
 if importlib.util.find_spec("willows_kd") is None:
     wheels = sorted(Path.cwd().glob("willows_kd-*.whl"))
-    source = (
-        str(wheels[-1])
-        if wheels
-        else f"git+{{REPOSITORY}}"
-        if REPOSITORY
-        else None
-    )
+    source = str(wheels[-1]) if wheels else f"git+{{REPOSITORY}}" if REPOSITORY else None
     if source is None:
         sys.exit(
             "willows_kd is not installed and there is no wheel of it beside this notebook. "
