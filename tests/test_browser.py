@@ -142,7 +142,7 @@ HOSTILE_CELLS = [
     "student = kd.student_from_teacher(teacher, 1)\n"
     f"text = {HOSTILE!r}",
     "from pathlib import Path\n"
-    "Path('hostile.txt').write_text(chr(10).join([text, ''] * 3000))\n"
+    "Path('hostile.txt').write_text(chr(10).join([text, ''] * 400))\n"
     "corpus = kd.load_corpus('hostile.txt')\n"
     "blocks = kd.pack(corpus, tokenizer)\n"
     "corpus.chapters[0].title, corpus.text[:200]",
