@@ -112,6 +112,18 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_happened(
         assert same(again, uninterrupted[1])
 
 
+def test_a_student_that_writes_its_own_text_goes_on_as_well(teacher, student, blocks, folder):
+    config = dataclasses.replace(
+        CONFIG, alpha=0.0, student_text=1.0, hidden_weight=0.5, hidden_layers=((1, 2),)
+    )
+    whole, stopped = copy.deepcopy(student), copy.deepcopy(student)
+    expected = kd.distill(teacher, whole, blocks, config)
+    kd.distill(teacher, stopped, blocks, config, ctrl_c(4), folder)
+    history = kd.distill(teacher, student, blocks, config, None, folder, resume=True)
+    assert without_time(history) == without_time(expected)
+    assert same(student, whole)
+
+
 def test_a_run_may_die_again_and_again(teacher, student, blocks, folder, uninterrupted):
     for step in range(2, STEPS + 1):
         with pytest.raises(SystemExit):

@@ -18,6 +18,8 @@ RANGES = {
     "temperature": ("above 0 and at most 1000", [0.01, 1, 2.5, 1000], [0, 0.0, -1, 1000.1]),
     "alpha": ("from 0 (soft labels only) to 1 (hard labels only)", [0, 0.5, 1], [-0.1, 1.1]),
     "beta": ("above 0 and below 1", [0.1, 0.5, 0.9], [0, 1, -0.1]),
+    "hidden_weight": ("at least 0", [0, 0.5, 100], [-0.1]),
+    "student_text": ("from 0 (the blocks as they are) to 1", [0, 0.5, 1], [-0.1, 1.1]),
     "learning_rate": ("above 0 and at most 1", [1e-6, 1], [0, -1e-3, 1.1]),
     "warmup_ratio": ("from 0 to 1", [0, 0.1, 1], [-0.1, 1.1]),
     "weight_decay": ("at least 0", [0, 0.1, 10], [-0.1]),
@@ -39,13 +41,26 @@ def test_the_defaults_are_accepted():
 
 def test_every_setting_stands_in_the_tables_of_this_file():
     fields = {field.name for field in dataclasses.fields(kd.DistillConfig)}
-    assert fields == {*RANGES, *NAMES, "gradient_checkpointing"}
+    assert fields == {*RANGES, *NAMES, "hidden_layers", "gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])
 def test_a_switch_is_true_or_false(value):
     with pytest.raises(kd.InputError, match="it must be True or False"):
         kd.DistillConfig(gradient_checkpointing=value)
+
+
+def test_hidden_layers_are_pairs_of_whole_numbers():
+    assert kd.DistillConfig(hidden_layers=None).hidden_layers is None
+    assert kd.DistillConfig(hidden_layers=[[1, np.int64(2)]]).hidden_layers == ((1, 2),)
+    for wrong in ([], 3, [1, 2], [(1, 2, 3)], [(1, -1)], [(1, 2.0)], "12", [("1", "2")]):
+        with pytest.raises(kd.InputError, match="pairs of layer numbers"):
+            kd.DistillConfig(hidden_layers=wrong)
+
+
+def test_text_of_the_students_own_has_no_hard_labels():
+    with pytest.raises(kd.InputError, match="alpha is 0.5; it must be 0 where the student writes"):
+        kd.DistillConfig(alpha=0.5, student_text=0.5)
 
 
 def test_the_divergences_that_can_be_named_are_those_that_exist():

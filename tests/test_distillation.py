@@ -16,10 +16,11 @@ from torch import nn
 import willows_kd as kd
 from willows_kd.config import DIVERGENCE_NAMES
 from willows_kd.distillation import steps_of_epoch
+from willows_kd.generation import continued, uniform_draws
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 COLUMNS = [
-    *("step", "epoch", "loss", "soft_loss", "hard_loss"),
+    *("step", "epoch", "loss", "soft_loss", "hard_loss", "hidden_loss"),
     *("gradient_norm", "learning_rate", "tokens", "seconds"),
 ]
 END_OF_EPOCH = ["average_loss", "validation_perplexity", "validation_kl"]
@@ -139,6 +140,119 @@ def test_how_a_step_is_cut_up_does_not_change_it(
     columns = "loss", "soft_loss", "hard_loss", "gradient_norm", "learning_rate", "tokens"
     assert numbers(found, *columns) == pytest.approx(numbers(expected, *columns), rel=1e-5)
     assert furthest_apart(whole, cut) < 1e-5
+
+
+# -- whose text, and what else is matched ----------------------------------------------
+
+
+def test_a_student_that_writes_is_scored_on_what_it_wrote(teacher, student, blocks):
+    seen = []
+    teacher.base_model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    few, writer = first(blocks, 8), copy.deepcopy(student)
+    config = kd.DistillConfig(epochs=1, student_text=1.0, seed=3)
+    row = kd.distill(teacher, student, few, config)[0]
+    step = next(ids for ids in seen if len(ids) == 8 and not torch.equal(ids, few.train))
+    (order,) = steps_of_epoch(8, config, 0)
+    expected = few.train[order]
+    draws = uniform_draws(8, 24, 3 * 2**31 + 1)
+    expected = torch.cat([expected[:, :8], continued(writer, expected[:, :8], 24, draws)], dim=1)
+    assert torch.equal(step, expected)
+    with torch.no_grad():
+        z_t, z_s = (model(step).logits[:, 7:-1] for model in (teacher, writer))
+    assert row["loss"] == pytest.approx(kd.forward_kl(z_s, z_t).item(), rel=1e-4)
+
+
+def test_no_text_of_its_own_is_the_book_and_half_is_half(teacher, student, blocks):
+    book = trained(teacher, student, blocks)
+    assert furthest_apart(book, trained(teacher, student, blocks, student_text=0.0)) == 0
+    losses = [
+        run(teacher, copy.deepcopy(student), first(blocks, 8), student_text=share)[0]["loss"]
+        for share in (0.0, 0.5, 1.0)
+    ]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_how_a_step_is_cut_up_does_not_change_what_is_written(teacher, student, blocks, share):
+    whole, cut = copy.deepcopy(student), student
+    settings = {"student_text": share, "temperature": 2.0}
+    expected = run(teacher, whole, first(blocks, 21), batch_size=8, **settings)
+    found = run(
+        teacher,
+        cut,
+        first(blocks, 21),
+        batch_size=2,
+        gradient_accumulation_steps=4,
+        **settings,
+    )
+    columns = "loss", "gradient_norm"
+    assert numbers(found, *columns) == pytest.approx(numbers(expected, *columns), rel=1e-3)
+
+
+def test_the_writing_takes_no_gradient_and_no_dropout(teacher, student, blocks):
+    written = []
+
+    def generate(*arguments, **more):
+        assert not torch.is_grad_enabled() and not student.training
+        written.append(type(student).generate(student, *arguments, **more))
+        return written[-1]
+
+    student.generate = generate
+    run(teacher, student, first(blocks, 8), student_text=1.0, dropout=0.5)
+    assert len(written) == 1 and not written[0].requires_grad
+
+
+def test_without_layers_the_final_hidden_states_are_matched(teacher, student, blocks):
+    few, start = first(blocks, 8), copy.deepcopy(student)
+    row = run(teacher, student, few, hidden_weight=0.5)[0]
+    with torch.no_grad():
+        states = [kd.hidden_states(model, few.train)[:, :-1] for model in (start, teacher)]
+    cosine = F.cosine_similarity(*states, dim=-1)
+    assert row["hidden_loss"] == pytest.approx(1 - cosine.mean().item(), rel=1e-4)
+    assert row["loss"] == pytest.approx(row["soft_loss"] + 0.5 * row["hidden_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["chunked", "full"])
+def test_layers_are_matched_in_pairs(teacher, student, blocks, bias):
+    if bias:  # of the head, so that logits are more than hidden states times output weights
+        head = nn.Linear(32, teacher.config.vocab_size)
+        head.weight = teacher.lm_head.weight
+        teacher.lm_head = head
+    few, start = first(blocks, 8), copy.deepcopy(student)
+    pairs = [(0, 0), (1, 2)]
+    row = run(teacher, student, few, hidden_weight=1.0, hidden_layers=pairs)[0]
+    with torch.no_grad():
+        own, its = (m(few.train, output_hidden_states=True).hidden_states for m in (start, teacher))
+    cosines = [F.cosine_similarity(own[a][:, :-1], its[b][:, :-1], dim=-1).mean() for a, b in pairs]
+    assert row["hidden_loss"] == pytest.approx(1 - sum(cosines).item() / 2, rel=1e-4)
+
+
+def test_matching_hidden_states_brings_them_nearer_without_any_label(teacher, student, blocks):
+    history = run(teacher, student, blocks, alpha=1.0, hidden_weight=10.0, epochs=8)
+    assert history[-1]["hidden_loss"] < 0.7 * history[0]["hidden_loss"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (None, r"student are \[16\] wide, the teacher's \[32\]"),
+        (((1, 9),), "names layer 9 of the teacher, which has none"),
+    ],
+)
+def test_hidden_states_that_cannot_be_matched_are_refused(teacher, make_gpt2, blocks, pairs, said):
+    narrow = make_gpt2(layers=1, n_embd=16)
+    with pytest.raises(kd.InputError, match=said):
+        run(teacher, narrow, blocks, hidden_weight=1.0, hidden_layers=pairs)
+
+
+def test_a_cache_is_refused_where_it_cannot_answer(teacher, student, blocks):
+    cache = kd.cache_teacher(teacher, blocks)
+    with pytest.raises(kd.InputError, match="knows only the text it was made for"):
+        run(cache, student, blocks, student_text=0.5)
+    with pytest.raises(kd.InputError, match="holds its final hidden states"):
+        run(cache, student, blocks, hidden_weight=1.0, hidden_layers=[(1, 1)])
+    expected = trained(teacher, student, blocks, hidden_weight=1.0)
+    assert furthest_apart(expected, trained(cache, student, blocks, hidden_weight=1.0)) < 1e-6
 
 
 # -- what is trained, and what is not --------------------------------------------------
@@ -501,10 +615,11 @@ def test_the_history_has_a_row_a_step_ready_for_pandas(teacher, student, blocks)
     assert table["epoch"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     blocks_seen = [8, 16, 20, 28, 36, 40, 48, 56, 60]
     assert table["tokens"].tolist() == [32 * count for count in blocks_seen]
-    assert table[COLUMNS].notna().all(axis=None)
+    assert table["hidden_loss"].isna().all()  # it has no weight
+    assert table[COLUMNS].drop(columns="hidden_loss").notna().all(axis=None)
     assert table[END_OF_EPOCH].notna().all(axis=1).tolist() == [False, False, True] * 3
     assert table[END_OF_EPOCH].isna().all(axis=1).tolist() == [True, True, False] * 3
-    assert all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes)
+    assert all(map(pd.api.types.is_numeric_dtype, table.drop(columns="hidden_loss").dtypes))
 
 
 def test_on_step_is_called_for_each_step_with_its_row(teacher, student, blocks):

@@ -709,57 +709,6 @@ def test_every_family_says_how_long_a_block_may_be(config, expected):
     assert models.max_positions(config) == expected
 
 
-# -- writing a text --------------------------------------------------------------------
-
-
-def test_the_same_seed_writes_the_same_text(teacher, tokenizer):
-    first, again, other = (
-        kd.complete(teacher, tokenizer, "The river", 12, seed=seed) for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
-def test_temperature_0_takes_the_likeliest_token_each_time(teacher, tokenizer):
-    shake(teacher)
-    ids = tokenizer("The river", return_tensors="pt").input_ids
-    for _ in range(8):
-        ids = torch.cat([ids, logits(teacher, ids)[:, -1:].argmax(-1)], dim=1)
-    expected = tokenizer.decode(ids[0])
-    for seed in (0, 1):
-        text = kd.complete(teacher, tokenizer, "The river", 8, temperature=0, seed=seed)
-        assert text == expected
-
-
-@pytest.mark.parametrize("prompt", ["The Mole", "“It’s a boat,” said the Rat 🚣", " a , b"])
-def test_a_completion_begins_with_its_prompt(prompt, teacher, tokenizer):
-    text = kd.complete(teacher, tokenizer, prompt, 8)
-    assert text.startswith(prompt)
-    assert len(text) > len(prompt)
-
-
-def test_an_empty_prompt_begins_where_a_text_begins(teacher, tokenizer):
-    text = kd.complete(teacher, tokenizer, "", 8)
-    assert text
-    assert tokenizer.eos_token not in text
-    assert text == kd.complete(teacher, tokenizer, tokenizer.eos_token, 8)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_writing_leaves_the_mode_and_the_random_numbers_as_they_were(training, teacher, tokenizer):
-    in_eval_mode = kd.complete(teacher.eval(), tokenizer, "The river", 8)
-    teacher.train(training)
-    torch.rand(1)  # so that this is not the state in which the line above would leave it
-    state = torch.get_rng_state()
-    assert kd.complete(teacher, tokenizer, "The river", 8) == in_eval_mode  # without dropout
-    assert teacher.training == training
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_completion_ends_where_the_positions_end(teacher, tokenizer):
-    text = kd.complete(teacher, tokenizer, "The river", max_new_tokens=200)
-    assert text.startswith("The river")
-
-
 # -- saving ----------------------------------------------------------------------------
 
 

@@ -249,7 +249,7 @@ def describe_run(teacher, student, blocks: Blocks, config: DistillConfig) -> dic
     for part in (blocks.train, blocks.validation):
         text.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
     return {
-        "settings": dataclasses.asdict(config),
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),  # as they are read again
         "teacher": weights,
         "text": text.hexdigest(),
         "student": weights_digest(student),

@@ -12,6 +12,8 @@ import traceback
 from willows_kd.config import DIVERGENCE_NAMES, DTYPES, DistillConfig
 from willows_kd.errors import InputError, WriteError
 
+TEXTS = {"book": 0.0, "teacher": 0.0, "student": 1.0, "mix": 0.5}  # the share the student writes
+
 EXIT_CODES = """\
 exit codes:
   0    the student is trained, saved and compared
@@ -107,6 +109,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=DIVERGENCE_NAMES,
     )
     add("beta", "the teacher's weight in jensen_shannon", settings.beta, type=float)
+    add(
+        "text",
+        "what the student is trained on: the book (the data set), or what the teacher or the "
+        "student writes from its openings; mix is half book, half student",
+        "book",
+        choices=TEXTS,
+    )
+    add(
+        "hidden_weight",
+        "weight of the distance between final hidden states, added to the loss",
+        settings.hidden_weight,
+        type=float,
+    )
     add("epochs", "passes over the training text", settings.epochs, type=int)
     add("learning_rate", "the peak, after the warm-up", settings.learning_rate, type=float)
     add("batch_size", "blocks in a forward pass", settings.batch_size, type=int)
@@ -148,4 +163,4 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
     """
     names = {field.name for field in dataclasses.fields(DistillConfig)}
     given = {k: v for k, v in vars(options).items() if k in names and v is not None}
-    return DistillConfig(**given)
+    return DistillConfig(**given, student_text=TEXTS[options.text])

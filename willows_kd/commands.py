@@ -23,6 +23,7 @@ from willows_kd.cost import size_on_disk
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, WriteError
 from willows_kd.evaluation import as_markdown, compare
+from willows_kd.generation import write_blocks
 from willows_kd.teacher_cache import cache_teacher
 
 GPT2_VOCABULARY = 50_257
@@ -118,6 +119,11 @@ def prepare(options) -> Job:
         raise InputError("--layers makes a student from the teacher; leave out --student")
     if options.student not in (None, "half"):
         check_student(options.student, options.block_size)
+    if options.cache_teacher and options.text in ("student", "mix"):
+        raise InputError(
+            "--cache_teacher keeps what the teacher says of a text known beforehand; leave it out "
+            f"with --text {options.text}"
+        )
     corpus = None if options.dataset_path is None else read_corpus(options)
 
     print(f"🔍 Loading teacher model from: {'the bundled teacher' if bundled else teacher_name}")
@@ -130,6 +136,10 @@ def prepare(options) -> Job:
     corpus = corpus or read_corpus(options)
     print("⚙️ Tokenizing dataset...")
     blocks = pack_without_warning(corpus, tokenizer, options.block_size)
+    if options.text == "teacher":
+        print("✍️ The teacher is writing the training text...")
+        written = warnings_printed(write_blocks, teacher, blocks.train, seed=options.seed)
+        blocks = dataclasses.replace(blocks, train=written)
     teacher_name = "willows_kd's bundled teacher" if bundled else teacher_name
     names = {"teacher": teacher_name, "student": student_name}
     return Job(teacher, student, tokenizer, corpus, blocks, names)
@@ -157,7 +167,7 @@ def train(
             tqdm.write(f"✅ Epoch {row['epoch']}: Average Loss {row['average_loss']:.4f}")
 
     cached = options.cache_teacher and config.alpha < 1
-    teacher = cache_with_printed_warnings(job.teacher, job.blocks) if cached else job.teacher
+    teacher = warnings_printed(cache_teacher, job.teacher, job.blocks) if cached else job.teacher
     history = distill(
         teacher,
         job.student,
@@ -200,6 +210,7 @@ def save(job: Job, options, config: DistillConfig, history: list[dict], table) -
         **job.names,
         "corpus": job.corpus.provenance,
         "block_size": options.block_size,
+        "text": options.text,
         "epochs_finished": history[-1]["epoch"],
         **dataclasses.asdict(config),
         "versions": {m.__name__: m.__version__ for m in (willows_kd, torch, transformers)},
@@ -331,14 +342,14 @@ def pack_without_warning(corpus: Corpus, tokenizer, block_size: int):
         return pack(corpus, tokenizer, block_size)
 
 
-def cache_with_printed_warnings(teacher, blocks):
-    """`cache_teacher`, with its warning as a line like the others."""
+def warnings_printed(function, *arguments, **options):
+    """Call a function, with its warnings as lines like the others."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        asked = cache_teacher(teacher, blocks)
+        result = function(*arguments, **options)
     for warning in said:
         print(f"⚠️ {warning.message}")
-    return asked
+    return result
 
 
 def how_to_resume(checkpoints: Checkpoints) -> str:

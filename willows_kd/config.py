@@ -4,7 +4,7 @@ import math
 import numbers
 from dataclasses import dataclass
 
-from willows_kd.errors import InputError
+from willows_kd.errors import InputError, is_integer
 
 DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 DTYPES = ("float32", "bfloat16")
@@ -22,6 +22,14 @@ class DistillConfig:
             weight of the soft labels, so it is 1 - alpha.
         divergence: how the distance from the soft labels is measured, by name.
         beta: the teacher's weight in the Jensen-Shannon divergence; the others ignore it.
+        hidden_weight: weight of the distance between hidden states (cosine, as in
+            DistilBERT), which is added to the loss.
+        hidden_layers: which hidden states, as pairs (student's, teacher's) of numbers: 0 is
+            the embeddings, k what layer k puts out. None compares the final ones, which the
+            output weights are applied to.
+        student_text: share of the blocks of a step that the student writes itself, from a
+            block's first quarter on (on-policy; lambda in Agarwal et al. 2024). Only what it
+            wrote is scored.
         epochs: passes over the training blocks.
         learning_rate: the peak, after the warm-up and before the cosine decay.
         batch_size: blocks in one forward pass, over all processes.
@@ -40,6 +48,9 @@ class DistillConfig:
     alpha: float = 0.0
     divergence: str = "forward_kl"
     beta: float = 0.5
+    hidden_weight: float = 0.0
+    hidden_layers: tuple[tuple[int, int], ...] | None = None
+    student_text: float = 0.0
     epochs: int = 3
     learning_rate: float = 1e-3
     batch_size: int = 8
@@ -62,6 +73,14 @@ class DistillConfig:
         self._check("alpha", float, "from 0 (soft labels only) to 1 (hard labels only)", unit_range)
         self._check("divergence", str, f"one of {', '.join(DIVERGENCE_NAMES)}", DIVERGENCE_NAMES)
         self._check("beta", float, "above 0 and below 1", lambda v: 0 < v < 1)
+        self._check("hidden_weight", float, "at least 0", lambda v: v >= 0)
+        self._check_hidden_layers()
+        self._check("student_text", float, "from 0 (the blocks as they are) to 1", unit_range)
+        if self.student_text and self.alpha:
+            raise InputError(
+                f"alpha is {self.alpha}; it must be 0 where the student writes the text "
+                "(student_text), since nobody knows its hard labels"
+            )
         self._check("epochs", int, "at least 1", lambda v: v >= 1)
         self._check("learning_rate", float, "above 0 and at most 1", lambda v: 0 < v <= 1)
         self._check("batch_size", int, "at least 1", lambda v: v >= 1)
@@ -75,6 +94,20 @@ class DistillConfig:
         if not isinstance(self.gradient_checkpointing, bool):
             value = self.gradient_checkpointing
             raise InputError(f"gradient_checkpointing is {value!r}; it must be True or False")
+
+    def _check_hidden_layers(self):
+        if self.hidden_layers is None:
+            return
+        try:
+            pairs = tuple((a, b) for a, b in self.hidden_layers)
+        except (TypeError, ValueError):
+            pairs = ()
+        if not pairs or not all(is_integer(i, 0) for pair in pairs for i in pair):
+            raise InputError(
+                f"hidden_layers is {self.hidden_layers!r}; it must be pairs of layer numbers "
+                "(student's, teacher's), such as ((1, 2), (3, 6)), or None"
+            )
+        object.__setattr__(self, "hidden_layers", tuple((int(a), int(b)) for a, b in pairs))
 
     def _check(self, name, type_, accepted, test):
         value = getattr(self, name)

@@ -16,9 +16,10 @@ from willows_kd.checkpoints import Checkpoints, NoCheckpoints, resume_run
 from willows_kd.chunked_loss import chunked_distillation_loss
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
-from willows_kd.errors import require, type_name
+from willows_kd.errors import InputError, require, type_name
 from willows_kd.evaluation import quality
-from willows_kd.losses import DIVERGENCES, hard_label_loss, mix, shift
+from willows_kd.generation import continued, prompt_length, uniform_draws
+from willows_kd.losses import DIVERGENCES, cosine_distance, hard_label_loss, mix
 from willows_kd.models import (
     check_positions,
     common_vocabulary,
@@ -26,7 +27,6 @@ from willows_kd.models import (
     dropout_set_to,
     eval_mode,
     has_linear_head,
-    hidden_states,
     output_weights,
     require_model,
 )
@@ -36,6 +36,9 @@ from willows_kd.stopping import (
     graceful_interrupt,
     is_half_precision,
 )
+from willows_kd.teacher_cache import TeacherCache
+
+LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss")
 
 
 @torch.inference_mode(False)  # which allows gradients, even inside a caller's no_grad
@@ -69,7 +72,7 @@ def distill(
 
     Returns:
         The history, a row (dict) per step, ready for `pandas.DataFrame`: step, epoch,
-        loss, soft_loss and hard_loss (nats per token; None if it has no weight),
+        loss, soft_loss, hard_loss and hidden_loss (nats per token; None if it has no weight),
         gradient_norm, learning_rate, tokens (seen so far) and seconds (of training). The
         last row of an epoch also has average_loss, validation_perplexity and
         validation_kl. If Ctrl-C stopped the run, the history ends with the last finished
@@ -92,6 +95,7 @@ def distill(
         student.to(accelerator.device)
     teacher.to(student.device)
     objective = DistillationLoss(teacher, student, config, blocks.train[:1])
+    vocabulary = objective.vocabulary
     optimizer = torch.optim.AdamW(parameter_groups(student, config))
     optimizer.zero_grad()
     plan = plan_steps(len(blocks.train), config)
@@ -113,21 +117,26 @@ def distill(
             # dropout follows from seed and step, so that a resumed run draws the same
             torch.manual_seed(config.seed * 2**31 + row["step"])
 
-            losses = torch.zeros(3)
-            for ids, weight, is_last in micro_batches(blocks.train[step], config, accelerator):
+            losses = torch.zeros(4)
+            text, counted = blocks.train[step], None
+            if config.student_text:
+                text, counted = written_by_student(
+                    student, vocabulary, text, row["step"], config, accelerator
+                )
+            for ids, mask, weight, is_last in micro_batches(text, counted, config, accelerator):
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
-                    parts = objective(teacher, ids.to(student.device))
+                    parts = objective(teacher, ids.to(student.device), mask)
                     # DistributedDataParallel averages over the processes; we want the sum
                     accelerator.backward(parts[0] * weight * processes)
                 losses += weight * torch.stack(parts).detach().float().cpu()
-            loss, soft, hard = accelerator.reduce(losses.to(accelerator.device), "sum").tolist()
-            row["loss"] = loss
-            row["soft_loss"] = soft if config.alpha < 1 else None
-            row["hard_loss"] = hard if config.alpha > 0 else None
+            losses = accelerator.reduce(losses.to(accelerator.device), "sum").tolist()
+            weights = 1, 1 - config.alpha, config.alpha, config.hidden_weight
+            for name, value, weight in zip(LOSSES, losses, weights, strict=True):
+                row[name] = value if weight else None
 
             norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
             row["gradient_norm"] = norm.item()
-            check_finite(row, teacher if config.alpha < 1 else None, student, blocks.train[step])
+            check_finite(row, teacher if asks_teacher(config) else None, student, text)
             row["learning_rate"] = learning_rate(len(history), len(plan), config)
             for group in optimizer.param_groups:
                 group["lr"] = row["learning_rate"]
@@ -180,6 +189,22 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
     )
     for name, model in (("teacher", teacher), ("student", student)):
         check_positions(model, blocks.train, name)
+    if isinstance(teacher, TeacherCache):
+        require(
+            not config.student_text,
+            "the teacher's cache knows only the text it was made for, not what the student will "
+            "write; for student_text give the teacher itself",
+        )
+        require(
+            not config.hidden_weight or (not config.hidden_layers and not teacher.top_k),
+            "the teacher's cache holds its final hidden states, or with top_k none; for these "
+            "hidden states give the teacher itself",
+        )
+
+
+def asks_teacher(config: DistillConfig) -> bool:
+    """Whether the loss depends on the teacher."""
+    return config.alpha < 1 or config.hidden_weight > 0
 
 
 class DistillationLoss(nn.Module):
@@ -200,53 +225,98 @@ class DistillationLoss(nn.Module):
         self.student, self.config = student, config
         self.vocabulary = common_vocabulary(teacher, student)
         ids = ids.to(student.device)
-        asked = {"student": student} | ({"teacher": teacher} if config.alpha < 1 else {})
+        asked = {"student": student} | ({"teacher": teacher} if asks_teacher(config) else {})
         self.chunked = all(has_linear_head(model, ids) for model in asked.values())
         if not self.chunked:
             for name, model in asked.items():
                 require_logits(name, model, ids)
+        pairs = config.hidden_layers or ()
+        self.layers = {"student": [a for a, _ in pairs], "teacher": [b for _, b in pairs]}
+        if config.hidden_weight:
+            self.check_hidden_states(asked, ids)
 
-    def forward(self, teacher, ids: torch.Tensor):
-        """The loss of some blocks, and without gradient its soft-label and hard-label parts.
+    def forward(self, teacher, ids: torch.Tensor, mask: torch.Tensor | None = None):
+        """The loss of some blocks, and without gradient its parts: soft, hard, hidden.
 
         Args:
-            teacher: in eval mode; with `alpha=1` it is not asked.
+            teacher: in eval mode; asked only if the loss depends on it.
             ids: token ids, shape (blocks, block_size).
+            mask: True for each prediction that counts, shape (blocks, block_size - 1).
         """
         config = self.config
-        target = self.ask(teacher, ids) if config.alpha < 1 else None
+        target, states = None, []
+        if asks_teacher(config):
+            with torch.no_grad(), self.autocast(ids):
+                target, states = self.look(teacher, ids, self.layers["teacher"])
         with self.autocast(ids):
-            if self.chunked:
-                return chunked_distillation_loss(
-                    student_hidden=hidden_states(self.student, ids)[:, :-1],
-                    student_head=output_weights(self.student, self.vocabulary),
-                    teacher_hidden=target,
-                    teacher_head=None
-                    if target is None
-                    else output_weights(teacher, self.vocabulary),
-                    labels=ids[:, 1:],
-                    temperature=config.temperature,
-                    alpha=config.alpha,
-                    divergence=config.divergence,
-                    beta=config.beta,
-                )
-            logits, labels = shift(self.student(ids, use_cache=False).logits, ids)
-            logits = logits[..., : self.vocabulary]
-            soft = hard = torch.zeros((), device=ids.device)
-            if config.alpha > 0:
-                hard = hard_label_loss(logits, labels)
-            if config.alpha < 1:
-                divergence = DIVERGENCES[config.divergence].with_parameters(beta=config.beta)
-                soft = divergence(logits, target, config.temperature)
-            return mix(hard, soft, config.alpha), soft, hard
+            output, own_states = self.look(self.student, ids, self.layers["student"])
+            loss, soft, hard = self.compare(output, teacher, target, ids[:, 1:], mask)
+            hidden = torch.zeros_like(loss)
+            if config.hidden_weight:
+                pairs = zip(own_states, states, strict=True)
+                hidden = torch.stack([cosine_distance(a, b, mask) for a, b in pairs]).mean()
+                loss = loss + config.hidden_weight * hidden
+        return loss, soft, hard, hidden
+
+    def look(self, model, ids: torch.Tensor, layers: list[int]):
+        """Final hidden states or logits, and the hidden states that are matched.
+
+        Each is that of the positions that have a next token. Without layers the hidden
+        states that are matched are the final ones.
+        """
+        matched = self.config.hidden_weight > 0
+        more = {"output_hidden_states": True} if layers or matched and not self.chunked else {}
+        if self.chunked:
+            found = model.base_model(ids, use_cache=False, **more)
+            output = final = found.last_hidden_state
+        else:
+            found = model(ids, use_cache=False, **more)
+            output = found.logits[..., : self.vocabulary]
+            final = found.hidden_states[-1] if matched else None
+        states = [found.hidden_states[i] for i in layers] or [final] * matched
+        return output[:, :-1], [state[:, :-1] for state in states]
 
     @torch.no_grad()
-    def ask(self, teacher, ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's hidden states, or its logits, at each position that has a next token."""
-        with self.autocast(ids):
-            if self.chunked:
-                return hidden_states(teacher, ids)[:, :-1]
-            return teacher(ids, use_cache=False).logits[:, :-1, : self.vocabulary]
+    def check_hidden_states(self, models: dict, ids: torch.Tensor) -> None:
+        """Require layers that are there, and hidden states of one width."""
+        widths = {}
+        for name, model in models.items():
+            with eval_mode(model):
+                try:
+                    _, states = self.look(model, ids, self.layers[name])
+                except IndexError:
+                    wrong = f"hidden_layers names layer {max(self.layers[name])} of the {name}"
+                    raise InputError(f"{wrong}, which has none of that number") from None
+            widths[name] = [state.shape[-1] for state in states]
+        require(
+            widths["student"] == widths["teacher"],
+            f"the hidden states of the student are {widths['student']} wide, the teacher's "
+            f"{widths['teacher']}; for hidden_weight they must be equal",
+        )
+
+    def compare(self, output, teacher, target, labels, mask):
+        """The loss from the outputs of student and teacher, and its soft and hard parts."""
+        config = self.config
+        if self.chunked:
+            return chunked_distillation_loss(
+                student_hidden=output,
+                student_head=output_weights(self.student, self.vocabulary),
+                teacher_hidden=target,
+                teacher_head=None if target is None else output_weights(teacher, self.vocabulary),
+                labels=labels,
+                temperature=config.temperature,
+                alpha=config.alpha,
+                divergence=config.divergence,
+                mask=mask,
+                beta=config.beta,
+            )
+        soft = hard = torch.zeros((), device=labels.device)
+        if config.alpha > 0:
+            hard = hard_label_loss(output, labels, mask)
+        if config.alpha < 1:
+            divergence = DIVERGENCES[config.divergence].with_parameters(beta=config.beta)
+            soft = divergence(output, target, config.temperature, mask)
+        return mix(hard, soft, config.alpha), soft, hard
 
     def autocast(self, ids: torch.Tensor):
         """bfloat16 arithmetic, if the settings ask for it."""
@@ -263,24 +333,59 @@ def require_logits(name: str, model, ids: torch.Tensor) -> None:
     require(found, f"{headless}; load it with AutoModelForCausalLM")
 
 
-def micro_batches(ids: torch.Tensor, config: DistillConfig, accelerator):
+def written_by_student(student, vocabulary, ids, step: int, config, accelerator):
+    """The text of a step, of which the student has written a share: on-policy distillation.
+
+    The writing is data: no gradient goes through it. A process writes only what it will
+    see; which tokens are drawn depends on the seed, the step and the block alone.
+
+    Args:
+        ids: the blocks of the step, shape (blocks, block_size), in random order.
+        vocabulary: how many tokens teacher and student share.
+        step: its number, from 1.
+
+    Returns:
+        the text, shape (blocks, block_size), and what counts of it, shape
+        (blocks, block_size - 1): all of a book's block, of a written one what was written.
+    """
+    prompt, count = prompt_length(ids.shape[1]), round(config.student_text * len(ids))
+    counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+    counted[:count, : prompt - 1] = False
+    row = torch.arange(count)
+    mine = row[row % config.batch_size % accelerator.num_processes == accelerator.process_index]
+    if len(mine):
+        draws = uniform_draws(count, ids.shape[1] - prompt, config.seed * 2**31 + step)
+        ids = ids.clone()
+        prompts = ids[mine, :prompt]
+        ids[mine, prompt:] = continued(
+            student, prompts, draws.shape[1], draws[mine], vocabulary=vocabulary
+        ).to(ids.device)
+    return ids, counted
+
+
+def micro_batches(ids: torch.Tensor, counted: torch.Tensor | None, config, accelerator):
     """The forward passes of one optimiser step, as far as they are this process's.
 
-    Each weighs as much as the tokens it holds, out of those of the whole step, all
+    Each weighs as much as the tokens that count in it, out of those of the whole step, all
     processes together: how a step is cut up does not change it.
 
     Args:
         ids: the token ids of the step, shape (blocks, block_size).
+        counted: True for each prediction that counts, shape (blocks, block_size - 1); None
+            counts all.
 
     Yields:
-        token ids, their weight, and whether they are the last of the step.
+        token ids, the mask of those that count or None, their weight, and whether they are
+        the last of the step.
     """
-    batches = ids.split(config.batch_size)
+    tokens = torch.ones(len(ids)) if counted is None else counted.sum(dim=1)
+    batches = torch.arange(len(ids)).split(config.batch_size)
     for i, batch in enumerate(batches, start=1):
         mine = batch[accelerator.process_index :: accelerator.num_processes]
-        weight = len(mine) / len(ids)
+        weight = tokens[mine].sum().item() / tokens.sum().item()
         # a process without a block of its own still has to take part: with weight 0
-        yield mine if len(mine) else batch[:1], weight, i == len(batches)
+        mine = mine if len(mine) else batch[:1]
+        yield ids[mine], None if counted is None else counted[mine], weight, i == len(batches)
 
 
 def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) -> dict:

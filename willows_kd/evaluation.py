@@ -15,11 +15,11 @@ from torch import nn
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import is_integer, require, type_name
+from willows_kd.generation import complete, write_text
 from willows_kd.losses import kl
 from willows_kd.models import (
     check_positions,
     common_vocabulary,
-    complete,
     eval_mode,
     require_model,
     vocabulary_size,
@@ -202,6 +202,38 @@ def verbatim(sample: str, training_text: str, words: int = 6) -> float:
     runs = list(zip(*(sample_words[i:] for i in range(words)), strict=False))
     known = set(zip(*(training_words[i:] for i in range(words)), strict=False))
     return sum(run in known for run in runs) / len(runs) if runs else 0.0
+
+
+def writing(
+    model, teacher, prompts: torch.Tensor, new_tokens: int = 64, temperature=1.0, seed=0
+) -> dict[str, float]:
+    """What a model writes: how likely its teacher finds it, how varied and repetitive it is.
+
+    Args:
+        model, teacher: causal language models with one vocabulary.
+        prompts: token ids, shape (prompts, length); each is continued once.
+        new_tokens, temperature, seed: as in `write_text`.
+
+    Returns:
+        teacher_nats: cross-entropy of the text under the teacher, in nats per token; low
+            for text that the teacher would write.
+        kl_to_teacher: KL(teacher || model) on this text, in nats per token.
+        distinct: share of different ones among all runs of three tokens (distinct-3, Li et
+            al. 2016, section 5.3).
+        repetition: share of the runs of three tokens that stand earlier in the same text.
+    """
+    text = write_text(model, prompts, new_tokens, temperature, seed)
+    ids, first = torch.cat([prompts.to(text.device), text], dim=1), prompts.shape[1] - 1
+    teacher_nats = token_scores(teacher, None, ids)["nats"][:, first:]
+    kl_to_teacher = token_scores(model, teacher, ids)["kl"][:, first:]
+    runs = [list(zip(row, row[1:], row[2:], strict=False)) for row in text.tolist()]
+    total = sum(map(len, runs))
+    return {
+        "teacher_nats": teacher_nats.double().mean().item(),
+        "kl_to_teacher": kl_to_teacher.double().mean().item(),
+        "distinct": len({run for row in runs for run in row}) / total,
+        "repetition": sum(len(row) - len(set(row)) for row in runs) / total,
+    }
 
 
 # -- one table -------------------------------------------------------------------------

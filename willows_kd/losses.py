@@ -185,6 +185,25 @@ def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
     return masked_mean(per_token.view(labels.shape), mask)
 
 
+def cosine_distance(student_hidden, teacher_hidden, mask=None) -> torch.Tensor:
+    """1 - cos of the angle between hidden states, averaged over the tokens that count.
+
+    The third loss of DistilBERT (Sanh et al. 2019, section 3); 0 if they point the same way.
+
+    Args:
+        student_hidden, teacher_hidden: shape (..., width), of one width. Only the student's
+            take gradients.
+        mask: True for each token that counts, shape (...); None counts all.
+    """
+    shapes = tuple(student_hidden.shape), tuple(teacher_hidden.shape)
+    require(
+        shapes[0] == shapes[1],
+        f"hidden states have shapes {shapes[0]} and {shapes[1]}; they must be equal",
+    )
+    own, target = at_least_float32(student_hidden), at_least_float32(teacher_hidden.detach())
+    return masked_mean(1 - F.cosine_similarity(own, target, dim=-1), mask)
+
+
 def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
     """Require integer token ids, one per prediction."""
     require(

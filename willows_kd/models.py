@@ -784,57 +784,7 @@ def weights_digest(model) -> str:
     return made.hexdigest()[:24]
 
 
-# -- using and saving ------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def complete(
-    model,
-    tokenizer,
-    prompt: str,
-    max_new_tokens: int = 60,
-    temperature: float = 0.8,
-    seed: int = 0,
-    top_k: int = 50,
-) -> str:
-    """Continue a prompt; the same seed gives the same words.
-
-    Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
-    of sampling; temperature 0 takes the likeliest.
-    """
-    require_model(model, "model")
-    require(
-        isinstance(prompt, str), f"prompt is {type_name(prompt)}; give a text, which may be empty"
-    )
-    require(
-        is_integer(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed"
-    )
-    require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
-    require(
-        is_integer(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens"
-    )
-    require(
-        is_integer(seed, 0) and seed < 2**64, f"seed is {seed!r}; it must be from 0 to 2**64 - 1"
-    )
-    prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
-    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
-        "input_ids"
-    ]
-    if positions := max_positions(model.config):
-        ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
-        max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
-    with eval_mode(model), torch.random.fork_rng(), quiet_transformers():
-        torch.manual_seed(seed)
-        likeliest = {"top_k": top_k, "top_p": 1.0}  # whatever the model's own settings are
-        sampling = {"do_sample": True, "temperature": float(temperature), **likeliest}
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **(sampling if temperature else {"do_sample": False}),
-        )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+# -- saving ------------------------------------------------------------------
 
 
 def save_model(

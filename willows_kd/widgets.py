@@ -12,7 +12,7 @@ from IPython.display import display
 
 from willows_kd.cost import eval_mode
 from willows_kd.errors import require
-from willows_kd.models import complete
+from willows_kd.generation import complete
 from willows_kd.plots import plot_soft_labels, plot_token_view
 
 

@@ -1,0 +1,200 @@
+"""Text that a model writes: its own distribution, the same whoever else is written beside it."""
+
+import pytest
+import torch
+
+import willows_kd as kd
+from willows_kd import generation
+from willows_kd.errors import WriteError
+
+
+@pytest.fixture
+def writer(make_gpt2):
+    """A tiny model with opinions: its weights are spread more widely than at a usual start."""
+    return make_gpt2(layers=2, initializer_range=0.15)
+
+
+@pytest.fixture
+def prompts():
+    """Prompts of several lengths, none of which has the end-of-text token."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 4000, (length,), generator=generator) for length in (5, 1, 12, 5)]
+
+
+@torch.inference_mode()
+def next_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of the next token, without the end-of-text token, shape (vocabulary,)."""
+    logits = model(ids[None]).logits[0, -1].double()
+    logits[model.config.eos_token_id] = -torch.inf
+    return logits
+
+
+# -- continuing a prompt as text -------------------------------------------------------
+
+
+def test_the_same_seed_writes_the_same_text(writer, tokenizer):
+    first, again, other = (
+        kd.complete(writer, tokenizer, "The river", 12, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_temperature_0_takes_the_likeliest_token_each_time(writer, tokenizer):
+    ids = tokenizer("The river", return_tensors="pt").input_ids[0]
+    for _ in range(8):
+        ids = torch.cat([ids, next_logits(writer, ids).argmax()[None]])
+    expected = tokenizer.decode(ids)
+    for seed in (0, 1):
+        text = kd.complete(writer, tokenizer, "The river", 8, temperature=0, seed=seed)
+        assert text == expected
+
+
+@pytest.mark.parametrize("prompt", ["The Mole", "“It’s a boat,” said the Rat 🚣", " a , b"])
+def test_a_completion_begins_with_its_prompt(prompt, writer, tokenizer):
+    text = kd.complete(writer, tokenizer, prompt, 8)
+    assert text.startswith(prompt)
+    assert len(text) > len(prompt)
+
+
+def test_an_empty_prompt_begins_where_a_text_begins(writer, tokenizer):
+    text = kd.complete(writer, tokenizer, "", 8)
+    assert text
+    assert tokenizer.eos_token not in text
+    assert text == kd.complete(writer, tokenizer, tokenizer.eos_token, 8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_writing_leaves_the_mode_and_the_random_numbers_as_they_were(training, writer, tokenizer):
+    in_eval_mode = kd.complete(writer.eval(), tokenizer, "The river", 8)
+    writer.train(training)
+    torch.rand(1)  # so that this is not the state in which the line above would leave it
+    state = torch.get_rng_state()
+    assert kd.complete(writer, tokenizer, "The river", 8) == in_eval_mode  # without dropout
+    assert writer.training == training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_completion_ends_where_the_positions_end(writer, tokenizer):
+    text = kd.complete(writer, tokenizer, "The river", max_new_tokens=200)
+    assert text.startswith("The river")
+
+
+# -- writing many texts as token ids ---------------------------------------------------
+
+
+def test_each_token_is_where_the_cumulative_probability_passes_its_draw(writer, prompts):
+    written = kd.write_text(writer, prompts, 6, temperature=1.5, seed=4)
+    draws = generation.uniform_draws(len(prompts), 6, seed=4)
+    for prompt, text, row in zip(prompts, written, draws, strict=True):
+        for i, token in enumerate(text):
+            p = (next_logits(writer, torch.cat([prompt, text[:i]])) / 1.5).softmax(-1)
+            before = p[:token].sum()
+            assert before - 1e-6 <= row[i] <= before + p[token] + 1e-6
+
+
+def test_greedy_takes_the_likeliest_token_each_time(writer, prompts):
+    written = kd.write_text(writer, prompts, 6, temperature=0)
+    assert written.shape == (4, 6)
+    for prompt, text in zip(prompts, written, strict=True):
+        expected = [next_logits(writer, torch.cat([prompt, text[:i]])).argmax() for i in range(6)]
+        assert text.tolist() == [token.item() for token in expected]
+
+
+def test_a_text_does_not_depend_on_those_written_beside_it(writer, prompts, monkeypatch):
+    together = kd.write_text(writer, prompts, 10, seed=2)
+    monkeypatch.setattr(generation, "PROMPTS_AT_ONCE", 1)  # without padding, then
+    assert torch.equal(kd.write_text(writer, prompts, 10, seed=2), together)
+    assert not torch.equal(kd.write_text(writer, prompts, 10, seed=3), together)
+
+
+def test_the_tokens_have_the_models_own_distribution(make_gpt2):
+    model = make_gpt2(layers=1, vocab_size=6, initializer_range=0.5, eos_token_id=0)
+    model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
+    count = 4000
+    written = kd.write_text(model, torch.tensor([[2, 5]]).expand(count, -1), 2, seed=0)
+    first = next_logits(model, torch.tensor([2, 5])).softmax(-1)
+    nexts = [next_logits(model, torch.tensor([2, 5, token])).softmax(-1) for token in range(6)]
+    expected = (first[:, None] * torch.stack(nexts)).flatten()
+    found = torch.bincount(written[:, 0] * 6 + written[:, 1], minlength=36)
+    possible = expected > 0
+    assert not found[~possible].any()
+    chi_squared = ((found - count * expected) ** 2 / (count * expected))[possible].sum()
+    assert chi_squared < 50.0  # 24 degrees of freedom: by chance once in 700 seeds
+    assert first.max() < 0.9  # so that there was a choice
+
+
+def test_a_beam_search_finds_likelier_text_than_greedy(writer, prompts):
+    def nats(texts):
+        ids = [torch.cat(pair) for pair in zip(prompts, texts, strict=True)]
+        scores = [kd.token_scores(writer, None, row[None])["nats"][0, -8:] for row in ids]
+        return torch.stack(scores).sum().item()
+
+    greedy, beams = (kd.write_text(writer, prompts, 8, 0, beams=n) for n in (1, 8))
+    assert nats(beams) < nats(greedy)
+
+
+def test_only_tokens_that_both_know_are_written(writer, prompts):
+    draws = generation.uniform_draws(4, 20, seed=0)
+    free = generation.continued(writer, prompts, 20, draws)
+    held = generation.continued(writer, prompts, 20, draws, vocabulary=2000)
+    assert free.max() >= 2000 > held.max()
+
+
+def test_writing_many_leaves_mode_and_random_numbers_as_they_were(writer, prompts):
+    writer.train()
+    state = torch.get_rng_state()
+    first = kd.write_text(writer, prompts, 4)
+    assert writer.training and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(kd.write_text(writer.eval(), prompts, 4), first)  # without dropout
+
+
+# -- blocks that a model wrote ---------------------------------------------------------
+
+
+def test_written_blocks_keep_the_first_quarter_of_each(writer, blocks):
+    written = kd.write_blocks(writer, blocks.train, seed=3)
+    prompt = kd.prompt_length(32)
+    assert prompt == 8
+    assert written.shape == blocks.train.shape
+    assert torch.equal(written[:, :prompt], blocks.train[:, :prompt])
+    expected = kd.write_text(writer, blocks.train[:, :prompt], 24, seed=3)
+    assert torch.equal(written[:, prompt:], expected)
+
+
+def test_written_blocks_are_kept_for_the_same_writer_prompts_and_settings(
+    writer, make_gpt2, blocks, monkeypatch
+):
+    first = kd.write_blocks(writer, blocks.train)
+    calls = []
+
+    def write_text(*arguments):
+        calls.append(arguments)
+        return kd.write_text(*arguments)
+
+    monkeypatch.setattr(generation, "write_text", write_text)
+    assert torch.equal(kd.write_blocks(writer, blocks.train), first) and not calls
+    kd.write_blocks(make_gpt2(seed=5), blocks.train)
+    kd.write_blocks(writer, blocks.validation)
+    kd.write_blocks(writer, blocks.train, seed=1)
+    kd.write_blocks(writer, blocks.train, temperature=0.5)
+    assert len(calls) == 4
+
+
+def test_a_damaged_file_of_blocks_is_written_anew(writer, blocks):
+    first = kd.write_blocks(writer, blocks.train)
+    (file,) = (generation.cache_folder() / "texts").glob("*.safetensors")
+    damaged = bytearray(file.read_bytes())
+    damaged[-40] ^= 1
+    file.write_bytes(damaged)
+    assert generation.read_blocks(file) is None
+    assert torch.equal(kd.write_blocks(writer, blocks.train), first)
+    assert torch.equal(generation.read_blocks(file), first)
+
+
+def test_where_blocks_cannot_be_kept_a_warning_says_so(writer, blocks, monkeypatch):
+    def full(*_):
+        raise WriteError("the disk is full")
+
+    monkeypatch.setattr(generation, "save_blocks", full)
+    with pytest.warns(UserWarning, match="not kept for another run: the disk is full"):
+        assert kd.write_blocks(writer, blocks.train).shape == blocks.train.shape

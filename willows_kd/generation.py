@@ -1,0 +1,250 @@
+"""Text that a model writes: a prompt's continuation to read, or many as token ids to train on."""
+
+import contextlib
+import hashlib
+import json
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor
+
+from willows_kd.errors import WriteError, is_integer, require, type_name
+from willows_kd.files import atomic_file, cache_folder, checksum
+from willows_kd.models import (
+    distributed_state,
+    eval_mode,
+    max_positions,
+    quiet_transformers,
+    require_model,
+    vocabulary_size,
+    weights_digest,
+)
+
+PROMPTS_AT_ONCE = 64
+
+
+@torch.inference_mode()
+def complete(
+    model,
+    tokenizer,
+    prompt: str,
+    max_new_tokens: int = 60,
+    temperature: float = 0.8,
+    seed: int = 0,
+    top_k: int = 50,
+) -> str:
+    """Continue a prompt; the same seed gives the same words.
+
+    Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
+    of sampling; temperature 0 takes the likeliest.
+    """
+    require_model(model, "model")
+    require(
+        isinstance(prompt, str), f"prompt is {type_name(prompt)}; give a text, which may be empty"
+    )
+    require(
+        is_integer(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed"
+    )
+    require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
+    require(
+        is_integer(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens"
+    )
+    require(
+        is_integer(seed, 0) and seed < 2**64, f"seed is {seed!r}; it must be from 0 to 2**64 - 1"
+    )
+    prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
+    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
+        "input_ids"
+    ]
+    if positions := max_positions(model.config):
+        ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
+        max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
+    with eval_mode(model), torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        likeliest = {"top_k": top_k, "top_p": 1.0}  # whatever the model's own settings are
+        sampling = {"do_sample": True, "temperature": float(temperature), **likeliest}
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **(sampling if temperature else {"do_sample": False}),
+        )
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def write_text(
+    model,
+    prompts: torch.Tensor | list[torch.Tensor],
+    new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    beams: int = 1,
+) -> torch.Tensor:
+    """Continue prompts by so many tokens each, drawn from a model's own distribution.
+
+    Nothing is cut off that distribution but the end-of-text token, so that each text has
+    its full length. What is drawn for a prompt depends on the seed and the prompt's number,
+    not on how many are written at once.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids, shape (prompts, length), or a list of rows of any lengths.
+        new_tokens: how many to write for each.
+        temperature: of sampling; 0 takes the likeliest token each time (greedy).
+        seed: for the draws.
+        beams: more than 1 for a beam search, which keeps so many texts, and draws nothing.
+
+    Returns:
+        the tokens written, without the prompts, shape (prompts, new_tokens).
+
+    Raises:
+        InputError: a prompt has no token, or text and prompt are longer than the model reads.
+    """
+    require_model(model, "model")
+    require(is_integer(new_tokens), f"new_tokens is {new_tokens!r}; at least 1 is needed")
+    require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
+    require(is_integer(beams), f"beams is {beams!r}; it must be a whole number, 1 for none")
+    lengths = [len(prompt) for prompt in prompts]
+    require(lengths and min(lengths), "each prompt needs at least one token, and one prompt at all")
+    longest, given = max_positions(model.config), max(lengths) + new_tokens
+    fits = f"prompt and text have {given} tokens together; this model reads {longest}"
+    require(longest is None or given <= longest, fits)
+    draws = uniform_draws(len(lengths), new_tokens, seed) if temperature and beams == 1 else None
+    written = []
+    starts = range(0, len(lengths), PROMPTS_AT_ONCE)
+    for start in tqdm(starts, unit="pass", leave=False, disable=len(starts) == 1):
+        some = slice(start, start + PROMPTS_AT_ONCE)
+        drawn = None if draws is None else draws[some]
+        written.append(continued(model, prompts[some], new_tokens, drawn, temperature, beams))
+    return torch.cat(written)
+
+
+def uniform_draws(texts: int, tokens: int, seed: int) -> torch.Tensor:
+    """A random number from 0 to 1 for each token of each text, shape (texts, tokens)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(texts, tokens, dtype=torch.float64, generator=generator)
+
+
+@torch.no_grad()
+def continued(
+    model, prompts, new_tokens: int, draws=None, temperature=1.0, beams=1, vocabulary=None
+) -> torch.Tensor:
+    """The continuations of some prompts at once, shape (prompts, new_tokens).
+
+    Args:
+        draws: for each token a random number from 0 to 1; None takes the likeliest.
+        vocabulary: write only the first so many tokens, such as those that a teacher knows.
+        model, prompts, new_tokens, temperature, beams: as in `write_text`.
+    """
+    rows = [prompt.to(model.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
+    known = vocabulary_size(model)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,  # for which `generate` leaves out the end-of-text token
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=0,
+        do_sample=False,
+        num_beams=beams,
+        suppress_tokens=list(range(vocabulary or known, known)) or None,
+        repetition_penalty=1.0,  # a model's own setting would change its distribution
+    )
+    draw = [] if draws is None else [Draw(draws.to(ids.device), ids.shape[1], temperature)]
+    with eval_mode(model), quiet_transformers():
+        out = model.generate(
+            ids, attention_mask=mask, generation_config=settings, logits_processor=draw
+        )
+    return out[:, ids.shape[1] :]
+
+
+class Draw(LogitsProcessor):
+    """Leaves one token at each step: the one that a given random number draws.
+
+    `generate` then takes the likeliest of what is left. With draws of our own, a text does
+    not depend on the others that are written at the same time, nor on the process.
+    """
+
+    def __init__(self, draws: torch.Tensor, prompt_length: int, temperature: float):
+        """Take a number from 0 to 1 for each token to come, shape (texts, tokens)."""
+        self.draws, self.prompt_length, self.temperature = draws, prompt_length, temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Choose where the cumulative probability passes the number (inverse transform)."""
+        draw = self.draws[:, input_ids.shape[1] - self.prompt_length, None]
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        token = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
+
+
+def prompt_length(block_size: int) -> int:
+    """How much of a block is kept as the prompt if a model writes the rest: a quarter."""
+    return max(1, block_size // 4)
+
+
+def write_blocks(
+    model, blocks: torch.Tensor, temperature: float = 1.0, seed: int = 0, beams: int = 1
+) -> torch.Tensor:
+    """Blocks that a model wrote, each from the first quarter of a given one.
+
+    They are kept in the user's cache, with writer and settings in the file's metadata, and
+    found again; a damaged file is written anew. If the cache cannot be written, a warning
+    says so.
+
+    Args:
+        model: the writer, such as a teacher.
+        blocks: token ids, shape (blocks, block_size).
+        temperature, seed, beams: as in `write_text`.
+
+    Returns:
+        token ids, shape (blocks, block_size).
+
+    Raises:
+        InputError: as `write_text`.
+    """
+    prompts = blocks[:, : prompt_length(blocks.shape[1])].contiguous()
+    made = {
+        "writer": weights_digest(model),
+        "prompts": hashlib.sha256(prompts.numpy().tobytes()).hexdigest(),
+        **{"shape": list(blocks.shape), "temperature": temperature, "seed": seed, "beams": beams},
+    }
+    name = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
+    file = cache_folder() / "texts" / f"{name}.safetensors"
+    with distributed_state().local_main_process_first():
+        written = read_blocks(file)
+        if written is None:
+            new_tokens = blocks.shape[1] - prompts.shape[1]
+            text = write_text(model, prompts, new_tokens, temperature, seed, beams).cpu()
+            written = torch.cat([prompts, text], dim=1)
+            try:
+                save_blocks(file, written, made)
+            except WriteError as error:
+                warnings.warn(f"the text is not kept for another run: {error}", stacklevel=2)
+    return written
+
+
+def save_blocks(file: Path, blocks: torch.Tensor, made: dict) -> None:
+    """Write blocks with what they were made by, whole or not at all."""
+    tensors = {"blocks": blocks.int()}
+    metadata = {name: str(value) for name, value in made.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as partial:
+        save_file(tensors, partial, metadata | {"crc32": str(checksum(tensors))})
+
+
+def read_blocks(file: Path) -> torch.Tensor | None:
+    """Blocks as they were written; None if they are not there or damaged."""
+    damaged = OSError, SafetensorError, ValueError, KeyError, TypeError
+    with contextlib.suppress(*damaged), safe_open(file, "pt") as opened:
+        tensors = {"blocks": opened.get_tensor("blocks")}
+        if checksum(tensors) == int(opened.metadata()["crc32"]):
+            return tensors["blocks"].long()
+    return None
