@@ -44,7 +44,7 @@ PUBLIC_NAMES = {
         "block_nats",
         "paired_bootstrap",
         "verbatim",
-        "writing",
+        "text_quality",
         "compare",
         "as_markdown",
     ],

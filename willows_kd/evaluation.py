@@ -15,7 +15,7 @@ from torch import nn
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.generation import complete, write_text
+from willows_kd.generation import complete
 from willows_kd.losses import kl
 from willows_kd.models import (
     check_positions,
@@ -204,15 +204,13 @@ def verbatim(sample: str, training_text: str, words: int = 6) -> float:
     return sum(run in known for run in runs) / len(runs) if runs else 0.0
 
 
-def writing(
-    model, teacher, prompts: torch.Tensor, new_tokens: int = 64, temperature=1.0, seed=0
-) -> dict[str, float]:
-    """What a model writes: how likely its teacher finds it, how varied and repetitive it is.
+def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
+    """What a model wrote: how likely its teacher finds it, how varied and repetitive it is.
 
     Args:
         model, teacher: causal language models with one vocabulary.
-        prompts: token ids, shape (prompts, length); each is continued once.
-        new_tokens, temperature, seed: as in `write_text`.
+        prompts: token ids, shape (prompts, length).
+        text: what `write_text` continued them with, shape (prompts, at least 3).
 
     Returns:
         teacher_nats: cross-entropy of the text under the teacher, in nats per token; low
@@ -222,7 +220,6 @@ def writing(
             al. 2016, section 5.3).
         repetition: share of the runs of three tokens that stand earlier in the same text.
     """
-    text = write_text(model, prompts, new_tokens, temperature, seed)
     ids, first = torch.cat([prompts.to(text.device), text], dim=1), prompts.shape[1] - 1
     teacher_nats = token_scores(teacher, None, ids)["nats"][:, first:]
     kl_to_teacher = token_scores(model, teacher, ids)["kl"][:, first:]

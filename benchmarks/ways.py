@@ -1,0 +1,188 @@
+"""Which way of distilling is better: whose text, which divergence, what else is matched?
+
+    python benchmarks/ways.py [--corpus FILE] [--seeds 0 1 2] [--ways WAY ...]
+
+One start, one text, equal optimiser steps, several seeds, judged on the validation
+chapter; the seconds are those of training, the writing counted. For each student: quality
+on the book, KL from the teacher on the student's own text, and what it writes at several
+sampling temperatures. The runs are stored where notebooks 05 and 06 find them, the table
+in `benchmarks/results/ways.md`. A row that is stored already is not run again.
+"""
+
+import argparse
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+import willows_kd as kd
+from willows_kd.evaluation import with_intervals
+
+RESULTS = Path(__file__).parent / "results" / "ways.md"
+STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results"
+SOFT = dict(learning_rate=2e-3)
+HARD = dict(learning_rate=4e-4, alpha=1.0)
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)  # of sampling
+MEASURES = ("ratio", "kl_to_teacher", "kl_on_own_text", "teacher_nats", "distinct", "seconds")
+TITLES = {
+    "ratio": "times the teacher's perplexity",
+    "kl_to_teacher": "KL on the book",
+    "kl_on_own_text": "KL on its own text",
+    "teacher_nats": "its text under the teacher (nats)",
+    "distinct": "distinct-3 of its text",
+    "seconds": "seconds of training",
+}
+
+
+def main() -> None:
+    """Train and judge every student with every seed, and write after each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", default=list(ways()), help="by name (default: all)")
+    options = parser.parse_args()
+
+    teacher, tokenizer = kd.load_teacher()
+    corpus = kd.load_corpus(options.corpus)
+    blocks = kd.pack(corpus, tokenizer)
+    judge = Judge(teacher, tokenizer, blocks)
+    stored = Stored()
+    stored.add("teacher", 0, judge.judged(teacher), judge.writings(teacher))
+    for seed, way in itertools.product(options.seeds, options.ways):
+        if not stored.has(way, seed):
+            student, seconds = trained(teacher, blocks, ways()[way], seed)
+            stored.add(way, seed, judge.judged(student) | seconds, judge.writings(student))
+
+
+def ways() -> dict[str, dict]:
+    """The settings of each way; `text`, `cache` and `pruned` are not of the loop."""
+    reverse = SOFT | dict(divergence="reverse_kl")
+    jensen_shannon = SOFT | dict(divergence="jensen_shannon")
+    layers = dict(hidden_weight=1.0, hidden_layers=((1, 1), (2, 3), (3, 6)))
+    return {
+        "hard labels": HARD,
+        "forward KL": SOFT,
+        "reverse KL": reverse,
+        "Jensen-Shannon": jensen_shannon,
+        "skewed forward KL": SOFT | dict(divergence="skewed_forward_kl"),
+        "skewed reverse KL": SOFT | dict(divergence="skewed_reverse_kl"),
+        "teacher's text, hard labels": HARD | dict(text=dict(temperature=1.0)),
+        "teacher's greedy text, hard labels": HARD | dict(text=dict(temperature=0)),
+        "teacher's beams, hard labels": HARD | dict(text=dict(beams=4)),
+        "teacher's text, forward KL": SOFT | dict(text=dict(temperature=1.0)),
+        "on-policy forward KL": SOFT | dict(student_text=1.0),
+        "on-policy reverse KL": reverse | dict(student_text=1.0),
+        "on-policy Jensen-Shannon": jensen_shannon | dict(student_text=1.0),
+        "half on-policy, forward KL": SOFT | dict(student_text=0.5),
+        "half on-policy, reverse KL": reverse | dict(student_text=0.5),
+        "forward KL, as long as on-policy": SOFT | dict(epochs=4),
+        "8 largest logits": SOFT | dict(cache=dict(top_k=8)),
+        "8 sampled tokens": SOFT | dict(cache=dict(samples=8)),
+        "64 sampled tokens": SOFT | dict(cache=dict(samples=64)),
+        "forward KL, 1 epoch": SOFT | dict(epochs=1),
+        "final hidden states, 1 epoch": SOFT | dict(epochs=1, hidden_weight=1.0),
+        "hidden states of each layer, 1 epoch": SOFT | layers | dict(epochs=1),
+        "final hidden states": SOFT | dict(hidden_weight=1.0),
+        "hidden states of each layer": SOFT | layers,
+        "all layers, a quarter of the units": SOFT | dict(pruned=True),
+    }
+
+
+def trained(teacher, blocks, settings: dict, seed: int):
+    """A student trained in one way, and the seconds that it took."""
+    settings = dict(epochs=2, dtype="bfloat16", seed=seed) | settings
+    text, cache, pruned = (settings.pop(name, None) for name in ("text", "cache", "pruned"))
+    start, asked = time.perf_counter(), teacher
+    if text:
+        written = kd.write_blocks(teacher, blocks.train, seed=seed, **text)
+        blocks = replace(blocks, train=written)
+    writing = time.perf_counter() - start
+    if cache:
+        asked = kd.cache_teacher(teacher, blocks, **cache)
+    student = narrower(teacher, blocks) if pruned else kd.student_from_teacher(teacher)
+    history = kd.distill(asked, student, blocks, kd.DistillConfig(**settings))
+    return student, {"seconds": history[-1]["seconds"] + writing, "steps": len(history)}
+
+
+def narrower(teacher, blocks):
+    """A student with all layers and a quarter of the feed-forward units: as many weights."""
+    units = kd.importance(teacher, blocks.train[:16])["feed_forward"]
+    depth, width = units.shape
+    return kd.student_from_teacher(teacher, depth, feed_forward=units.topk(width // 4).indices)
+
+
+class Judge:
+    """Looks at a student from every side, each time in the same way."""
+
+    def __init__(self, teacher, tokenizer, blocks):
+        self.teacher, self.tokenizer, self.blocks = teacher, tokenizer, blocks
+        self.prompts = blocks.validation[:64, : kd.prompt_length(blocks.block_size)]
+        self.book = tokenizer.decode(blocks.train.flatten().tolist())
+        self.target = kd.quality(teacher, blocks.validation)["perplexity"]
+
+    def judged(self, model) -> dict:
+        """Quality on the validation chapter, and of what the model writes at temperature 1."""
+        found = kd.quality(model, self.blocks.validation, self.tokenizer, self.teacher)
+        text = kd.write_text(model, self.prompts, 96)
+        own = kd.text_quality(model, self.teacher, self.prompts, text)
+        own["kl_on_own_text"] = own.pop("kl_to_teacher")
+        copied = [kd.verbatim(self.tokenizer.decode(row), self.book) for row in text.tolist()]
+        ratio = found["perplexity"] / self.target
+        return found | own | {"ratio": ratio, "verbatim": sum(copied) / len(copied)}
+
+    def writings(self, model) -> list[dict]:
+        """What the model writes at each sampling temperature."""
+        rows = []
+        for T in TEMPERATURES:
+            text = kd.write_text(model, self.prompts, 96, T, seed=1)
+            rows.append(kd.text_quality(model, self.teacher, self.prompts, text) | {"sampling": T})
+        return rows
+
+
+class Stored:
+    """The runs so far, a row a student, and what each writes, a row a sampling temperature."""
+
+    def __init__(self):
+        self.runs, self.texts = (
+            pd.read_csv(path).to_dict("records") if path.exists() else []
+            for path in (STORED / "ways.csv", STORED / "writing.csv")
+        )
+
+    def has(self, way: str, seed: int) -> bool:
+        """Whether this student has been judged."""
+        return any(row["way"] == way and row["seed"] == seed for row in self.runs)
+
+    def add(self, way: str, seed: int, judged: dict, writings: list[dict]) -> None:
+        """Store a student, and write the files."""
+        if self.has(way, seed):
+            return
+        named = {"way": way, "seed": seed}
+        self.runs.append(named | judged)
+        self.texts += [named | row for row in writings]
+        print(self.runs[-1], flush=True)
+        runs = pd.DataFrame(self.runs)
+        for name, table in (("ways", runs), ("writing", pd.DataFrame(self.texts))):
+            table.to_csv(STORED / f"{name}.csv", index=False, float_format="%.6g")
+        RESULTS.write_text(f"# Which way of distilling?\n\n{as_table(runs)}", encoding="utf-8")
+
+
+def as_table(runs: pd.DataFrame) -> str:
+    """Means over seeds and 95 % intervals, one line a way."""
+    lines = [f"| way | {' | '.join(TITLES[name] for name in MEASURES)} |", "|---" * 7 + "|"]
+    for way, group in runs.groupby("way", sort=False):
+        means = with_intervals(group[list(MEASURES)].to_dict("records"))
+        cells = [
+            f"{means[name]:.3f}" + (f" ± {means[f'± {name}']:.3f}" if len(group) > 1 else "")
+            for name in MEASURES[:-1]
+        ]
+        cells.append(f"{group['seconds'].min():.0f}")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    seeds = runs["seed"].nunique()
+    lines.append(f"\n{seeds} seeds, validation chapter (XI); seconds: the fastest of the seeds.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
