@@ -276,6 +276,39 @@ def test_a_student_with_a_padded_head_is_trained_on_the_shared_tokens(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["teacher", "student", "mix"])
+def test_the_text_may_be_written_by_the_models(distil, good_run, tmp_path, text, capsys):
+    assert distil("--epochs", "2", "--seed", "3", "--text", text) == 0
+    settings, folder = settings_of(tmp_path / "student"), tmp_path / "student"
+    share = {"teacher": 0, "student": 1, "mix": 0.5}[text]
+    assert (settings["text"], settings["student_text"]) == (text, share)
+    assert ("The teacher is writing" in capsys.readouterr().out) == (text == "teacher")
+    losses = [history_of(each)["loss"].tolist() for each in (folder, good_run.folder)]
+    assert losses[0] != losses[1]
+
+
+def test_hidden_states_are_matched_if_they_have_a_weight(distil, tmp_path):
+    assert distil("--hidden_weight", "0.5", "--cache_teacher") == 0
+    history = history_of(tmp_path / "student")
+    expected = history["soft_loss"] + 0.5 * history["hidden_loss"]
+    assert history["loss"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text", "mix", "--cache_teacher"], "leave it out with --text mix"),
+        (["--text", "student", "--alpha", "0.5"], "must be 0 where the student writes the text"),
+        (["--hidden_weight", "-1"], "hidden_weight is -1.0; it must be at least 0"),
+        (["--text", "novel"], "invalid choice: 'novel'"),
+    ],
+)
+def test_texts_and_weights_that_cannot_be_are_refused(distil, options, said, capsys, tmp_path):
+    assert distil(*options) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+
+
 def test_options_change_the_student_and_are_written_down(distil, good_run, tmp_path):
     changes = {
         "temperature": 3.5,

@@ -56,11 +56,17 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="names the loopback device as Linux does")
 @pytest.mark.parametrize(
-    ("launcher", "more"), [(TORCHRUN, ["--cache_teacher"]), (ACCELERATE, [])], ids=["run", "launch"]
+    ("launcher", "more"),
+    [
+        (TORCHRUN, ["--cache_teacher"]),
+        (ACCELERATE, []),
+        (TORCHRUN, ["--text", "mix", "--hidden_weight", "0.5"]),
+    ],
+    ids=["run", "launch", "writing"],
 )
 def test_two_processes_make_the_student_that_one_makes(model_dir, text, tmp_path, launcher, more):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    run([], model_dir, text, alone)
+    run([], model_dir, text, alone, *(word for word in more if word != "--cache_teacher"))
     said = run(launcher, model_dir, text, together, *more)
     assert said.count("Distilled model saved successfully") == 1
     a, b = (pd.read_csv(folder / "history.csv").set_index("step") for folder in (alone, together))
