@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from willows_kd.errors import InputError
 
-DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+DIVERGENCE_NAMES = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -22,6 +29,8 @@ class DistillConfig:
             weight of the soft labels, so it is 1 - alpha.
         divergence: how the distance from the soft labels is measured, by name.
         beta: the teacher's weight in the Jensen-Shannon divergence; the others ignore it.
+        skew: how much of the first distribution the skewed KLs mix into the second, as in
+            DistiLLM; the others ignore it.
         epochs: passes over the training blocks.
         learning_rate: the peak, after the warm-up and before the cosine decay.
         batch_size: blocks in one forward pass, over all processes.
@@ -40,6 +49,7 @@ class DistillConfig:
     alpha: float = 0.0
     divergence: str = "forward_kl"
     beta: float = 0.5
+    skew: float = 0.1
     epochs: int = 3
     learning_rate: float = 1e-3
     batch_size: int = 8
@@ -62,6 +72,7 @@ class DistillConfig:
         self._check("alpha", float, "from 0 (soft labels only) to 1 (hard labels only)", unit_range)
         self._check("divergence", str, f"one of {', '.join(DIVERGENCE_NAMES)}", DIVERGENCE_NAMES)
         self._check("beta", float, "above 0 and below 1", lambda v: 0 < v < 1)
+        self._check("skew", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("epochs", int, "at least 1", lambda v: v >= 1)
         self._check("learning_rate", float, "above 0 and at most 1", lambda v: 0 < v <= 1)
         self._check("batch_size", int, "at least 1", lambda v: v >= 1)
