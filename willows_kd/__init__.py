@@ -70,6 +70,8 @@ PUBLIC_NAMES = {
         "plot_tradeoff",
         "plot_token_view",
         "plot_divergence",
+        "plot_exposure",
+        "plot_writing",
     ],
     "widgets": ["explore_temperature", "explore_tokens", "prompt_box"],
     "errors": ["InputError"],
