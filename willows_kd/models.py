@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from willows_kd.errors import InputError, is_integer, require, type_name
 from willows_kd.files import atomic_directory, check_output
+from willows_kd.pruning import masked, parts_to_keep, pruned
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
@@ -386,12 +387,16 @@ def student_from_teacher(
     layers: int | None = None,
     init: str | Sequence[int] = "spaced",
     seed: int = 0,
+    heads: Sequence[Sequence[int]] | torch.Tensor | None = None,
+    feed_forward: Sequence[Sequence[int]] | torch.Tensor | None = None,
 ) -> PreTrainedModel:
-    """A student with fewer layers, in float32; widths, heads and vocabulary are the teacher's.
+    """A student with fewer layers or narrower ones, in float32, on the teacher's vocabulary.
 
     A student that copies layers is proven: on a short input it must give the logits of
-    the teacher with its other layers skipped. It is float32 even if the teacher is in
-    half precision, in which training soon breaks down. LoRA adapters are merged first.
+    the teacher with its other layers skipped and its other heads and units at zero. The
+    residual stream keeps its width, so hidden states keep the teacher's shape. The student
+    is float32 even if the teacher is in half precision, in which training soon breaks
+    down. LoRA adapters are merged first.
 
     Args:
         teacher: any decoder that `transformers` builds from a config.
@@ -402,16 +407,23 @@ def student_from_teacher(
             layer numbers, counted from 0 and rising, copies these; ``"random"`` copies
             nothing.
         seed: for ``"random"``.
+        heads, feed_forward: the numbers of the heads and feed-forward units to keep, for
+            each layer of the teacher, shape (layers, kept), such as those of greatest
+            `importance`; None for all. Grouped heads are numbered by group, and GPT-2's
+            heads cannot be pruned: its config ties their size to their number.
 
     Raises:
-        InputError: `layers` is not between 1 and the teacher's, `init` is unknown, or the
-            teacher's family cannot be cut so: a setting of it may be in the way.
+        InputError: `layers` is not between 1 and the teacher's, `init` is unknown, `heads`
+            or `feed_forward` are no such numbers, or the teacher's family cannot be cut so:
+            a setting of it may be in the way.
     """
     require_model(teacher, "teacher")
     teacher = merge_adapters(teacher)
     depth = len(teacher.get_submodule(layer_stack(teacher)))
     kept = layers_to_keep(depth, layers, init)
+    parts = parts_to_keep(teacher, heads=heads, feed_forward=feed_forward)
     with cutting_errors_as_input_errors(teacher.config.model_type, kept):
+        teacher = narrowed(teacher, parts)
         with torch.random.fork_rng(), quiet_transformers():
             torch.manual_seed(seed)
             student = AutoModelForCausalLM.from_config(
@@ -423,6 +435,16 @@ def student_from_teacher(
         if not (isinstance(init, str) and init == "random"):
             copy_layers(teacher, student, kept)
     return student
+
+
+def narrowed(teacher, parts: dict[str, torch.Tensor]):
+    """A teacher without its other heads and feed-forward units, proven; itself if none is named."""
+    if not parts:
+        return teacher
+    with torch.random.fork_rng(), quiet_transformers():
+        narrow = pruned(teacher, parts)
+    check_student(teacher, narrow, masked(teacher, parts), "the other heads and units")
+    return narrow
 
 
 @contextlib.contextmanager
@@ -590,26 +612,31 @@ def copy_layers(teacher, student, kept: list[int]) -> None:
         require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
     student.load_state_dict(weights)
     if not scaled:
-        check_student(teacher, student, kept)
+        reason = "a layer of this family depends on its number, or on the layers before it"
+        check_student(
+            teacher, student, skipped_layers(teacher, kept), f"the other layers; {reason}"
+        )
 
 
 @torch.no_grad()
-def check_student(teacher, student, kept: list[int]) -> None:
-    """Prove a student: the logits of its teacher with the layers skipped that it has not.
+def check_student(teacher, student, cut, without: str) -> None:
+    """Prove a student: the logits of its teacher without what it has not.
+
+    Args:
+        cut: a context in which the teacher does without it; `without` says what it is.
 
     Raises:
         InputError: they are not the same.
     """
     ids = torch.arange(1, 13)[None].to(teacher.device) * 7919 % vocabulary_size(teacher)
     with eval_mode(teacher, student):
-        with skipped_layers(teacher, kept):
+        with cut:
             expected = teacher(ids, use_cache=False).logits.float()
         error = (student(ids, use_cache=False).logits - expected).norm() / expected.norm()
     tolerance = 1e-3 if teacher.dtype in (torch.float32, torch.float64) else 0.05
     require(
         error <= tolerance,
-        f"its logits differ by {error:.2g} of their size from the teacher's without the other "
-        "layers; a layer of this family depends on its number, or on the layers before it",
+        f"its logits differ by {error:.2g} of their size from the teacher's without {without}",
     )
 
 
