@@ -424,25 +424,31 @@ def student_from_teacher(
     parts = parts_to_keep(teacher, heads=heads, feed_forward=feed_forward)
     with cutting_errors_as_input_errors(teacher.config.model_type, kept):
         teacher = narrowed(teacher, parts)
-        with torch.random.fork_rng(), quiet_transformers():
-            torch.manual_seed(seed)
-            student = AutoModelForCausalLM.from_config(
-                config_of_layers(teacher.config, depth, kept),
-                dtype=torch.float32,
-                attn_implementation=teacher.config._attn_implementation,
-            ).to(teacher.device)
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+        config = config_of_layers(teacher.config, depth, kept)
+        student = untrained(config, teacher, torch.float32, seed)
         if not (isinstance(init, str) and init == "random"):
             copy_layers(teacher, student, kept)
     return student
 
 
-def narrowed(teacher, parts: dict[str, torch.Tensor]):
-    """A teacher without its other heads and feed-forward units, proven; itself if none is named."""
+def untrained(config, teacher, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model of a config with random weights, else set up as the teacher is."""
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=teacher.config._attn_implementation
+        ).to(teacher.device)
+    model.generation_config = copy.deepcopy(teacher.generation_config)
+    return model
+
+
+def narrowed(teacher, parts: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A teacher without its other heads and units, proven; the teacher itself if it keeps all."""
     if not parts:
         return teacher
-    with torch.random.fork_rng(), quiet_transformers():
-        narrow = pruned(teacher, parts)
+    config, weights = pruned(teacher, parts)
+    narrow = untrained(config, teacher, teacher.dtype)
+    load_weights(narrow, weights)
     check_student(teacher, narrow, masked(teacher, parts), "the other heads and units")
     return narrow
 
@@ -606,16 +612,25 @@ def copy_layers(teacher, student, kept: list[int]) -> None:
         )
     else:
         check_layers(teacher, student, kept)
-    weights, own = keep_layers(teacher, kept), student.state_dict()
-    for name in sorted(weights.keys() | own.keys()):
-        shapes = [tuple(each[name].shape) if name in each else "none" for each in (weights, own)]
-        require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
-    student.load_state_dict(weights)
+    load_weights(student, keep_layers(teacher, kept))
     if not scaled:
         reason = "a layer of this family depends on its number, or on the layers before it"
         check_student(
             teacher, student, skipped_layers(teacher, kept), f"the other layers; {reason}"
         )
+
+
+def load_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Give a model weights.
+
+    Raises:
+        InputError: one is missing, has no place, or has another shape.
+    """
+    own = model.state_dict()
+    for name in sorted(weights.keys() | own.keys()):
+        shapes = [tuple(each[name].shape) if name in each else "none" for each in (weights, own)]
+        require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
+    model.load_state_dict(weights)
 
 
 @torch.no_grad()

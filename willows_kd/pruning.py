@@ -11,7 +11,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from willows_kd.errors import InputError, require
@@ -83,8 +83,8 @@ def parts_to_keep(teacher: PreTrainedModel, **given) -> dict[str, torch.Tensor]:
     return kept
 
 
-def pruned(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A model of all the teacher's layers with only the heads and units of `parts_to_keep`."""
+def pruned(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]):
+    """A teacher's config and weights with only the heads and units of `parts_to_keep`."""
     config, weights = copy.deepcopy(teacher.config), teacher.state_dict()
     for part, rows in kept.items():
         layers, count = layout(teacher, part)
@@ -98,12 +98,7 @@ def pruned(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]) -> PreTraine
                     if (tensor := weights.get(f"{name}.{key}")) is not None:
                         each = tensor.unflatten(dim, (count, -1)).index_select(dim, chosen)
                         weights[f"{name}.{key}"] = each.flatten(dim, dim + 1)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=teacher.dtype, attn_implementation=config._attn_implementation
-    ).to(teacher.device)
-    model.load_state_dict(weights)
-    model.generation_config = teacher.generation_config
-    return model
+    return config, weights
 
 
 def resize(config, part: str, count: int, kept: int) -> None:
@@ -118,7 +113,7 @@ def resize(config, part: str, count: int, kept: int) -> None:
 
 @contextlib.contextmanager
 def masked(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]):
-    """A teacher whose other heads and units pass on zeros: what `pruned` must equal."""
+    """A teacher whose other heads and units pass on zeros: what a pruned one must equal."""
     with contextlib.ExitStack() as stack:
         for part, rows in kept.items():
             layers, count = layout(teacher, part)
