@@ -187,7 +187,7 @@ def test_a_narrower_student_is_the_same_when_saved_and_loaded(family, tmp_path):
 
 def test_order_and_kind_of_the_numbers_make_no_difference(gpt2):
     kept = some("feed_forward", 12)
-    same = [kept, kept.flip(1).tolist(), kept.numpy().astype(np.int32)]
+    same = [kept, kept.flip(1).tolist(), kept.numpy().astype(np.int32), list(kept)]
     students = [kd.student_from_teacher(gpt2, 2, feed_forward=numbers) for numbers in same]
     digests = {kd.weights_digest(student) for student in students}
     assert len(digests) == 1

@@ -30,13 +30,11 @@ def layout(model: PreTrainedModel, part: str) -> tuple[list[dict[str, nn.Module]
         InputError: they are not laid out in a way that is known.
     """
     config = model.config.get_text_config(decoder=True)
-    decoder = set(model.get_decoder().modules())
     for names in LAYOUTS[part]:
         layers = [
             {f"{path}.{name}": getattr(module, name) for name in names}
             for path, module in model.named_modules()
-            if module in decoder
-            and all(hasattr(module, name) for name in names)
+            if all(hasattr(module, name) for name in names)
             and re.search(r"\.\d+\.\w+$", path)  # a layer's own, not one of its experts
         ]
         if len(layers) == config.num_hidden_layers:
@@ -66,7 +64,7 @@ def parts_to_keep(teacher: PreTrainedModel, **given) -> dict[str, torch.Tensor]:
             "head as wide as the model divided by its heads; prune feed_forward, or layers",
         )
         try:
-            rows = torch.as_tensor(numbers).sort().values
+            rows = torch.stack([torch.as_tensor(row) for row in numbers]).sort().values
             fits = rows.ndim == 2 and len(rows) == len(layers) and rows.numel() > 0
             fits = fits and not (rows.is_floating_point() or rows.dtype == torch.bool)
             fits = fits and rows[:, 0].min() >= 0 and rows[:, -1].max() < count
@@ -75,9 +73,9 @@ def parts_to_keep(teacher: PreTrainedModel, **given) -> dict[str, torch.Tensor]:
             fits = False
         require(
             fits,
-            f"{part} must list as many different numbers from 0 to {count - 1} for each of the "
-            f"teacher's {len(layers)} layers, such as "
-            f"importance(teacher, ids)[{part!r}].topk({count // 2 or 1}).indices",
+            f"{part} must list equally many different numbers from 0 to {count - 1} for each "
+            f"of the teacher's {len(layers)} layers, such as "
+            f"importance(teacher, blocks)[{part!r}].topk({count // 2 or 1}).indices",
         )
         kept[part] = rows.to(teacher.device)
     return kept
