@@ -42,6 +42,7 @@ PUBLIC_NAMES = {
     "teacher_cache": ["cache_teacher"],
     "evaluation": [
         "quality",
+        "importance",
         "token_scores",
         "block_nats",
         "paired_bootstrap",
