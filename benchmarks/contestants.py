@@ -162,10 +162,10 @@ def random_course(shape: Shape, lines=()) -> Course:
 OnStep = Callable[[dict], None]
 
 
-def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True, dtype="float32"):
+def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True, **settings):
     """`kd.distill`, without the look at the validation blocks that the others do not take."""
     teacher = course.cache[0] if cached else course.teacher
-    config = dataclasses.replace(course.config, dtype=dtype)
+    config = dataclasses.replace(course.config, **settings)
 
     def train():
         with contextlib.ExitStack() as stack:
@@ -230,8 +230,8 @@ def hugging_face(course: Course, student, on_step: OnStep):
     return prepare(DistillationTrainer, TrainingArguments, course, student, on_step)
 
 
-def trl(course: Course, student, on_step: OnStep):
-    """TRL's `GKDTrainer` at its off-policy end: no text from the student, forward KL.
+def trl(course: Course, student, on_step: OnStep, lmbda: float = 0.0):
+    """TRL's `GKDTrainer` with the forward KL, on the blocks, or (`lmbda` 1) on-policy.
 
     Its temperature is that of sampling; the loss is at T = 1 always.
     """
@@ -239,15 +239,17 @@ def trl(course: Course, student, on_step: OnStep):
 
     settings = functools.partial(
         GKDConfig,
-        lmbda=0.0,
+        lmbda=lmbda,
         beta=0.0,
+        temperature=1.0,
+        max_new_tokens=course.blocks.block_size - kd.prompt_length(course.blocks.block_size),
         seq_kd=False,
         bf16=False,
         gradient_checkpointing=False,
         max_length=course.blocks.block_size,
     )
     parts = {"teacher_model": course.teacher, "processing_class": kd.load_teacher()[1]}
-    return prepare(GKDTrainer, settings, course, student, on_step, **parts)
+    return prepare(GKDTrainer, settings, course, student, on_step, collate_prompts, **parts)
 
 
 def modelopt(course: Course, student, on_step: OnStep):
@@ -258,7 +260,7 @@ def modelopt(course: Course, student, on_step: OnStep):
     return prepare(KDTrainer, TrainingArguments, course, student, on_step, distill_args=asked)
 
 
-def prepare(trainer_class, settings, course: Course, student, on_step: OnStep, **parts):
+def prepare(trainer_class, settings, course, student, on_step: OnStep, collator=None, **parts):
     """A trainer of the Hugging Face kind that takes the blocks in our order."""
     config = course.config
     arguments = settings(
@@ -280,7 +282,7 @@ def prepare(trainer_class, settings, course: Course, student, on_step: OnStep, *
         model=student,
         args=arguments,
         train_dataset=blocks.select(course.order().tolist()),
-        data_collator=collate,
+        data_collator=collator or collate,
         optimizers=course.optimizer(student),
         **parts,
     )
@@ -310,6 +312,13 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def collate_prompts(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """The same, and the openings that the student is to continue if it writes."""
+    batch = collate(rows)
+    prompts = batch["input_ids"][:, : kd.prompt_length(batch["input_ids"].shape[1])]
+    return batch | {"prompts": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
+
+
 REFERENCE = "ours, full-logits loss"
 CACHED = "ours, cached teacher"
 LINES = "line by line"
@@ -324,6 +333,10 @@ CONTESTANTS = {
     "Hugging Face Trainer": hugging_face,
     "TRL GKDTrainer": trl,
     "ModelOpt KDTrainer": modelopt,
+}
+ON_POLICY = {
+    "ours, on-policy": functools.partial(ours, student_text=1.0),
+    "TRL GKDTrainer, on-policy": functools.partial(trl, lmbda=1.0),
 }
 
 

@@ -30,6 +30,7 @@ from contestants import (
     CONTESTANTS,
     LINES,
     LOSSES,
+    ON_POLICY,
     REFERENCE,
     SEED,
     Course,
@@ -81,6 +82,7 @@ def main() -> None:
         "curves": lambda: curves(names, options.seconds),
         "loss": lambda: losses([name for name in LOSSES if name not in left_out], options),
         "growth": lambda: growth(options),
+        "on_policy": lambda: speed([n for n in ON_POLICY if n not in left_out], sizes, options),
     }
     for part, measure in parts.items():
         if part in options.parts:
@@ -95,7 +97,7 @@ def main() -> None:
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parts = ("parity", "speed", "memory", "curves", "loss", "growth")
+    parts = ("parity", "speed", "memory", "curves", "loss", "growth", "on_policy")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="both", help="tiny, gpt2 or both (default)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
@@ -117,7 +119,10 @@ def read_options() -> argparse.Namespace:
 def find_broken() -> dict[str, str]:
     """The contestants that do not even manage one step, and why; ours must."""
     left_out = {}
-    tried = {name: lambda name=name: seen_steps(name, tiny_course(), 1) for name in CONTESTANTS}
+    tried = {
+        name: lambda name=name: seen_steps(name, tiny_course(), 1)
+        for name in CONTESTANTS | ON_POLICY
+    }
     tried |= {name: lambda f=f: f(*loss_inputs(4, 8, 16)).backward() for name, f in LOSSES.items()}
     for name, attempt in tried.items():
         try:
@@ -149,7 +154,7 @@ def seen_steps(name: str, course: Course, steps: int) -> list[dict]:
 
     student = copy.deepcopy(course.student)
     start = time.perf_counter()
-    train = CONTESTANTS[name](course, student, on_step)
+    train = (CONTESTANTS | ON_POLICY)[name](course, student, on_step)
     setup = time.perf_counter() - start
     go(train)
     return [row | {"setup": setup} for row in rows]
@@ -246,7 +251,8 @@ def least_seconds(name: str, course: Course, rates: tuple[float, float]) -> floa
         return passes * config.n_layer * layer / rates[0] + head / rates[1]
 
     passes = 0 if "cached" in name else 1
-    return 3 * seconds(course.student) + seconds(course.teacher, passes)
+    times = 4 if name in ON_POLICY else 3  # once more to write
+    return times * seconds(course.student) + seconds(course.teacher, passes)
 
 
 # -- how lean? -------------------------------------------------------------------------
@@ -357,7 +363,7 @@ def curve(name: str, course: Course, seconds: float) -> list[dict]:
         since = time.perf_counter()
 
     look(tokens=0)
-    train = CONTESTANTS[name](course, student, on_step)
+    train = (CONTESTANTS | ON_POLICY)[name](course, student, on_step)
     since = time.perf_counter()
     go(train)
     return rows

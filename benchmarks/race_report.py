@@ -15,6 +15,7 @@ from willows_kd.evaluation import number
 from willows_kd.style import COLOURS, MARKERS, figure
 from willows_kd.style import LINES as LINE_STYLES
 
+ON_POLICY_BASE = "TRL GKDTrainer, on-policy"
 NAME_AND_MB = ["contestant", "mb"]
 PACKAGES = ("torch", "transformers", "trl", "nvidia-modelopt", "liger-kernel")
 STUDENTS = {
@@ -45,6 +46,7 @@ def write_report(folder: Path, left_out: dict[str, str]) -> str:
         "race_curves": curves_section,
         "race_loss": loss_section,
         "race_growth": growth_section,
+        "race_on_policy": on_policy_section,
     }
     page += [write(found[name]) for name, write in sections.items() if name in found]
     if "race" in found:
@@ -103,14 +105,23 @@ def against(frame: pd.DataFrame, other: str, value="tokens_per_second") -> pd.Da
     return rounds.div(rounds[other], axis=0).T.loc[frame["contestant"].unique()]
 
 
-def speed_section(frame: pd.DataFrame, memory: pd.DataFrame | None) -> str:
+def on_policy_section(frame: pd.DataFrame) -> str:
+    """How fast a student learns from what it writes itself."""
+    told = (
+        "The student continues the first quarter of each block, and the teacher judges what it "
+        "wrote: other words for each contestant, so there are no equal losses to compare."
+    )
+    return f"{speed_section(frame, None, ON_POLICY_BASE, 'On-policy')}\n\n{told}"
+
+
+def speed_section(frame, memory: pd.DataFrame | None, base=LINES, title="Speed and memory") -> str:
     """Best and median tokens a second with their ratios, and memory and set-up, a table a size."""
-    told = [f"## Speed and memory ({date(frame)})"]
+    told = [f"## {title} ({date(frame)})"]
     for size, rounds in frame.groupby("size", sort=False):
         rounds = rounds.assign(share=rounds["tokens_per_second"] / rounds["limit"])
         groups = rounds.groupby("contestant", sort=False)
         rates = groups["tokens_per_second"].agg(["max", "median"]).round(1)
-        ratios, medians = against(rounds, LINES), groups[["setup", "share"]].median()
+        ratios, medians = against(rounds, base), groups[["setup", "share"]].median()
         peaks = {} if memory is None else dict(memory[memory["size"] == size][NAME_AND_MB].values)
         head = [
             "contestant",
@@ -124,14 +135,14 @@ def speed_section(frame: pd.DataFrame, memory: pd.DataFrame | None) -> str:
         for name, rate in rates.iterrows():
             row = [name]
             for which in ("max", "median"):
-                row += [f"{rate[which]:,.1f}", f"{rate[which] / rates.loc[LINES, which]:.2f}"]
+                row += [f"{rate[which]:,.1f}", f"{rate[which] / rates.loc[base, which]:.2f}"]
             row.append(f"{ratios.loc[name].min():.2f} to {ratios.loc[name].max():.2f}")
             row += [f"{medians.loc[name, 'share']:.0%}", number(peaks.get(name, float("nan")))]
             rows.append([*row, number(medians.loc[name, "setup"])])
         many = f"{rounds['blocks'].iloc[0]:,} blocks, {rounds['repeat'].nunique()} rounds"
         told += [f"**{size}**: {STUDENTS[size]}; {many}.", markdown(rows)]
     told.append(
-        f"*Ratio*: the column before it, divided by that of *{LINES}*. *Ratio by round*: the "
+        f"*Ratio*: the column before it, divided by that of *{base}*. *Ratio by round*: the "
         "smallest and the largest ratio within one round, in which all take turns. "
         "*Of the limit*: the time that the matrix products of a step would take at the rate at "
         "which this machine multiplied matrices of the model's shapes in the same round, as a "
