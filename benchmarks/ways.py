@@ -131,9 +131,9 @@ class Judge:
         text = kd.write_text(model, self.prompts, 96)
         own = kd.text_quality(model, self.teacher, self.prompts, text)
         own["kl_on_own_text"] = own.pop("kl_to_teacher")
-        copied = [kd.verbatim(self.tokenizer.decode(row), self.book) for row in text.tolist()]
+        written = " . ".join(self.tokenizer.decode(row) for row in text.tolist())
         ratio = found["perplexity"] / self.target
-        return found | own | {"ratio": ratio, "verbatim": sum(copied) / len(copied)}
+        return found | own | {"ratio": ratio, "verbatim": kd.verbatim(written, self.book)}
 
     def writings(self, model) -> list[dict]:
         """What the model writes at each sampling temperature."""

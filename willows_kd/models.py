@@ -106,7 +106,8 @@ def stored_results(name: str) -> pd.DataFrame:
     """Results that take too long for a notebook: a row a training run, as a benchmark stored it.
 
     Args:
-        name: "transfer_sets" or "temperatures", both by `benchmarks/what_helps.py`.
+        name: "transfer_sets" or "temperatures", by `benchmarks/what_helps.py`; "ways", or
+            "writing" with a row for each sampling temperature, by `benchmarks/ways.py`.
     """
     stored = {file.stem: file for file in sorted((ASSETS / "results").glob("*.csv"))}
     require(name in stored, f"no stored results are called {name!r}; there are {', '.join(stored)}")
