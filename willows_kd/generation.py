@@ -180,7 +180,8 @@ class Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Choose where the cumulative probability passes the number (inverse transform)."""
         draw = self.draws[:, input_ids.shape[1] - self.prompt_length, None]
-        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        p = (scores / self.temperature).softmax(dim=-1)
+        cumulative = p.cumsum(dim=-1, dtype=torch.float64)  # so that no rare token is lost
         token = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
 
