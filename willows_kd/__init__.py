@@ -49,6 +49,7 @@ PUBLIC_NAMES = {
         "as_markdown",
     ],
     "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
+    "export": ["export_model", "OnnxModel"],
     "plots": [
         "plot_parts",
         "plot_split",

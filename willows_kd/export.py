@@ -1,0 +1,384 @@
+"""A student for other runtimes: ONNX, ONNX in int8 and GGUF, each proven before it is kept."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from willows_kd.errors import InputError, require, type_name
+from willows_kd.files import atomic_directory, check_output
+from willows_kd.generation import write_text
+from willows_kd.losses import kl
+from willows_kd.models import (
+    loading_errors_as_input_errors,
+    max_positions,
+    merge_adapters,
+    quiet_transformers,
+    require_model,
+)
+
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+FORMATS = {"onnx": ONNX_PACKAGES, "onnx-int8": ONNX_PACKAGES, "gguf": ("gguf",)}
+TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
+# what `transformers` calls a model's cache: past_key_values, in later versions cache
+CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
+LEAST_INT8 = 0.5  # of all weights: with fewer, the file is int8 only by name
+# GPT-2's settings that llama.cpp takes for granted
+OF_LLAMA_CPP = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
+
+def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool = False) -> dict:
+    """Write a model for another runtime, whole or not at all.
+
+    "onnx" has the key-value cache among its inputs and outputs, with any number of texts and
+    tokens; `OnnxModel` runs it. It is kept only if its logits are PyTorch's. "onnx-int8" is
+    the same with weights in 8 bits (onnxruntime's dynamic quantization). "gguf" is
+    llama.cpp's format with weights and tokenizer, in float32, for GPT-2s.
+
+    Args:
+        model: a causal language model; it is not changed.
+        tokenizer: its tokenizer, saved beside it, or in the file (GGUF).
+        directory: gets `model.onnx` or `model.gguf`.
+        to: "onnx", "onnx-int8" or "gguf".
+        overwrite: replace a directory that holds other files.
+
+    Returns:
+        file: where the model is.
+        megabytes: its size.
+        difference: of ONNX, the largest one of a logit from PyTorch's.
+        kl: of ONNX, KL(PyTorch's || its own) in nats per token, on text of the model's own.
+        int8_share: of onnx-int8, the share of the weights that are in 8 bits.
+
+    Raises:
+        InputError: the format is unknown or its packages are missing; the family cannot be
+            exported to it; or (`WriteError`) the directory cannot be written.
+    """
+    require_model(model, "model")
+    require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give the model's own")
+    require(to in FORMATS, f"to is {to!r}; it must be one of {', '.join(FORMATS)}")
+    check_packages(to)
+    directory = Path(directory)
+    check_output(directory, overwrite)
+    model = copy.deepcopy(merge_adapters(model)).to("cpu", torch.float32).eval()
+    with atomic_directory(directory) as folder, quiet_transformers(), quiet_exporters():
+        if to == "gguf":
+            name, found = "model.gguf", {}
+            write_gguf(model, tokenizer, folder / name)
+        else:
+            name = "model.onnx"
+            for part in (model.config, model.generation_config, tokenizer):
+                part.save_pretrained(folder)
+            found = write_onnx(model, folder / name, in_int8=to == "onnx-int8")
+        megabytes = sum(file.stat().st_size for file in folder.glob(f"{name}*")) / 1e6
+    return {"file": directory / name, "megabytes": megabytes, **found}
+
+
+def check_packages(to: str) -> None:
+    """Refuse a format whose packages are not installed."""
+    missing = [name for name in FORMATS[to] if importlib.util.find_spec(name) is None]
+    install = 'pip install "willows-kd[export]"'
+    require(not missing, f"{to} needs {' and '.join(missing)}; {install}")
+
+
+@contextlib.contextmanager
+def quiet_exporters():
+    """No warnings of what the exporters look for and do without."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+# -- ONNX ------------------------------------------------------------------------------
+
+
+def write_onnx(model, file: Path, in_int8: bool) -> dict[str, float]:
+    """Write a model beside its config and prove it; returns how far it is from PyTorch's."""
+    family, ids = model.config.model_type, own_text(model)
+    with exporting_errors_as_input_errors(family, "exported to ONNX"):
+        export_with_cache(model, ids, file)
+        found = compare_logits(model, OnnxModel(file.parent), ids)
+        off = found.pop("relative")
+        require(off <= TOLERANCE, f"its logits differ by {off:.2g} of the largest from PyTorch's")
+    if in_int8:
+        with exporting_errors_as_input_errors(family, "quantized"):
+            share = quantize(file)
+            found = compare_logits(model, OnnxModel(file.parent), ids) | {"int8_share": share}
+            del found["relative"]
+    return found
+
+
+@contextlib.contextmanager
+def exporting_errors_as_input_errors(family: str, what: str):
+    """Turn whatever an exporter makes of a family that it does not know into one line."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type_name(error)
+        raise InputError(f"this {family} model cannot be {what}: {reason}") from error
+
+
+def own_text(model, length: int = 32) -> torch.Tensor:
+    """Two texts that a model writes, shape (2, length): what a proof should be about."""
+    length = min(length, max_positions(model.config) or length)
+    first = torch.full((2, 1), model.config.bos_token_id or 0)
+    return torch.cat([first, write_text(model, first, length - 1)], dim=1)
+
+
+class WithCache(nn.Module):
+    """A model whose cache is a list of keys and values, which ONNX can name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, past):
+        """Logits of the ids that follow the cached ones, and the cache with both."""
+        out = self.model(ids, **{CACHE: DynamicCache(past)}, use_cache=True)
+        return out.logits, keys_and_values(out[CACHE])
+
+
+def keys_and_values(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What a cache holds for each layer, each of shape (batch, heads, tokens, width)."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@torch.no_grad()
+def export_with_cache(model, ids: torch.Tensor, file: Path) -> None:
+    """Write a model to ONNX for any number of texts, of new tokens and of cached ones.
+
+    Inputs are `input_ids` and for each layer `past_key_values.0.key` and `.value`; outputs
+    are `logits` and `present.0.key` and so on.
+    """
+    past = keys_and_values(model(ids[:, :5], use_cache=True)[CACHE])
+    batch, tokens, cached = (torch.export.Dim(name) for name in ("batch", "tokens", "cached"))
+    each = {0: batch, 2: cached}
+    layers = [f"{i}.{what}" for i in range(len(past)) for what in ("key", "value")]
+    program = torch.onnx.export(
+        WithCache(model),
+        (ids[:, 5:8], past),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: batch, 1: tokens}, [(each, each) for _ in past]),
+        input_names=["input_ids", *(f"past_key_values.{layer}" for layer in layers)],
+        output_names=["logits", *(f"present.{layer}" for layer in layers)],
+    )
+    program.save(file)
+
+
+def quantize(file: Path) -> float:
+    """Put an ONNX model's weights in int8; returns the share of all weights that are.
+
+    Each weight matrix has one scale; activations are scaled as they come ("dynamic").
+
+    Raises:
+        InputError: only few weights could be quantized.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        prepared = Path(folder) / file.name
+        # makes a matrix of the tied head, the embeddings' transpose, which is then quantized too
+        quant_pre_process(file, prepared, skip_symbolic_shape=True)
+        quantize_dynamic(prepared, file, weight_type=QuantType.QInt8)
+    sizes = {True: 0, False: 0}
+    eight_bits = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
+    for tensor in onnx.load(file).graph.initializer:
+        sizes[tensor.data_type in eight_bits] += math.prod(tensor.dims)
+    share = sizes[True] / sum(sizes.values())
+    require(share >= LEAST_INT8, f"only {share:.0%} of its weights would be in int8")
+    return share
+
+
+@torch.no_grad()
+def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
+    """How far an exported model is from PyTorch's: a prompt, some tokens and one, with the cache.
+
+    Args:
+        model, exported: what is compared.
+        ids: token ids, shape (texts, tokens).
+
+    Returns:
+        difference: the largest of a logit.
+        relative: the same as a share of the largest logit.
+        kl: KL(model || exported) in nats per token.
+    """
+    wanted = model(ids, use_cache=False).logits
+    half = ids.shape[1] // 2
+    cache, parts = None, []
+    for part in ids.split([half, ids.shape[1] - half - 1, 1], dim=1):
+        out = exported(part, **{CACHE: cache})
+        cache = out[CACHE]
+        parts.append(out.logits)
+    found = torch.cat(parts, dim=1)
+    difference = (found - wanted).abs().max().item()
+    return {
+        "difference": difference,
+        "relative": difference / wanted.abs().max().item(),
+        "kl": kl(wanted.log_softmax(-1), found.log_softmax(-1)).mean().item(),
+    }
+
+
+class OnnxModel(PreTrainedModel, GenerationMixin):
+    """An exported model, run by onnxruntime on the CPU, for `quality`, `complete` and `latency`.
+
+    Texts of a batch have one length, since the file takes no mask of padding.
+    """
+
+    def __init__(self, directory):
+        """Open what `export_model` wrote.
+
+        Raises:
+            InputError: onnxruntime is missing, or the directory holds no such model.
+        """
+        check_packages("onnx")
+        import onnxruntime
+
+        file = Path(directory) / "model.onnx"
+        require(file.is_file(), f"{directory} holds no model.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # an error is raised as well
+        with loading_errors_as_input_errors(directory, "cannot be loaded"), quiet_transformers():
+            super().__init__(AutoConfig.from_pretrained(directory))
+            self.generation_config = GenerationConfig.from_pretrained(directory)
+            self.session = onnxruntime.InferenceSession(file, options)
+        _, *cached = self.session.get_inputs()
+        self.cached = {each.name: (each.shape[1], 0, each.shape[3]) for each in cached}
+
+    device = torch.device("cpu")
+    _supports_sdpa = True  # whatever the config asks for: attention is in the file
+
+    def forward(self, input_ids, use_cache=True, **given) -> CausalLMOutputWithPast:
+        """Logits of the ids that follow the cached ones, and the cache with both."""
+        mask, before = given.get("attention_mask"), given.get(CACHE)
+        require(mask is None or mask.all(), "texts of a batch must have one length: no padding")
+        if before is not None and before.get_seq_length():
+            past = sum(keys_and_values(before), ())
+        else:
+            past = [torch.empty(len(input_ids), *shape) for shape in self.cached.values()]
+        given = {name: t.numpy() for name, t in zip(self.cached, past, strict=True)}
+        logits, *cache = self.session.run(None, {"input_ids": input_ids.numpy(), **given})
+        cache = [torch.from_numpy(each) for each in cache]
+        layers = list(zip(cache[::2], cache[1::2], strict=True))
+        cache = DynamicCache(layers) if use_cache else None
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), **{CACHE: cache})
+
+
+# -- GGUF ------------------------------------------------------------------------------
+
+
+def write_gguf(model, tokenizer, file: Path) -> None:
+    """Write a GPT-2 with its tokenizer for llama.cpp, in float32, and read it back.
+
+    Raises:
+        InputError: it is no GPT-2, or differs from what llama.cpp takes a GPT-2 to be.
+    """
+    import gguf
+
+    check_llama_cpp(model.config, tokenizer)
+    config, weights = model.config, gguf_weights(model)
+    writer = gguf.GGUFWriter(file, "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+    same = read.keys() == weights.keys() and all((read[k] == weights[k]).all() for k in read)
+    require(same, f"{file.name} was not read back as it was written")
+
+
+def check_llama_cpp(config, tokenizer) -> None:
+    """Refuse a model that llama.cpp would run otherwise than PyTorch, or not at all."""
+    family = config.model_type
+    other = f"a {family} model cannot be exported to GGUF here; llama.cpp's own converter may do it"
+    require(family == "gpt2", other)
+    for name, taken in OF_LLAMA_CPP.items():
+        value = getattr(config, name)
+        require(value == taken, f"{name} is {value!r}; llama.cpp runs GPT-2s with {taken!r} only")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    splits = parts["pre_tokenizer"] or {}
+    as_gpt2 = splits.get("type") == "ByteLevel" and splits.get("use_regex")
+    as_gpt2 = as_gpt2 and not splits["add_prefix_space"] and not parts["normalizer"]
+    require(
+        as_gpt2 and parts["model"]["type"] == "BPE",
+        "the tokenizer does not split text as GPT-2's does, which GGUF export needs",
+    )
+
+
+def gguf_weights(model) -> dict:
+    """A GPT-2's weights as NumPy arrays under llama.cpp's names, matrices as (out, in)."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    found = {}
+    for name, weight in weights.items():
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weight = weight.T  # Conv1D keeps them as (in, out)
+        found[names.get_name(name, (".weight", ".bias"))] = weight.contiguous().numpy()
+    return found
+
+
+def add_tokenizer(writer, tokenizer, size: int) -> None:
+    """Write a byte-level BPE; ids beyond its tokens, of a padded head, are marked unused."""
+    import gguf
+
+    kinds = gguf.TokenType
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(size)]
+    special = set(tokenizer.all_special_ids)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token or f"[unused{i}]" for i, token in enumerate(tokens)])
+    writer.add_token_types(
+        [
+            kinds.UNUSED if token is None else kinds.CONTROL if i in special else kinds.NORMAL
+            for i, token in enumerate(tokens)
+        ]
+    )
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_bos_token_id(tokenizer.bos_token_id or tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
