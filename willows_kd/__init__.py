@@ -49,7 +49,7 @@ PUBLIC_NAMES = {
         "as_markdown",
     ],
     "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
-    "export": ["export_model", "OnnxModel"],
+    "export": ["export_model", "load_onnx"],
     "plots": [
         "plot_parts",
         "plot_split",

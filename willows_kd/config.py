@@ -8,6 +8,7 @@ from willows_kd.errors import InputError, is_integer
 
 DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 DTYPES = ("float32", "bfloat16")
+EXPORT_FORMATS = ("onnx", "onnx-int8", "gguf")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from willows_kd.config import EXPORT_FORMATS
 from willows_kd.errors import InputError, require, type_name
 from willows_kd.files import atomic_directory, check_output
 from willows_kd.generation import write_text
@@ -34,8 +36,6 @@ from willows_kd.models import (
     require_model,
 )
 
-ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-FORMATS = {"onnx": ONNX_PACKAGES, "onnx-int8": ONNX_PACKAGES, "gguf": ("gguf",)}
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 # what `transformers` calls a model's cache: past_key_values, in later versions cache
 CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
@@ -52,7 +52,7 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
     """Write a model for another runtime, whole or not at all.
 
     "onnx" has the key-value cache among its inputs and outputs, with any number of texts and
-    tokens; `OnnxModel` runs it. It is kept only if its logits are PyTorch's. "onnx-int8" is
+    tokens; `load_onnx` runs it. It is kept only if its logits are PyTorch's. "onnx-int8" is
     the same with weights in 8 bits (onnxruntime's dynamic quantization). "gguf" is
     llama.cpp's format with weights and tokenizer, in float32, for GPT-2s.
 
@@ -76,7 +76,8 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
     """
     require_model(model, "model")
     require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give the model's own")
-    require(to in FORMATS, f"to is {to!r}; it must be one of {', '.join(FORMATS)}")
+    formats = ", ".join(EXPORT_FORMATS)
+    require(to in EXPORT_FORMATS, f"to is {to!r}; it must be one of {formats}")
     check_packages(to)
     directory = Path(directory)
     check_output(directory, overwrite)
@@ -96,7 +97,8 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
 
 def check_packages(to: str) -> None:
     """Refuse a format whose packages are not installed."""
-    missing = [name for name in FORMATS[to] if importlib.util.find_spec(name) is None]
+    needed = ("gguf",) if to == "gguf" else ("onnx", "onnxruntime", "onnxscript")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     install = 'pip install "willows-kd[export]"'
     require(not missing, f"{to} needs {' and '.join(missing)}; {install}")
 
@@ -122,13 +124,13 @@ def write_onnx(model, file: Path, in_int8: bool) -> dict[str, float]:
     family, ids = model.config.model_type, own_text(model)
     with exporting_errors_as_input_errors(family, "exported to ONNX"):
         export_with_cache(model, ids, file)
-        found = compare_logits(model, OnnxModel(file.parent), ids)
+        found = compare_logits(model, load_onnx(file.parent)[0], ids)
         off = found.pop("relative")
         require(off <= TOLERANCE, f"its logits differ by {off:.2g} of the largest from PyTorch's")
     if in_int8:
         with exporting_errors_as_input_errors(family, "quantized"):
             share = quantize(file)
-            found = compare_logits(model, OnnxModel(file.parent), ids) | {"int8_share": share}
+            found = compare_logits(model, load_onnx(file.parent)[0], ids) | {"int8_share": share}
             del found["relative"]
     return found
 
@@ -248,31 +250,39 @@ def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
     }
 
 
-class OnnxModel(PreTrainedModel, GenerationMixin):
-    """An exported model, run by onnxruntime on the CPU, for `quality`, `complete` and `latency`.
+def load_onnx(directory) -> tuple[PreTrainedModel, object]:
+    """What `export_model` wrote as ONNX, and its tokenizer.
 
-    Texts of a batch have one length, since the file takes no mask of padding.
+    The model runs in onnxruntime on the CPU, with as many threads as PyTorch has. `quality`,
+    `complete`, `write_text` and `latency` take it as they take any other.
+
+    Raises:
+        InputError: onnxruntime is missing, or the directory holds no such model.
     """
+    check_packages("onnx")
+    import onnxruntime
 
-    def __init__(self, directory):
-        """Open what `export_model` wrote.
+    file = Path(directory) / "model.onnx"
+    require(file.is_file(), f"{directory} holds no model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # an error is raised as well
+    with loading_errors_as_input_errors(directory, "cannot be loaded"), quiet_transformers():
+        model = OnnxModel(
+            AutoConfig.from_pretrained(directory),
+            GenerationConfig.from_pretrained(directory),
+            onnxruntime.InferenceSession(file, options),
+        )
+        return model.eval(), AutoTokenizer.from_pretrained(directory)
 
-        Raises:
-            InputError: onnxruntime is missing, or the directory holds no such model.
-        """
-        check_packages("onnx")
-        import onnxruntime
 
-        file = Path(directory) / "model.onnx"
-        require(file.is_file(), f"{directory} holds no model.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # an error is raised as well
-        with loading_errors_as_input_errors(directory, "cannot be loaded"), quiet_transformers():
-            super().__init__(AutoConfig.from_pretrained(directory))
-            self.generation_config = GenerationConfig.from_pretrained(directory)
-            self.session = onnxruntime.InferenceSession(file, options)
-        _, *cached = self.session.get_inputs()
+class OnnxModel(PreTrainedModel, GenerationMixin):
+    """An exported model. Texts of a batch have one length: the file takes no padding mask."""
+
+    def __init__(self, config, generation_config, session):
+        super().__init__(config)
+        self.generation_config, self.session = generation_config, session
+        _, *cached = session.get_inputs()
         self.cached = {each.name: (each.shape[1], 0, each.shape[3]) for each in cached}
 
     device = torch.device("cpu")
