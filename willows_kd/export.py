@@ -51,10 +51,10 @@ OF_LLAMA_CPP = {
 def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool = False) -> dict:
     """Write a model for another runtime, whole or not at all.
 
-    "onnx" has the key-value cache among its inputs and outputs, with any number of texts and
-    tokens; `load_onnx` runs it. It is kept only if its logits are PyTorch's. "onnx-int8" is
-    the same with weights in 8 bits (onnxruntime's dynamic quantization). "gguf" is
-    llama.cpp's format with weights and tokenizer, in float32, for GPT-2s.
+    "onnx" has the key-value cache among its inputs and outputs, and takes any number of
+    texts and tokens; it is kept only if its logits are PyTorch's. `load_onnx` reads it.
+    "onnx-int8" is the same with weights in 8 bits (onnxruntime's dynamic quantization).
+    "gguf" is llama.cpp's format: a GPT-2's weights in float32, and its tokenizer.
 
     Args:
         model: a causal language model; it is not changed.
@@ -66,7 +66,7 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
     Returns:
         file: where the model is.
         megabytes: its size.
-        difference: of ONNX, the largest one of a logit from PyTorch's.
+        difference: of ONNX, how far a logit is from PyTorch's at most, as a share of the largest.
         kl: of ONNX, KL(PyTorch's || its own) in nats per token, on text of the model's own.
         int8_share: of onnx-int8, the share of the weights that are in 8 bits.
 
@@ -82,15 +82,11 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
     directory = Path(directory)
     check_output(directory, overwrite)
     model = copy.deepcopy(merge_adapters(model)).to("cpu", torch.float32).eval()
+    name = "model.gguf" if to == "gguf" else "model.onnx"
+    write = {"onnx": write_onnx, "onnx-int8": write_int8, "gguf": write_gguf}[to]
     with atomic_directory(directory) as folder, quiet_transformers(), quiet_exporters():
-        if to == "gguf":
-            name, found = "model.gguf", {}
-            write_gguf(model, tokenizer, folder / name)
-        else:
-            name = "model.onnx"
-            for part in (model.config, model.generation_config, tokenizer):
-                part.save_pretrained(folder)
-            found = write_onnx(model, folder / name, in_int8=to == "onnx-int8")
+        with exporting_errors_as_input_errors(f"this {model.config.model_type} model", to):
+            found = write(model, tokenizer, folder / name)
         megabytes = sum(file.stat().st_size for file in folder.glob(f"{name}*")) / 1e6
     return {"file": directory / name, "megabytes": megabytes, **found}
 
@@ -105,38 +101,18 @@ def check_packages(to: str) -> None:
 
 @contextlib.contextmanager
 def quiet_exporters():
-    """No warnings of what the exporters look for and do without."""
-    before = logging.root.manager.disable
+    """No word of what the exporters look for and do without."""
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            logging.disable(before)
-
-
-# -- ONNX ------------------------------------------------------------------------------
-
-
-def write_onnx(model, file: Path, in_int8: bool) -> dict[str, float]:
-    """Write a model beside its config and prove it; returns how far it is from PyTorch's."""
-    family, ids = model.config.model_type, own_text(model)
-    with exporting_errors_as_input_errors(family, "exported to ONNX"):
-        export_with_cache(model, ids, file)
-        found = compare_logits(model, load_onnx(file.parent)[0], ids)
-        off = found.pop("relative")
-        require(off <= TOLERANCE, f"its logits differ by {off:.2g} of the largest from PyTorch's")
-    if in_int8:
-        with exporting_errors_as_input_errors(family, "quantized"):
-            share = quantize(file)
-            found = compare_logits(model, load_onnx(file.parent)[0], ids) | {"int8_share": share}
-            del found["relative"]
-    return found
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextlib.contextmanager
-def exporting_errors_as_input_errors(family: str, what: str):
+def exporting_errors_as_input_errors(model: str, to: str):
     """Turn whatever an exporter makes of a family that it does not know into one line."""
     try:
         yield
@@ -144,7 +120,54 @@ def exporting_errors_as_input_errors(family: str, what: str):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type_name(error)
-        raise InputError(f"this {family} model cannot be {what}: {reason}") from error
+        raise InputError(f"{model} cannot be exported to {to}: {reason}") from error
+
+
+# -- ONNX ------------------------------------------------------------------------------
+
+
+def write_onnx(model, tokenizer, file: Path) -> dict[str, float]:
+    """Write a model with its config and tokenizer; returns how far it is from PyTorch's.
+
+    Raises:
+        InputError: further than rounding explains.
+    """
+    for part in (model.config, model.generation_config, tokenizer):
+        part.save_pretrained(file.parent)
+    text = own_text(model)
+    export_with_cache(model, text, file)
+    found = compare_logits(model, load_onnx(file.parent)[0], text)
+    off = found["difference"]
+    require(off <= TOLERANCE, f"its logits differ by {off:.2g} of the largest from PyTorch's")
+    return found
+
+
+def write_int8(model, tokenizer, file: Path) -> dict[str, float]:
+    """`write_onnx`, then quantize, and measure again.
+
+    Each weight matrix has one scale; activations are scaled as they come ("dynamic").
+
+    Raises:
+        InputError: only few of the weights could be quantized.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    write_onnx(model, tokenizer, file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        prepared = Path(folder) / file.name
+        # makes a matrix of the tied head, the embeddings' transpose, which is then quantized too
+        quant_pre_process(file, prepared, skip_symbolic_shape=True)
+        quantize_dynamic(prepared, file, weight_type=QuantType.QInt8)
+    sizes = {True: 0, False: 0}
+    eight_bits = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
+    for tensor in onnx.load(file).graph.initializer:
+        sizes[tensor.data_type in eight_bits] += math.prod(tensor.dims)
+    share = sizes[True] / sum(sizes.values())
+    require(share >= LEAST_INT8, f"only {share:.0%} of its weights would be in int8")
+    found = compare_logits(model, load_onnx(file.parent)[0], own_text(model))
+    return found | {"int8_share": share}
 
 
 def own_text(model, length: int = 32) -> torch.Tensor:
@@ -169,6 +192,8 @@ class WithCache(nn.Module):
 
 def keys_and_values(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What a cache holds for each layer, each of shape (batch, heads, tokens, width)."""
+    usual = all(hasattr(layer, "keys") for layer in cache.layers)
+    require(usual, "its cache holds more than keys and values")
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -192,33 +217,9 @@ def export_with_cache(model, ids: torch.Tensor, file: Path) -> None:
         input_names=["input_ids", *(f"past_key_values.{layer}" for layer in layers)],
         output_names=["logits", *(f"present.{layer}" for layer in layers)],
     )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # which tell where on this machine the code is
     program.save(file)
-
-
-def quantize(file: Path) -> float:
-    """Put an ONNX model's weights in int8; returns the share of all weights that are.
-
-    Each weight matrix has one scale; activations are scaled as they come ("dynamic").
-
-    Raises:
-        InputError: only few weights could be quantized.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        prepared = Path(folder) / file.name
-        # makes a matrix of the tied head, the embeddings' transpose, which is then quantized too
-        quant_pre_process(file, prepared, skip_symbolic_shape=True)
-        quantize_dynamic(prepared, file, weight_type=QuantType.QInt8)
-    sizes = {True: 0, False: 0}
-    eight_bits = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
-    for tensor in onnx.load(file).graph.initializer:
-        sizes[tensor.data_type in eight_bits] += math.prod(tensor.dims)
-    share = sizes[True] / sum(sizes.values())
-    require(share >= LEAST_INT8, f"only {share:.0%} of its weights would be in int8")
-    return share
 
 
 @torch.no_grad()
@@ -228,11 +229,6 @@ def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
     Args:
         model, exported: what is compared.
         ids: token ids, shape (texts, tokens).
-
-    Returns:
-        difference: the largest of a logit.
-        relative: the same as a share of the largest logit.
-        kl: KL(model || exported) in nats per token.
     """
     wanted = model(ids, use_cache=False).logits
     half = ids.shape[1] // 2
@@ -242,11 +238,9 @@ def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
         cache = out[CACHE]
         parts.append(out.logits)
     found = torch.cat(parts, dim=1)
-    difference = (found - wanted).abs().max().item()
     return {
-        "difference": difference,
-        "relative": difference / wanted.abs().max().item(),
-        "kl": kl(wanted.log_softmax(-1), found.log_softmax(-1)).mean().item(),
+        "difference": ((found - wanted).abs().max() / wanted.abs().max()).item(),
+        "kl": kl(wanted.log_softmax(-1), found.log_softmax(-1)).mean().clamp(min=0).item(),
     }
 
 
@@ -307,16 +301,16 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 # -- GGUF ------------------------------------------------------------------------------
 
 
-def write_gguf(model, tokenizer, file: Path) -> None:
-    """Write a GPT-2 with its tokenizer for llama.cpp, in float32, and read it back.
+def write_gguf(model, tokenizer, file: Path) -> dict:
+    """Write a GPT-2 with its tokenizer for llama.cpp, and read the weights back.
 
     Raises:
         InputError: it is no GPT-2, or differs from what llama.cpp takes a GPT-2 to be.
     """
     import gguf
 
-    check_llama_cpp(model.config, tokenizer)
-    config, weights = model.config, gguf_weights(model)
+    config, parts = model.config, json.loads(tokenizer.backend_tokenizer.to_str())
+    check_llama_cpp(config, parts)
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.n_positions)
@@ -325,7 +319,19 @@ def write_gguf(model, tokenizer, file: Path) -> None:
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(config.vocab_size)]
+    writer.add_token_list([token or f"[unused{i}]" for i, token in enumerate(tokens)])
+    special = dict.fromkeys(tokenizer.all_special_tokens, gguf.TokenType.CONTROL)
+    kinds = special | {None: gguf.TokenType.UNUSED}  # what a padded head has beyond the tokens
+    writer.add_token_types([kinds.get(token, gguf.TokenType.NORMAL) for token in tokens])
+    pairs = parts["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in pairs])
+    writer.add_bos_token_id(tokenizer.eos_token_id)  # GPT-2's end of text begins texts, too
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+    weights = gguf_weights(model)
     for name, weight in weights.items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()
@@ -335,23 +341,21 @@ def write_gguf(model, tokenizer, file: Path) -> None:
     read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     same = read.keys() == weights.keys() and all((read[k] == weights[k]).all() for k in read)
     require(same, f"{file.name} was not read back as it was written")
+    return {}
 
 
-def check_llama_cpp(config, tokenizer) -> None:
+def check_llama_cpp(config, tokenizer: dict) -> None:
     """Refuse a model that llama.cpp would run otherwise than PyTorch, or not at all."""
-    family = config.model_type
-    other = f"a {family} model cannot be exported to GGUF here; llama.cpp's own converter may do it"
-    require(family == "gpt2", other)
+    require(config.model_type == "gpt2", "only GPT-2s can; llama.cpp's own converter knows others")
     for name, taken in OF_LLAMA_CPP.items():
         value = getattr(config, name)
-        require(value == taken, f"{name} is {value!r}; llama.cpp runs GPT-2s with {taken!r} only")
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    splits = parts["pre_tokenizer"] or {}
-    as_gpt2 = splits.get("type") == "ByteLevel" and splits.get("use_regex")
-    as_gpt2 = as_gpt2 and not splits["add_prefix_space"] and not parts["normalizer"]
+        require(value == taken, f"{name} is {value!r}; llama.cpp takes it to be {taken!r}")
+    split = tokenizer["pre_tokenizer"] or {}
+    as_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+    as_gpt2 = as_gpt2 and not split["add_prefix_space"] and tokenizer["normalizer"] is None
     require(
-        as_gpt2 and parts["model"]["type"] == "BPE",
-        "the tokenizer does not split text as GPT-2's does, which GGUF export needs",
+        as_gpt2 and tokenizer["model"]["type"] == "BPE",
+        "its tokenizer does not split text as GPT-2's does",
     )
 
 
@@ -369,26 +373,3 @@ def gguf_weights(model) -> dict:
             weight = weight.T  # Conv1D keeps them as (in, out)
         found[names.get_name(name, (".weight", ".bias"))] = weight.contiguous().numpy()
     return found
-
-
-def add_tokenizer(writer, tokenizer, size: int) -> None:
-    """Write a byte-level BPE; ids beyond its tokens, of a padded head, are marked unused."""
-    import gguf
-
-    kinds = gguf.TokenType
-    tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(size)]
-    special = set(tokenizer.all_special_ids)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token or f"[unused{i}]" for i, token in enumerate(tokens)])
-    writer.add_token_types(
-        [
-            kinds.UNUSED if token is None else kinds.CONTROL if i in special else kinds.NORMAL
-            for i, token in enumerate(tokens)
-        ]
-    )
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_bos_token_id(tokenizer.bos_token_id or tokenizer.eos_token_id)
-    writer.add_add_bos_token(False)

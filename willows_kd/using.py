@@ -42,8 +42,8 @@ def export(options) -> int:
         print(f"{found['int8_share']:.1%} of the weights are in int8")
     if "kl" in found:
         print(
-            f"Compared with PyTorch: logits differ by at most {found['difference']:.2g}, "
-            f"the KL divergence is {abs(found['kl']):.2g} nats per token"
+            f"Compared with PyTorch: a logit differs by at most {found['difference']:.1g} of the "
+            f"largest; the KL divergence is {found['kl']:.1g} nats per token"
         )
     return commands.OK
 
