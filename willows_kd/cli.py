@@ -127,7 +127,8 @@ def add_compare(commands) -> Parser:
         nargs="+",
     )
     add = parser.add_argument
-    add("--dataset_path", help="a text, its last part is held out (default: as for distill)")
+    text = "a text (default: The Wind in the Willows; offline, the sample story)"
+    add("--dataset_path", help=text)
     add("--text_column", help="column of a JSONL, CSV or Parquet data set that holds the text")
     add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
     add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
