@@ -38,11 +38,13 @@ def complete(
     temperature: float = 0.8,
     seed: int = 0,
     top_k: int = 50,
+    streamer=None,
 ) -> str:
     """Continue a prompt; the same seed gives the same words.
 
     Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
-    of sampling; temperature 0 takes the likeliest.
+    of sampling; temperature 0 takes the likeliest. A streamer of `transformers` is given
+    prompt and tokens as they come.
     """
     require_model(model, "model")
     require(
@@ -74,6 +76,7 @@ def complete(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
             **(sampling if temperature else {"do_sample": False}),
         )
     return tokenizer.decode(out[0], skip_special_tokens=True)
