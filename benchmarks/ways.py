@@ -49,7 +49,8 @@ def main() -> None:
     blocks = kd.pack(corpus, tokenizer)
     judge = Judge(teacher, tokenizer, blocks)
     stored = Stored()
-    stored.add("teacher", 0, judge.judged(teacher), judge.writings(teacher))
+    nothing = {"seconds": 0, "steps": 0}
+    stored.add("teacher", 0, judge.judged(teacher) | nothing, judge.writings(teacher))
     for seed, way in itertools.product(options.seeds, options.ways):
         if not stored.has(way, seed):
             student, seconds = trained(teacher, blocks, ways()[way], seed)

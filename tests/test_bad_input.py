@@ -175,6 +175,14 @@ BAD = {
         "between 0 and 1, both excluded",
         lambda t: kd.jensen_shannon(LOGITS, LOGITS, beta=1),
     ),
+    "a skew leaves something to compare": (
+        "at least 0 (a plain KL) and below 1",
+        lambda t: kd.skewed_forward_kl(LOGITS, LOGITS, skew=1),
+    ),
+    "hidden states have one width": (
+        "they must be equal",
+        lambda t: kd.cosine_distance(LOGITS, LOGITS[..., :8]),
+    ),
     "a mask has the tokens' shape": (
         "the mask has shape (3, 2); it must have (2, 3)",
         lambda t: kd.total_variation(LOGITS, LOGITS, 1.0, torch.ones(3, 2)),

@@ -34,10 +34,10 @@ def inputs(tokens, vocabulary, width, teacher_width, seed, dtype):
     return [x.requires_grad_() for x in student], teacher, labels
 
 
-def full_logits_loss(student, teacher, labels, temperature, alpha, name, mask=None, beta=0.5):
+def full_logits_loss(student, teacher, labels, temperature, alpha, name, mask=None, **parameters):
     """The losses of `losses.py`, on logits."""
     logits, teacher_logits = student[0] @ student[1].T, teacher[0] @ teacher[1].T
-    divergence = DIVERGENCES[name].with_parameters(beta=beta)
+    divergence = DIVERGENCES[name].with_parameters(**parameters)
     soft = divergence(logits, teacher_logits, temperature, mask)
     hard = hard_label_loss(logits, labels, mask)
     return mix(hard, soft, alpha), soft, hard
@@ -54,22 +54,25 @@ def with_gradients(loss, student):
     alpha=st.sampled_from([0.0, 0.3, 1.0]),
     divergence=st.sampled_from(list(DIVERGENCES)),
     beta=st.sampled_from([0.1, 0.5]),
+    skew=st.sampled_from([0.0, 0.1, 0.9]),
     chunk=st.one_of(st.none(), st.integers(1, 30)),
     rows=st.sampled_from([1, 200]),
     masked=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
 def test_it_is_the_full_logits_loss(
-    shape, temperature, alpha, divergence, beta, chunk, rows, masked, seed
+    shape, temperature, alpha, divergence, beta, skew, chunk, rows, masked, seed
 ):
     student, teacher, labels = inputs(*shape, seed, torch.float64)
     mask = torch.rand(shape[0], generator=torch.Generator().manual_seed(seed)) >= masked
-    how = temperature, alpha, divergence, mask
+    how, parameters = (temperature, alpha, divergence, mask), {"beta": beta, "skew": skew}
     with mock.patch.object(module, "ROWS", rows):
         loss, soft, hard = chunked_distillation_loss(
-            *student, *teacher, labels, *how, chunk, beta=beta
+            *student, *teacher, labels, *how, chunk, **parameters
         )
-    wanted, wanted_soft, wanted_hard = full_logits_loss(student, teacher, labels, *how, beta)
+    wanted, wanted_soft, wanted_hard = full_logits_loss(
+        student, teacher, labels, *how, **parameters
+    )
     close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(
         with_gradients(3 * loss, student), with_gradients(3 * wanted, student), **close
@@ -212,6 +215,7 @@ def test_hard_labels_alone_need_no_teacher_and_do_not_look_at_one(teacher):
         ({"chunk": 0}, "chunk is 0; it must be at least 1 token"),
         ({"chunk": 2.5}, "chunk is 2.5"),
         ({"divergence": "jensen_shannon", "beta": 1}, "beta is 1"),
+        ({"divergence": "skewed_reverse_kl", "skew": 1}, "skew is 1"),
         ({"labels": torch.zeros(5).long()}, r"token ids \(torch.long\) of shape \(6,\)"),
         ({"teacher_head": None}, "the teacher's hidden states and output weights are needed"),
         ({"teacher_hidden": None}, "the teacher's hidden states and output weights are needed"),

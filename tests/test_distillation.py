@@ -251,8 +251,23 @@ def test_a_cache_is_refused_where_it_cannot_answer(teacher, student, blocks):
         run(cache, student, blocks, student_text=0.5)
     with pytest.raises(kd.InputError, match="holds its final hidden states"):
         run(cache, student, blocks, hidden_weight=1.0, hidden_layers=[(1, 1)])
+    sampled = kd.cache_teacher(teacher, blocks, samples=4)
+    for changes in (dict(divergence="reverse_kl"), dict(temperature=2.0)):
+        with pytest.raises(kd.InputError, match="forward KL at temperature 1 only"):
+            run(sampled, student, blocks, **changes)
+    with pytest.raises(kd.InputError, match="with top_k or samples none at all"):
+        run(sampled, student, blocks, hidden_weight=1.0)
     expected = trained(teacher, student, blocks, hidden_weight=1.0)
     assert furthest_apart(expected, trained(cache, student, blocks, hidden_weight=1.0)) < 1e-6
+
+
+def test_sampled_labels_teach_what_the_full_ones_do(teacher, student, blocks):
+    sampled = kd.cache_teacher(teacher, blocks, samples=64)
+    before = kd.quality(student, blocks.train, teacher=teacher)["kl_to_teacher"]
+    history = run(sampled, student, blocks, epochs=8, learning_rate=3e-3)
+    assert history[-1]["validation_kl"] is None and history[-1]["validation_perplexity"] > 0
+    after = kd.quality(student, blocks.train, teacher=teacher)["kl_to_teacher"]
+    assert after < 0.8 * before
 
 
 # -- what is trained, and what is not --------------------------------------------------

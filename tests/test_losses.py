@@ -14,7 +14,14 @@ from willows_kd.losses import DIVERGENCES, kl, log_softened
 INF = math.inf
 MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
 # the power of T that makes up for what a gradient loses to the temperature
-POWERS = {"forward_kl": 2, "reverse_kl": 2, "jensen_shannon": 2, "total_variation": 1}
+POWERS = {
+    "forward_kl": 2,
+    "reverse_kl": 2,
+    "jensen_shannon": 2,
+    "skewed_forward_kl": 2,
+    "skewed_reverse_kl": 2,
+    "total_variation": 1,
+}
 # whose logits are -inf for the first three tokens of the vocabulary
 CUTS = {"nobody": (), "teacher": (1,), "student": (0,), "both": (0, 1)}
 
@@ -46,8 +53,12 @@ def kl_on_paper(p: list[float], q: list[float]) -> float:
     return sum((a * math.log(a / b) if b else INF) for a, b in zip(p, q, strict=True) if a)
 
 
+def mixture_on_paper(p: list[float], q: list[float], weight: float) -> list[float]:
+    return [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
+
+
 def js_on_paper(p: list[float], q: list[float], beta: float = 0.5) -> float:
-    middle = [beta * a + (1 - beta) * b for a, b in zip(p, q, strict=True)]
+    middle = mixture_on_paper(p, q, beta)
     return beta * kl_on_paper(p, middle) + (1 - beta) * kl_on_paper(q, middle)
 
 
@@ -55,6 +66,8 @@ ON_PAPER = {
     "forward_kl": kl_on_paper,
     "reverse_kl": lambda p, q: kl_on_paper(q, p),
     "jensen_shannon": js_on_paper,
+    "skewed_forward_kl": lambda p, q: kl_on_paper(p, mixture_on_paper(p, q, 0.1)),
+    "skewed_reverse_kl": lambda p, q: kl_on_paper(q, mixture_on_paper(q, p, 0.1)),
     "total_variation": lambda p, q: sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
 }
 
@@ -270,8 +283,9 @@ def test_each_entry_of_the_registry_is_a_public_function_with_its_parameters():
 def test_parameters_change_the_divergences_that_have_them_and_no_other():
     logits = two(4, 11)
     for name, divergence in DIVERGENCES.items():
-        changed = divergence.with_parameters(beta=0.1)(*logits, 1.0) != divergence(*logits, 1.0)
-        assert changed == (name == "jensen_shannon")
+        changed = divergence.with_parameters(beta=0.1, skew=0.5)
+        differs = changed(*logits, 1.0) != divergence(*logits, 1.0)
+        assert differs == (name in ("jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"))
         assert divergence.with_parameters() == divergence
 
 
@@ -300,6 +314,116 @@ def test_jensen_shannon_tends_to_zero_at_its_ends_and_divided_by_its_weight_to_a
 def test_the_ends_of_jensen_shannon_are_refused(beta):
     with pytest.raises(kd.InputError, match=f"beta is {beta}; it must lie between 0 and 1, both"):
         kd.jensen_shannon(*two(2, 4, 11), beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
+def test_jensen_shannon_is_a_mix_of_the_skewed_kls(beta):
+    student, teacher = two(2, 4, 11)
+    parts = (
+        beta * kd.skewed_forward_kl(student, teacher, 2, MASK, skew=beta),
+        (1 - beta) * kd.skewed_reverse_kl(student, teacher, 2, MASK, skew=1 - beta),
+    )
+    whole = kd.jensen_shannon(student, teacher, 2, MASK, beta=beta)
+    assert whole.item() == pytest.approx(sum(parts).item(), rel=1e-12)
+    torch.testing.assert_close(gradient(whole, student), gradient(sum(parts), student))
+
+
+@pytest.mark.parametrize("direction", ["forward_kl", "reverse_kl"])
+@each_cut
+def test_without_skew_a_skewed_kl_is_the_plain_one_and_with_a_little_close_to_it(direction, cut):
+    student, teacher = two(4, 11, cut=cut)
+    plain, skewed = DIVERGENCES[direction], DIVERGENCES[f"skewed_{direction}"]
+    expected = plain(student, teacher, 2)
+    assert torch.equal(skewed.with_parameters(skew=0)(student, teacher, 2), expected)
+    little = skewed.with_parameters(skew=1e-6)(student, teacher, 2)
+    assert little.isfinite()
+    assert expected.isinf() or little.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("divergence", [kd.skewed_forward_kl, kd.skewed_reverse_kl])
+def test_a_skewed_kl_of_models_with_no_token_in_common_is_its_bound(divergence):
+    student, teacher = 1000 * torch.eye(2), 1000 * torch.eye(2).flip(0)
+    assert divergence(student, teacher, skew=0.3).item() == pytest.approx(-math.log(0.3))
+
+
+@pytest.mark.parametrize("skew", [1, -0.1, 1.1, math.nan])
+def test_a_skew_that_leaves_nothing_to_compare_is_refused(skew):
+    for divergence in (kd.skewed_forward_kl, kd.skewed_reverse_kl):
+        with pytest.raises(kd.InputError, match=f"skew is {skew}; it must be at least 0"):
+            divergence(*two(2, 4, 11), skew=skew)
+
+
+@pytest.mark.parametrize(
+    ("beta", "ours"), [(0, kd.forward_kl), (0.5, kd.jensen_shannon), (1, kd.reverse_kl)]
+)
+def test_trls_gkd_loss_is_this_one_without_the_factor_of_the_temperature(beta, ours):
+    theirs = pytest.importorskip("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
+    student, teacher = two(2, 4, 11)
+    labels = torch.where(MASK, 1, -100)
+    for temperature in (1.0, 3.0):
+        expected = theirs(student, teacher, labels, beta=beta, temperature=temperature)
+        found = ours(student, teacher, temperature, MASK) / temperature**2
+        assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+        torch.testing.assert_close(gradient(found, student), gradient(expected, student))
+
+
+# -- hidden states ---------------------------------------------------------------------
+
+
+def test_the_cosine_distance_of_worked_examples():
+    teacher = torch.tensor([[3.0, 0, 0], [1, 1, 0], [0, 2, 0], [0, 0, 1]])
+    student = torch.tensor([[6.0, 0, 0], [1, 0, 0], [0, 0, 5], [0, 0, -1]])
+    expected = [0, 1 - math.sqrt(0.5), 1, 2]
+    each = [kd.cosine_distance(s, t).item() for s, t in zip(student, teacher, strict=True)]
+    assert each == pytest.approx(expected, abs=1e-6)
+    mask = torch.tensor([0, 1, 1, 0])
+    found = kd.cosine_distance(student, teacher, mask).item()
+    assert found == pytest.approx(sum(expected[1:3]) / 2)
+
+
+def test_the_gradient_of_the_cosine_distance_is_its_closed_form():
+    """(cos · s/|s| - t/|t|) / |s|, over the tokens that count; the teacher gets none."""
+    student, teacher = two(2, 4, 11)
+    teacher.requires_grad_()
+    found = torch.autograd.grad(
+        kd.cosine_distance(student, teacher, MASK), [student, teacher], allow_unused=True
+    )
+    length = student.norm(dim=-1, keepdim=True)
+    s, t = student / length, teacher / teacher.norm(dim=-1, keepdim=True)
+    expected = ((s * t).sum(dim=-1, keepdim=True) * s - t) / length * MASK[..., None] / MASK.sum()
+    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-10, atol=1e-12)
+    assert found[1] is None
+
+
+def test_the_cosine_distance_is_zero_at_equality_and_in_float32_at_least():
+    student, teacher = two(2, 4, 11, dtype=torch.bfloat16)
+    same = kd.cosine_distance(teacher.clone().requires_grad_(), teacher)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    found = kd.cosine_distance(student, teacher)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, kd.cosine_distance(student.float(), teacher.float()))
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, INF])
+def test_the_cosine_distance_honours_the_mask(poison):
+    student, teacher = two(2, 4, 11)
+    expected = gradient(kd.cosine_distance(student[MASK], teacher[MASK]), student)
+    poisoned = [torch.where(MASK[..., None], h.detach(), poison) for h in (student, teacher)]
+    poisoned[0].requires_grad_()
+    found = gradient(kd.cosine_distance(*poisoned, MASK), poisoned[0])
+    torch.testing.assert_close(found, expected)
+    nothing = kd.cosine_distance(*poisoned, torch.zeros(2, 4))
+    assert nothing == 0
+    assert gradient(nothing, poisoned[0]).abs().sum() == 0
+
+
+def test_hidden_states_of_different_widths_are_refused_with_both_named():
+    with pytest.raises(kd.InputError) as error:
+        kd.cosine_distance(torch.zeros(2, 4, 8), torch.zeros(2, 4, 12))
+    assert str(error.value) == (
+        "the student's hidden states have shape (2, 4, 8), the teacher's (2, 4, 12); "
+        "they must be equal"
+    )
 
 
 # -- hard labels, the mix, the shift ---------------------------------------------------

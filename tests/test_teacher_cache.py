@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import willows_kd as kd
+from willows_kd.distillation import DistillationLoss
 from willows_kd.files import cache_folder
 from willows_kd.models import weights_digest
-from willows_kd.teacher_cache import RECORD, TeacherCache, blocks_to_cache, digest
+from willows_kd.teacher_cache import RECORD, Kept, TeacherCache, blocks_to_cache, digest
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_float16_halves_it_and_says_what_that_costs(teacher, blocks, folder, cap
     assert half.nbytes == whole.nbytes / 2
     said = capsys.readouterr().out
     lost = float(said.split("error is ")[1].split()[0])
-    ids = blocks_to_cache(blocks, teacher.config.vocab_size)
+    ids = blocks_to_cache(blocks, teacher.config.vocab_size, Kept())
     with torch.no_grad():
         few = ids[:: max(1, len(ids) // 8)][:8]
         wanted = kd.forward_kl(half(few).logits, teacher(few).logits).item()
@@ -107,7 +108,7 @@ def test_top_k_keeps_the_k_largest_and_the_rest_as_one_lump(teacher, blocks, fol
     torch.testing.assert_close(q.sum(-1), torch.ones(q.shape[:2]))
     rest = (1 - p.gather(-1, kept).sum(-1)) / (vocabulary - k)
     torch.testing.assert_close(q.min(-1).values, rest, rtol=1e-3, atol=1e-8)
-    assert cache.nbytes == blocks_to_cache(blocks, vocabulary).numel() * k * 8
+    assert cache.nbytes == blocks_to_cache(blocks, vocabulary, Kept()).numel() * k * 8
 
 
 def test_more_of_the_k_lose_less_and_a_student_learns_from_them(teacher, blocks, folder):
@@ -124,13 +125,93 @@ def test_more_of_the_k_lose_less_and_a_student_learns_from_them(teacher, blocks,
     assert history[-1]["loss"] < history[0]["loss"]
 
 
+# -- samples of its distribution -------------------------------------------------------
+
+
+def test_the_gradient_from_samples_is_on_average_that_from_the_teacher(teacher, blocks, folder):
+    """The errors have the variance of multinomial draws, sum p (1 - p) / k, and no mean.
+
+    Over n positions the square of their mean is then that variance / n; a bias would not
+    shrink with n.
+    """
+    n = blocks.train.numel()
+    student = torch.randn(*blocks.train.shape, 4096, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    with torch.no_grad():
+        logits = teacher(blocks.train).logits
+    p = logits.softmax(-1)
+
+    def gradients(of_teacher):
+        return n * torch.autograd.grad(kd.forward_kl(student, of_teacher), student)[0]
+
+    for samples in (1, 4, 64):
+        cache = kd.cache_teacher(teacher, blocks, samples=samples, folder=folder)
+        error = gradients(cache(blocks.train).logits) - gradients(logits)
+        variance = (p * (1 - p)).sum(dim=-1).mean().item() / samples
+        assert error.square().sum(dim=-1).mean().item() == pytest.approx(variance, rel=0.05)
+        mean = error.mean(dim=(0, 1))
+        assert n * mean.square().sum().item() == pytest.approx(variance, rel=0.25)
+
+
+def test_samples_are_small_the_same_each_time_and_of_the_training_blocks_only(
+    teacher, blocks, folder, tmp_path, capsys
+):
+    cache = kd.cache_teacher(teacher, blocks, samples=np.int64(5), folder=folder)
+    assert (cache.samples, cache.top_k) == (5, None)
+    assert cache.nbytes == blocks.train.numel() * 5 * 2
+    said = "10 bytes per token; 5 drawn at each position, right only on average"
+    assert said in capsys.readouterr().out
+    again = kd.cache_teacher(teacher, blocks, samples=5, folder=tmp_path / "again")
+    ids = blocks.train[3:5]
+    assert torch.equal(again(ids).logits, cache(ids).logits)
+    assert cache(ids).logits.exp().sum(-1).numpy() == pytest.approx(1)
+    [record] = files(folder, RECORD)
+    assert json.loads(record.read_text())["samples"] == 5
+    with pytest.raises(kd.InputError, match="samples of the training blocks only, so ask the"):
+        kd.quality(kd.student_from_teacher(teacher), blocks.validation, teacher=cache)
+
+
+@pytest.mark.parametrize(("vocabulary", "nbytes"), [(200, 1), (65_536, 2), (65_537, 4)])
+def test_a_sampled_token_takes_the_fewest_bytes_that_hold_it(
+    make_gpt2, blocks, folder, vocabulary, nbytes
+):
+    teacher = make_gpt2(vocab_size=vocabulary, n_embd=4, initializer_range=1.0)
+    few = dataclasses.replace(blocks, train=blocks.train[:2] % vocabulary)
+    cache = kd.cache_teacher(teacher, few, samples=30, folder=folder)
+    assert cache.nbytes == few.train.numel() * 30 * nbytes
+    with torch.no_grad():
+        nats = kd.forward_kl(teacher(few.train).logits, cache(few.train).logits)
+    assert nats.isfinite()  # every token that was drawn is one that the teacher knows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_student_learns_from_samples_with_finite_gradients(teacher, blocks, folder, dtype):
+    cache = kd.cache_teacher(teacher, blocks, samples=5, folder=folder)
+    student = kd.student_from_teacher(teacher)
+    ids = blocks.train[:4]
+    objective = DistillationLoss(cache, student, kd.DistillConfig(dtype=dtype), ids[:1])
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        losses.append(objective(cache, ids)[0])
+        losses[-1].backward()
+        assert all(weight.grad.isfinite().all() for weight in student.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+
+
 # -- kept, found again, never stale ----------------------------------------------------
 
 
 def test_it_is_found_again_without_asking_the_teacher(teacher, blocks, folder, capsys):
     kd.cache_teacher(teacher, blocks, folder=folder)
     said = capsys.readouterr().out
-    size = blocks_to_cache(blocks, teacher.config.vocab_size).numel() * teacher.config.n_embd * 4
+    size = (
+        blocks_to_cache(blocks, teacher.config.vocab_size, Kept()).numel()
+        * teacher.config.n_embd
+        * 4
+    )
     assert f"{size / 1e6:,.1f} MB" in said
     with torch.no_grad():
         ids = blocks.train[:1]
@@ -147,7 +228,10 @@ def assert_one_block(args):
     assert len(args[0]) == 1
 
 
-@pytest.mark.parametrize("what", ["weights", "blocks", "validation", "settings", "dtype", "top_k"])
+OTHER = {"dtype": "float16", "top_k": 3, "samples": 3}
+
+
+@pytest.mark.parametrize("what", ["weights", "blocks", "validation", "settings", *OTHER])
 def test_another_question_gets_another_cache(teacher, blocks, folder, what):
     kd.cache_teacher(teacher, blocks, folder=folder)
     how = {}
@@ -160,14 +244,17 @@ def test_another_question_gets_another_cache(teacher, blocks, folder, what):
     elif what == "settings":
         teacher.config.layer_norm_epsilon = 1e-4
     else:
-        how = {"dtype": {"dtype": "float16"}, "top_k": {"top_k": 3}}[what]
+        how = {what: OTHER[what]}
     kd.cache_teacher(teacher, blocks, folder=folder, **how)
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("samples", [None, 5])
 @pytest.mark.parametrize("damage", ["flip a bit", "cut", "no record", "bad record"])
-def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, damage):
-    kd.cache_teacher(teacher, blocks, folder=folder)
+def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, damage, samples):
+    first = kd.cache_teacher(teacher, blocks, samples=samples, folder=folder)
+    with torch.no_grad():
+        wanted = first(blocks.train[:3]).logits
     [file], [record] = files(folder), files(folder, RECORD)
     whole = file.read_bytes()
     if damage == "flip a bit":
@@ -178,15 +265,15 @@ def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, dama
         record.unlink()
     else:
         record.write_text(record.read_text()[:30])
-    cache = kd.cache_teacher(teacher, blocks, folder=folder)
+    cache = kd.cache_teacher(teacher, blocks, samples=samples, folder=folder)
     assert file.read_bytes() == whole
     with torch.no_grad():
-        torch.testing.assert_close(cache(blocks.train[:3]).logits, teacher(blocks.train[:3]).logits)
+        assert torch.equal(cache(blocks.train[:3]).logits, wanted)
 
 
 def test_what_a_killed_run_left_is_removed(teacher, blocks, folder):
-    ids = blocks_to_cache(blocks, teacher.config.vocab_size)
-    place = folder / digest(weights_digest(teacher), ids, "float32", None)
+    ids = blocks_to_cache(blocks, teacher.config.vocab_size, Kept())
+    place = folder / digest(weights_digest(teacher), ids, Kept())
     left = place.with_name(f".{place.name}.12345.partial")
     left.mkdir(parents=True)
     (left / "hidden.npy").write_bytes(b"half")
@@ -235,6 +322,9 @@ def test_by_default_it_lies_in_the_users_cache(teacher, blocks):
         ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, float16"),
         ({"top_k": True}, "top_k is True; it must be a whole number from 1 to 4095"),
         ({"top_k": 4096}, "top_k is 4096; it must be a whole number from 1 to 4095"),
+        ({"samples": 0}, "samples is 0; it must be a whole number, at least 1"),
+        ({"samples": 2.5}, "samples is 2.5; it must be a whole number, at least 1"),
+        ({"samples": 5, "top_k": 5}, "top_k is 5 and samples is 5; give only one of them"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(teacher, blocks, folder, how, message):

@@ -27,6 +27,8 @@ PUBLIC_NAMES = {
         "forward_kl",
         "reverse_kl",
         "jensen_shannon",
+        "skewed_forward_kl",
+        "skewed_reverse_kl",
         "total_variation",
         "hard_label_loss",
         "mix",

@@ -32,6 +32,7 @@ def chunked_distillation_loss(
     chunk: int | None = None,
     *,
     beta: float = 0.5,
+    skew: float = 0.1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """alpha · hard + (1 - alpha) · soft: `losses.mix` of the full-logits losses.
 
@@ -45,7 +46,7 @@ def chunked_distillation_loss(
         temperature, alpha, divergence: as in `DistillConfig`.
         mask: True for each token that counts, shape (...).
         chunk: tokens at a time; None sets it by the size of the vocabulary.
-        beta: weight of the teacher in the Jensen-Shannon divergence; others ignore it.
+        beta, skew: of the divergences that have them, as in `DistillConfig`.
 
     Returns:
         three numbers, in nats per token: the loss, which has gradients for student_hidden
@@ -70,7 +71,7 @@ def chunked_distillation_loss(
     else:
         teacher_hidden = teacher_head = None
     student_hidden, labels = student_hidden[counted].flatten(0, -2), labels[counted].flatten()
-    soft_loss = DIVERGENCES[divergence].with_parameters(beta=beta)
+    soft_loss = DIVERGENCES[divergence].with_parameters(beta=beta, skew=skew)
     settings = temperature, alpha, soft_loss, chunk or max(1, CHUNK // len(student_head))
     return ChunkedLoss.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, settings

@@ -109,6 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=DIVERGENCE_NAMES,
     )
     add("beta", "the teacher's weight in jensen_shannon", settings.beta, type=float)
+    add("skew", "the first distribution's share in the skewed KLs", settings.skew, type=float)
     add(
         "text",
         "what the student is trained on: the book (the data set), or what the teacher or the "

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from willows_kd.errors import InputError, is_integer
 
-DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+DIVERGENCE_NAMES = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -22,6 +29,8 @@ class DistillConfig:
             weight of the soft labels, so it is 1 - alpha.
         divergence: how the distance from the soft labels is measured, by name.
         beta: the teacher's weight in the Jensen-Shannon divergence; the others ignore it.
+        skew: how much of the first distribution the skewed KLs mix into the second, as in
+            DistiLLM; the others ignore it.
         hidden_weight: weight of the distance between hidden states (cosine, as in
             DistilBERT), which is added to the loss.
         hidden_layers: which hidden states, as pairs (student's, teacher's) of numbers: 0 is
@@ -48,6 +57,7 @@ class DistillConfig:
     alpha: float = 0.0
     divergence: str = "forward_kl"
     beta: float = 0.5
+    skew: float = 0.1
     hidden_weight: float = 0.0
     hidden_layers: tuple[tuple[int, int], ...] | None = None
     student_text: float = 0.0
@@ -73,6 +83,7 @@ class DistillConfig:
         self._check("alpha", float, "from 0 (soft labels only) to 1 (hard labels only)", unit_range)
         self._check("divergence", str, f"one of {', '.join(DIVERGENCE_NAMES)}", DIVERGENCE_NAMES)
         self._check("beta", float, "above 0 and below 1", lambda v: 0 < v < 1)
+        self._check("skew", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
         self._check("hidden_weight", float, "at least 0", lambda v: v >= 0)
         self._check_hidden_layers()
         self._check("student_text", float, "from 0 (the blocks as they are) to 1", unit_range)

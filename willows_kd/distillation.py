@@ -75,8 +75,8 @@ def distill(
         loss, soft_loss, hard_loss and hidden_loss (nats per token; None if it has no weight),
         gradient_norm, learning_rate, tokens (seen so far) and seconds (of training). The
         last row of an epoch also has average_loss, validation_perplexity and
-        validation_kl. If Ctrl-C stopped the run, the history ends with the last finished
-        step, and the student is as of that step.
+        validation_kl (None if the teacher is a cache of samples). If Ctrl-C stopped the
+        run, the history ends with the last finished step, and the student is as of that step.
 
     Raises:
         InputError: teacher, student or blocks do not fit together, the loss or gradient is
@@ -196,9 +196,14 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
             "write; for student_text give the teacher itself",
         )
         require(
-            not config.hidden_weight or (not config.hidden_layers and not teacher.top_k),
-            "the teacher's cache holds its final hidden states, or with top_k none; for these "
-            "hidden states give the teacher itself",
+            not teacher.samples or (config.divergence, config.temperature) == ("forward_kl", 1),
+            "sampled labels are right on average for the forward KL at temperature 1 only",
+        )
+        require(
+            not config.hidden_weight
+            or (not config.hidden_layers and teacher.get_output_embeddings()),
+            "the teacher's cache holds its final hidden states, with top_k or samples none at "
+            "all; to match others give the teacher itself",
         )
 
 
@@ -309,12 +314,14 @@ class DistillationLoss(nn.Module):
                 divergence=config.divergence,
                 mask=mask,
                 beta=config.beta,
+                skew=config.skew,
             )
         soft = hard = torch.zeros((), device=labels.device)
         if config.alpha > 0:
             hard = hard_label_loss(output, labels, mask)
         if config.alpha < 1:
-            divergence = DIVERGENCES[config.divergence].with_parameters(beta=config.beta)
+            parameters = {"beta": config.beta, "skew": config.skew}
+            divergence = DIVERGENCES[config.divergence].with_parameters(**parameters)
             soft = divergence(output, target, config.temperature, mask)
         return mix(hard, soft, config.alpha), soft, hard
 
@@ -393,11 +400,12 @@ def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) 
     epoch = history[-1]["epoch"]
     sizes = [len(step) for step in steps_of_epoch(len(blocks.train), config, epoch - 1)]
     weighted = (row["loss"] * n for row, n in zip(history[-len(sizes) :], sizes, strict=True))
+    teacher = None if getattr(teacher, "samples", None) else teacher  # it knows no other blocks
     found = quality(student, blocks.validation, teacher=teacher)
     return {
         "average_loss": sum(weighted) / sum(sizes),
         "validation_perplexity": found["perplexity"],
-        "validation_kl": found["kl_to_teacher"],
+        "validation_kl": found.get("kl_to_teacher"),
     }
 
 

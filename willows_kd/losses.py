@@ -10,11 +10,23 @@ distributions p = softmax(z_t / T) of the teacher and q = softmax(z_s / T) of th
     forward KL       sum p log(p/q)       the student must cover all that the teacher might say
     reverse KL       sum q log(q/p)       the student may keep to what the teacher surely says
     Jensen-Shannon   a mix of the two     at most log 2
+    skewed KLs       KL to a mixture      at most -log(skew)
     total variation  sum |p - q| / 2      at most 1
 
 All are 0 if the student equals the teacher. A token of probability 0, such as one whose
-logit is -inf, adds 0 log 0 = 0; if only the other distribution gives it 0, a KL is
-infinite. The arithmetic is in float32 at least.
+logit is -inf, adds 0 log 0 = 0; if only the other distribution gives it 0, a KL that is not
+skewed is infinite. The arithmetic is in float32 at least.
+
+The mixtures weigh the two distributions differently from one source to the next:
+
+    GKD (Agarwal et al. 2024)    beta is the teacher's weight in m = beta p + (1 - beta) q
+    TRL's GKD                    the same, but beta = 0 and 1 are set to forward and reverse KL,
+                                 and the temperature brings no factor T²
+    DistiLLM (Ko et al. 2024)    the skew is the weight of the distribution that KL starts from;
+                                 in its code's Jensen-Shannon, `lam` is the student's: 1 - beta
+
+Here beta is GKD's and the skew DistiLLM's, so that Jensen-Shannon is beta times the skewed
+forward KL of skew beta, plus 1 - beta times the skewed reverse KL of skew 1 - beta.
 
 `DIVERGENCES`, the registry, holds the formulas. The functions here, the full-logits
 losses, take its values and leave the gradients to autograd; `chunked_distillation_loss` takes its
@@ -75,6 +87,32 @@ def jensen_shannon(
     return divergence(student_logits, teacher_logits, temperature, mask)
 
 
+def skewed_forward_kl(
+    student_logits, teacher_logits, temperature=1.0, mask=None, skew=0.1
+) -> torch.Tensor:
+    """KL(p || skew · p + (1 - skew) · q) · T², as in DistiLLM (Ko et al. 2024, section 3.1).
+
+    A token that only the teacher gives probability costs at most -log(skew), where the
+    forward KL has no bound. 0 <= skew < 1; at 0 it is the forward KL itself,
+    infinities included. The other arguments are those of `forward_kl`.
+    """
+    divergence = DIVERGENCES["skewed_forward_kl"].with_parameters(skew=skew)
+    return divergence(student_logits, teacher_logits, temperature, mask)
+
+
+def skewed_reverse_kl(
+    student_logits, teacher_logits, temperature=1.0, mask=None, skew=0.1
+) -> torch.Tensor:
+    """KL(q || (1 - skew) · p + skew · q) · T², as in DistiLLM (Ko et al. 2024, section 3.1).
+
+    A token that only the student gives probability costs at most -log(skew), where the
+    reverse KL has no bound. 0 <= skew < 1; at 0 it is the reverse KL itself,
+    infinities included. The other arguments are those of `forward_kl`.
+    """
+    divergence = DIVERGENCES["skewed_reverse_kl"].with_parameters(skew=skew)
+    return divergence(student_logits, teacher_logits, temperature, mask)
+
+
 def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
     """Half the sum of |p - q|, times T: the share of probability mass that would have to move.
 
@@ -132,12 +170,52 @@ def jensen_shannon_formula(log_q, log_p, beta):
     """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
     require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
     p, q = log_p.exp(), log_q.exp()
-    smallest = torch.finfo(q.dtype).tiny  # not 0: autograd would divide 0 by 0
-    log_m = (beta * p + (1 - beta) * q).clamp_min(smallest).log()
+    log_m = log_mixture(p, q, beta)
     slope = log_ratio(log_q, log_m, q)
     from_p, from_q = (p * log_ratio(log_p, log_m, p)).sum(dim=-1), (q * slope).sum(dim=-1)
     value = beta * from_p + (1 - beta) * from_q
     return value, lambda: (slope - from_q[..., None]).mul_(q).mul_(1 - beta)
+
+
+def skewed_forward_kl_formula(log_q, log_p, skew):
+    """KL(p || m); its gradient is q · sum(w) - w, with w = (1 - skew) · p · q/m."""
+    check_skew(skew)
+    if skew == 0:
+        return forward_kl_formula(log_q, log_p)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = log_mixture(p, q, skew)
+
+    def gradient():
+        weight = (log_q - log_m).exp_().mul_(p).mul_(1 - skew)
+        return (q * weight.sum(dim=-1, keepdim=True)).sub_(weight)
+
+    return (p * log_ratio(log_p, log_m, p)).sum(dim=-1), gradient
+
+
+def skewed_reverse_kl_formula(log_q, log_p, skew):
+    """KL(q || m); its gradient is q · (g - sum(q · g)), with g = log(q/m) - skew · q/m."""
+    check_skew(skew)
+    if skew == 0:
+        return reverse_kl_formula(log_q, log_p)
+    p, q = log_p.exp(), log_q.exp()
+    log_ratios = log_ratio(log_q, log_mixture(p, q, 1 - skew), q)
+
+    def gradient():
+        slope = log_ratios - skew * log_ratios.exp()
+        return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
+
+    return (q * log_ratios).sum(dim=-1), gradient
+
+
+def check_skew(skew: float) -> None:
+    """Require a share below 1, at which nothing of the other distribution is left."""
+    require(0 <= skew < 1, f"skew is {skew}; it must be at least 0 (a plain KL) and below 1")
+
+
+def log_mixture(p: torch.Tensor, q: torch.Tensor, weight: float) -> torch.Tensor:
+    """log(weight · p + (1 - weight) · q)."""
+    smallest = torch.finfo(q.dtype).tiny  # not 0: autograd would divide 0 by 0
+    return (weight * p + (1 - weight) * q).clamp_min(smallest).log()
 
 
 def total_variation_formula(log_q, log_p):
@@ -167,6 +245,8 @@ DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(forward_kl_formula),
     "reverse_kl": Divergence(reverse_kl_formula),
     "jensen_shannon": Divergence(jensen_shannon_formula, parameters={"beta": 0.5}),
+    "skewed_forward_kl": Divergence(skewed_forward_kl_formula, parameters={"skew": 0.1}),
+    "skewed_reverse_kl": Divergence(skewed_reverse_kl_formula, parameters={"skew": 0.1}),
     "total_variation": Divergence(total_variation_formula, power=1),
 }
 
@@ -180,28 +260,9 @@ def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:
         mask: True for each token that counts, shape (...).
     """
     check_labels(labels, student_logits.shape[:-1])
-    logits = zero_masked_logits(at_least_float32(student_logits), mask)
+    logits = zero_masked(at_least_float32(student_logits), mask)
     per_token = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return masked_mean(per_token.view(labels.shape), mask)
-
-
-def cosine_distance(student_hidden, teacher_hidden, mask=None) -> torch.Tensor:
-    """1 - cos of the angle between hidden states, averaged over the tokens that count.
-
-    The third loss of DistilBERT (Sanh et al. 2019, section 3); 0 if they point the same way.
-
-    Args:
-        student_hidden, teacher_hidden: shape (..., width), of one width. Only the student's
-            take gradients.
-        mask: True for each token that counts, shape (...); None counts all.
-    """
-    shapes = tuple(student_hidden.shape), tuple(teacher_hidden.shape)
-    require(
-        shapes[0] == shapes[1],
-        f"hidden states have shapes {shapes[0]} and {shapes[1]}; they must be equal",
-    )
-    own, target = at_least_float32(student_hidden), at_least_float32(teacher_hidden.detach())
-    return masked_mean(1 - F.cosine_similarity(own, target, dim=-1), mask)
 
 
 def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
@@ -211,6 +272,30 @@ def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
         f"labels are {labels.dtype} of shape {tuple(labels.shape)}; "
         f"they must be token ids (torch.long) of shape {tuple(shape)}",
     )
+
+
+def cosine_distance(student_hidden, teacher_hidden, mask=None) -> torch.Tensor:
+    """1 - cos of the angle between hidden states: DistilBERT's (Sanh et al. 2019, section 3).
+
+    It compares directions, not lengths: 0 if they agree, 1 if they are at right angles, at
+    most 2. It has no unit. The arithmetic is in float32 at least.
+
+    Args:
+        student_hidden, teacher_hidden: shape (..., width), of one width. Only the student's
+            take gradients.
+        mask: True for each token that counts, shape (...); None counts all.
+
+    Returns:
+        the mean over the tokens that count: one number, 0 if none counts.
+
+    Raises:
+        InputError: the shapes do not fit together.
+    """
+    check_equal_shapes(student_hidden, teacher_hidden, "hidden states")
+    student, teacher = (
+        zero_masked(at_least_float32(h), mask) for h in (student_hidden, teacher_hidden.detach())
+    )
+    return masked_mean(1 - F.cosine_similarity(student, teacher, dim=-1), mask)
 
 
 def mix(hard_loss, soft_loss, alpha: float):
@@ -252,14 +337,19 @@ def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, 
 def log_softened(student_logits, teacher_logits, temperature, mask=None):
     """log q and log p: log softmax(z / T) of student and teacher. Only q takes gradients."""
     check_temperature(temperature)
-    require(
-        student_logits.shape == teacher_logits.shape,
-        f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
-        f"{tuple(teacher_logits.shape)}; they must be equal",
-    )
+    check_equal_shapes(student_logits, teacher_logits, "logits")
     return tuple(
-        F.log_softmax(zero_masked_logits(at_least_float32(z), mask) / temperature, dim=-1)
+        F.log_softmax(zero_masked(at_least_float32(z), mask) / temperature, dim=-1)
         for z in (student_logits, teacher_logits.detach())
+    )
+
+
+def check_equal_shapes(of_student: torch.Tensor, of_teacher: torch.Tensor, what: str) -> None:
+    """Require one shape of what is compared token by token."""
+    require(
+        of_student.shape == of_teacher.shape,
+        f"the student's {what} have shape {tuple(of_student.shape)}, the teacher's "
+        f"{tuple(of_teacher.shape)}; they must be equal",
     )
 
 
@@ -270,12 +360,12 @@ def masked_mean(per_token: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     return (per_token * mask).sum() / mask.sum().clamp_min(1)
 
 
-def zero_masked_logits(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zero the logits of tokens that do not count, so that no infinity spreads from them."""
+def zero_masked(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zero the values of tokens that do not count, so that no infinity spreads from them."""
     if mask is None:
-        return logits
+        return values
     require(
-        mask.shape == logits.shape[:-1],
-        f"the mask has shape {tuple(mask.shape)}; it must have {tuple(logits.shape[:-1])}",
+        mask.shape == values.shape[:-1],
+        f"the mask has shape {tuple(mask.shape)}; it must have {tuple(values.shape[:-1])}",
     )
-    return logits.masked_fill(~mask.bool()[..., None], 0)
+    return values.masked_fill(~mask.bool()[..., None], 0)

@@ -2,7 +2,8 @@
 
 It keeps the final hidden states, 768 numbers per token for GPT-2, whose logits are 50,257.
 The logits are these times the output weights, so soft labels at any temperature cost one
-matrix product and no pass through the teacher's layers.
+matrix product and no pass through the teacher's layers. Smaller, but not exact: the likeliest
+tokens only, or tokens drawn from the teacher's distribution.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,11 +47,20 @@ RECORD = "cache.json"
 DTYPES = ("float32", "float16")
 
 
+class Kept(NamedTuple):
+    """What is kept of a teacher: hidden states, or the k likeliest tokens, or k drawn ones."""
+
+    dtype: str = "float32"
+    top_k: int | None = None
+    samples: int | None = None
+
+
 def cache_teacher(
     teacher,
     blocks: Blocks,
     dtype: str = "float32",
     top_k: int | None = None,
+    samples: int | None = None,
     folder: str | Path | None = None,
 ) -> nn.Module:
     """Run a teacher once over the training and validation blocks, and keep its outputs.
@@ -61,10 +72,16 @@ def cache_teacher(
     Args:
         teacher: a causal language model.
         blocks: the blocks that training and validation will ask it about.
-        dtype: "float32", or "float16" for half the size; the error is then printed.
+        dtype: of hidden states and log-probabilities: "float32", or "float16" for half the
+            size; the error is then printed.
         top_k: keep the k largest log-probabilities at T = 1 instead of hidden states, and
             spread the rest evenly over the other tokens: smaller yet for a small k, but not
             exact. Works with any teacher.
+        samples: keep k tokens drawn from the teacher's distribution at T = 1 instead, each
+            with probability count / k (Anshumann et al. 2025, sparse logit sampling): on
+            average this is the teacher's distribution, and the gradient of the forward KL at
+            T = 1, for which alone it is meant, that of the teacher itself. Training blocks
+            only. Works with any teacher.
         folder: where caches are kept; None for a folder in the user's cache.
 
     Returns:
@@ -74,14 +91,13 @@ def cache_teacher(
     Raises:
         InputError: an argument does not fit this teacher.
     """
-    check(teacher, blocks, dtype, top_k)
-    top_k = top_k and int(top_k)
-    ids = blocks_to_cache(blocks, teacher.config.vocab_size)
+    check(teacher, blocks, Kept(dtype, top_k, samples))
+    kept = Kept(dtype, top_k and int(top_k), samples and int(samples))
+    ids = blocks_to_cache(blocks, teacher.config.vocab_size, kept)
     folder = Path(folder) if folder else cache_folder() / "teachers"
     weights = weights_digest(teacher)
-    place = folder / digest(weights, ids, dtype, top_k)
-    kept = {"dtype": dtype, "top_k": top_k, "tokens": ids.numel()}
-    shapes = layout(teacher, ids, dtype, top_k)
+    place = folder / digest(weights, ids, kept)
+    shapes = layout(teacher, ids, kept)
     with distributed_state().local_main_process_first():
         if not is_intact(place, shapes):
             nbytes = sum(np.dtype(form).itemsize * np.prod(s) for s, form in shapes.values())
@@ -92,8 +108,8 @@ def cache_teacher(
             except WriteError as error:
                 warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
                 return teacher
-    cache = TeacherCache(teacher, ids, place, shapes, top_k)
-    exact = dtype == "float32" and not top_k
+    cache = TeacherCache(teacher, ids, place, shapes, kept)
+    exact = kept == Kept()
     cache.digest = weights if exact else place.name  # whether it may stand in for the teacher
     if not exact:
         print_cache_error(teacher, cache, ids)
@@ -110,12 +126,16 @@ class TeacherCache(nn.Module):
     """Stands in for its teacher: answers from a file, for the blocks it was made for.
 
     It has the parts of a `transformers` model that the losses and `quality` use.
+
+    Attributes:
+        top_k, samples: the arguments of `cache_teacher`. If `samples` is not None, only the
+            forward KL at T = 1 can use the answers, and only for training blocks.
     """
 
-    def __init__(self, teacher, ids: torch.Tensor, place: Path, shapes: dict, top_k: int | None):
+    def __init__(self, teacher, ids: torch.Tensor, place: Path, shapes: dict, kept: Kept):
         """Open the files in `place`, memory-mapped."""
         super().__init__()
-        self.config, self.top_k = teacher.config, top_k
+        self.config, self.top_k, self.samples = teacher.config, kept.top_k, kept.samples
         files = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in shapes}
         self.head = teacher.get_output_embeddings()
         self.base_model = CachedHiddenStates(ids, files, self.head.weight.dtype)
@@ -127,8 +147,8 @@ class TeacherCache(nn.Module):
         return self.head.weight.device
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The teacher's head; None if the cache holds log-probabilities, not hidden states."""
-        return None if self.top_k else self.head
+        """The teacher's head; None if the cache holds no hidden states."""
+        return None if self.top_k or self.samples else self.head
 
     def forward(self, ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
         """Logits of blocks of shape (blocks, block_size).
@@ -136,6 +156,11 @@ class TeacherCache(nn.Module):
         Raises:
             InputError: a block is not among those that the cache was made for.
         """
+        if self.samples:
+            drawn = self.base_model.read("samples", ids).long()
+            counts = torch.zeros(*ids.shape, self.config.vocab_size, device=ids.device)
+            counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
+            return CausalLMOutput(logits=counts.div_(self.samples).log_())
         if not self.top_k:
             return CausalLMOutput(logits=self.head(self.base_model(ids).last_hidden_state))
         tokens, values = (self.base_model.read(name, ids) for name in ("tokens", "values"))
@@ -164,46 +189,67 @@ class CachedHiddenStates(nn.Module):
         try:
             rows = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
         except KeyError:
-            raise InputError(
-                "the teacher's cache was made for other blocks; make it again with cache_teacher"
-            ) from None
+            advice = "make it again with cache_teacher"
+            if name == "samples":
+                advice = "it holds samples of the training blocks only, so ask the teacher itself"
+            raise InputError(f"the teacher's cache was made for other blocks; {advice}") from None
         return torch.from_numpy(self.files[name][rows]).to(ids.device)
 
 
-def check(teacher, blocks: Blocks, dtype: str, top_k: int | None) -> None:
+def check(teacher, blocks: Blocks, kept: Kept) -> None:
     """Refuse arguments that allow no cache."""
     require_model(teacher, "teacher")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
     check_positions(teacher, blocks.train, "teacher")
+    dtype, top_k, samples = kept
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     vocabulary = teacher.config.vocab_size
+    require(
+        top_k is None or samples is None,
+        f"top_k is {top_k!r} and samples is {samples!r}; give only one of them",
+    )
+    require(
+        samples is None or is_integer(samples),
+        f"samples is {samples!r}; it must be a whole number, at least 1",
+    )
     if top_k is not None and not (is_integer(top_k) and top_k < vocabulary):
         raise InputError(
             f"top_k is {top_k!r}; it must be a whole number from 1 to {vocabulary - 1}"
         )
-    if top_k is None and not has_linear_head(teacher, blocks.train[:1].to(teacher.device)):
-        raise InputError(
-            "this teacher's logits are more than its hidden states times its output weights; "
-            "give top_k to keep log-probabilities instead"
-        )
+    require(
+        top_k or samples or has_linear_head(teacher, blocks.train[:1].to(teacher.device)),
+        "this teacher's logits are more than its hidden states times its output weights; "
+        "give top_k to keep log-probabilities instead, or samples to keep drawn tokens",
+    )
 
 
-def blocks_to_cache(blocks: Blocks, vocabulary: int) -> torch.Tensor:
-    """All that `distill` asks a teacher about: training blocks, windows of validation blocks."""
+def blocks_to_cache(blocks: Blocks, vocabulary: int, kept: Kept) -> torch.Tensor:
+    """All that `distill` asks a teacher about: training blocks, windows of validation blocks.
+
+    Samples are for training only: the KL to a few drawn tokens says little of a student.
+    """
+    if kept.samples:
+        return blocks.train.contiguous()
     seen = [window for window, _ in windows(blocks.validation, vocabulary)]
     return torch.cat([blocks.train, *seen]).contiguous()
 
 
-def digest(weights: str, ids: torch.Tensor, dtype: str, top_k: int | None) -> str:
+def digest(weights: str, ids: torch.Tensor, kept: Kept) -> str:
     """A name that changes with anything that the answers depend on."""
-    made = hashlib.sha256(json.dumps([weights, dtype, top_k, tuple(ids.shape)]).encode())
+    parts = [weights, kept.dtype, kept.top_k, tuple(ids.shape)]
+    parts += [kept.samples] if kept.samples else []  # not None: older caches keep their names
+    made = hashlib.sha256(json.dumps(parts).encode())
     made.update(ids.numpy().tobytes())
     return made.hexdigest()[:24]
 
 
-def layout(teacher, ids: torch.Tensor, dtype: str, top_k: int | None) -> dict:
+def layout(teacher, ids: torch.Tensor, kept: Kept) -> dict:
     """The files of a cache: the shape and dtype of each, by name."""
+    dtype, top_k, samples = kept
+    if samples:  # in the fewest bytes that hold a token id
+        smallest = np.min_scalar_type(teacher.config.vocab_size - 1)
+        return {"samples": ((*ids.shape, samples), smallest)}
     if top_k:
         shape = *ids.shape, top_k
         return {"values": (shape, dtype), "tokens": (shape, "int32")}
@@ -223,7 +269,7 @@ def is_intact(place: Path, shapes: dict) -> bool:
     return True
 
 
-def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
+def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: Kept) -> None:
     """Ask the teacher, and write a cache, whole or not at all.
 
     It waits for another run that is writing the same cache, and removes what a killed one
@@ -245,7 +291,7 @@ def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> 
                     lock.unlink()
 
 
-def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> None:
+def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: Kept) -> None:
     """Write the teacher's outputs, a few blocks at a time."""
     with atomic_directory(place) as partial:
         files = {
@@ -253,37 +299,45 @@ def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: dict) -> N
             for name, (shape, dtype) in shapes.items()
         }
         starts = tqdm(range(0, len(ids), BATCH_SIZE), unit="pass", leave=False)
-        outputs = teacher_outputs(teacher, ids, kept["top_k"])
+        outputs = teacher_outputs(teacher, ids, kept)
         for start, output in zip(starts, outputs, strict=True):
             for name, tensor in output.items():
                 files[name][start : start + len(tensor)] = tensor.cpu().numpy()
-        kept["checksums"] = {name: checksum({name: file}) for name, file in files.items()}
+        record = kept._asdict() | {"tokens": ids.numel()}
+        record["checksums"] = {name: checksum({name: file}) for name, file in files.items()}
         while files:  # close them: Windows moves no folder whose files are open
             files.popitem()[1].flush()
-        (partial / RECORD).write_text(json.dumps(kept, indent=2) + "\n")
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 @torch.no_grad()
-def teacher_outputs(
-    teacher, ids: torch.Tensor, top_k: int | None
-) -> Iterator[dict[str, torch.Tensor]]:
+def teacher_outputs(teacher, ids: torch.Tensor, kept: Kept) -> Iterator[dict[str, torch.Tensor]]:
     """A teacher's outputs for the blocks, a few blocks at a time."""
+    generator = torch.Generator(teacher.device).manual_seed(0)
     with eval_mode(teacher):
         for part in ids.split(BATCH_SIZE):
             part = part.to(teacher.device)
-            if not top_k:
+            if not (kept.top_k or kept.samples):
                 yield {"hidden": hidden_states(teacher, part).float()}
                 continue
             log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
-            values, tokens = log_p.topk(top_k, dim=-1)
-            yield {"values": values, "tokens": tokens.int()}
+            if kept.top_k:
+                values, tokens = log_p.topk(kept.top_k, dim=-1)
+                yield {"values": values, "tokens": tokens.int()}
+            else:
+                p = log_p.exp_().flatten(0, -2)
+                drawn = p.multinomial(kept.samples, replacement=True, generator=generator)
+                yield {"samples": drawn.view(*part.shape, -1)}
 
 
 @torch.no_grad()
 def print_cache_error(teacher, cache: TeacherCache, ids: torch.Tensor) -> None:
     """Print the size of a cache that is not exact, and its error on a few blocks."""
+    size = f"{cache.nbytes / ids.numel():,.0f} bytes per token"
+    if cache.samples:
+        print(f"{size}; {cache.samples} drawn at each position, right only on average")
+        return
     few = ids[:: max(1, len(ids) // 8)][:8].to(teacher.device)
     with eval_mode(teacher):
         error = forward_kl(cache(few).logits.float(), teacher(few).logits.float()).item()
-    size = f"{cache.nbytes / ids.numel():,.0f} bytes per token"
     print(f"{size}; the error is {error:.2g} nats per token (KL)")
