@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 import willows_kd as kd
 from willows_kd import evaluation
-from willows_kd.evaluation import calibration_error, number, token_scores, windows
+from willows_kd.evaluation import (
+    calibration_error,
+    number,
+    token_scores,
+    windows,
+    with_intervals,
+)
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -425,12 +431,9 @@ def test_a_model_is_one_row_and_a_function_the_mean_of_its_seeds(
     assert table.loc["teacher", QUALITY].to_dict() == expected
     found = [kd.quality(make(seed), blocks.test, tokenizer, model) for seed in (4, 5, 6)]
     for name in QUALITY:
-        a, b, c = (row[name] for row in found)
-        mean = (a + b + c) / 3
-        deviation = math.sqrt(((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2)
-        assert table.loc["student", name] == pytest.approx(mean)
-        half_width = 4.30 * deviation / math.sqrt(3)
-        assert table.loc["student", f"± {name}"] == pytest.approx(half_width)
+        assert table.loc["student", name] == pytest.approx(
+            statistics.mean(row[name] for row in found)
+        )
 
 
 @pytest.fixture
@@ -511,6 +514,14 @@ def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokeniz
     parts = (getattr(blocks, name).view(-1, size) for name in ("train", "validation", "test"))
     table = kd.compare({"model": model}, kd.Blocks(*parts, blocks.remainder), tokenizer)
     assert table.notna().all(axis=None)
+
+
+@pytest.mark.parametrize(("repeats", "t"), [(2, 12.71), (3, 4.30), (11, 2.23), (50, 2.23)])
+def test_an_interval_is_students(repeats, t):
+    values = list(range(repeats))
+    half_width = t * statistics.stdev(values) / math.sqrt(repeats)
+    expected = {"a": statistics.mean(values), "± a": pytest.approx(half_width)}
+    assert with_intervals([{"a": value} for value in values]) == expected
 
 
 # -- as text ---------------------------------------------------------------------------

@@ -312,8 +312,7 @@ def compare(
 def prompts(blocks: torch.Tensor, tokenizer, count: int = 3, tokens: int = 12) -> list[str]:
     """The openings of a few blocks spread over a split."""
     rows = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()
-    openings = blocks[rows, :tokens].tolist()
-    return [tokenizer.decode(opening, skip_special_tokens=True) for opening in openings]
+    return tokenizer.batch_decode(blocks[rows, :tokens])
 
 
 def with_intervals(measured: list[dict[str, float]]) -> dict[str, float]:
