@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import willows_kd as kd
-from willows_kd.exercises import distillation_loop, evaluation, soft_labels, teacher
+from willows_kd.exercises import (
+    distillation_loop,
+    evaluation,
+    its_own_words,
+    soft_labels,
+    teacher,
+)
 from willows_kd.exercises.teacher import COUNTED, count
 
 # -- 01 --------------------------------------------------------------------------------
@@ -291,6 +297,67 @@ PERPLEXITY = [
     (lambda bits, size, tokens: 32.0, "right for one example, wrong for another"),
 ]
 
+# -- 05 --------------------------------------------------------------------------------
+
+
+def mask(length, prompt, begin=0, end=0):
+    counts = torch.zeros(length - 1 + end, dtype=torch.bool)
+    counts[prompt - 1 + begin :] = True
+    return counts
+
+
+def some_skewed_kl(z_s, z_t, skew, order=lambda p, m: (p, m), of=torch.exp, mean=True):
+    log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    mix = (skew * log_p.exp() + (1 - skew) * log_q.exp()).log()
+    a, b = order(log_p, mix)
+    total = (a.exp() * (a - b)).sum(-1)
+    return total.mean() if mean else total.sum()
+
+
+MASK = [
+    (mask, "well done"),
+    (lambda length, prompt: mask(length, prompt).tolist(), "well done"),
+    (lambda length, prompt: None, "returns nothing"),
+    (lambda length, prompt: "mask", "it is a mask of booleans"),
+    (lambda length, prompt: mask(length, prompt, end=1), "the first one is not"),
+    (lambda length, prompt: torch.zeros(length - 1), "nothing counts"),
+    (lambda length, prompt: torch.ones(length - 1), "the openings count too"),
+    (lambda length, prompt: mask(length, prompt, 1), "first written token is left out"),
+    (lambda length, prompt: mask(length, prompt, 3), "your first prediction that counts is at 6"),
+    (
+        lambda length, prompt: torch.arange(length - 1) == prompt - 1,
+        "all that follows the first written token",
+    ),
+]
+
+SKEWED = [
+    (some_skewed_kl, "well done"),
+    (lambda z_s, z_t, skew: some_skewed_kl(z_s, z_t, 0), "without any skew"),
+    (lambda z_s, z_t, skew: some_skewed_kl(z_s, z_t, 1 - skew), "the shares are swapped"),
+    (
+        lambda z_s, z_t, skew: some_skewed_kl(skew * z_t + (1 - skew) * z_s, z_t, 0),
+        "the mix is one of probabilities",
+    ),
+    (lambda z_s, z_t, skew: some_skewed_kl(z_t, z_s, skew), "the student's distribution comes"),
+    (lambda *a: some_skewed_kl(*a, mean=False), "it grows with the number of tokens"),
+    (lambda *a: some_skewed_kl(*a) / 7, "it is divided by the vocabulary too"),
+    (lambda *a: torch.tensor(0.0), "Write it first"),
+]
+
+REWARD = [
+    (lambda log_q, log_p: ((log_q - log_p).detach() * log_q).mean(), "well done"),
+    (lambda log_q, log_p: ((log_q - log_p) ** 2 / 2).mean(), "well done"),  # k2
+    (lambda log_q, log_p: (log_q - log_p).mean(), "the gradient is 0 on average"),
+    (lambda log_q, log_p: (0 * log_q).sum(), "the gradient is 0 on average"),
+    (lambda log_q, log_p: ((log_p - log_q).exp() - 1 - log_p + log_q).mean(), "as of k3"),
+    (lambda log_q, log_p: ((log_p - log_q).detach() * log_q).mean(), "the sign is wrong"),
+    (lambda log_q, log_p: ((log_q - log_p).detach() * log_q).sum(), "take the mean"),
+    (lambda log_q, log_p: (log_q - log_p).detach().mean(), "no gradient comes out"),
+    (lambda log_q, log_p: (log_q - log_p).detach() * log_q, "return one number"),
+    (lambda log_q, log_p: (log_q**3).mean(), "the gradient is ["),
+]
+
+
 TABLES = {
     teacher.check_count: COUNT,
     teacher.check_guesser: GUESSER,
@@ -304,6 +371,9 @@ TABLES = {
     evaluation.check_agreement: AGREEMENT,
     evaluation.check_half_width: HALF_WIDTH,
     evaluation.check_perplexity: PERPLEXITY,
+    its_own_words.check_mask: MASK,
+    its_own_words.check_skewed_kl: SKEWED,
+    its_own_words.check_reward_loss: REWARD,
 }
 
 

@@ -237,6 +237,26 @@ def test_divergence_has_a_scale_and_shades():
     assert "".join(texts(figure)) == "TheMole"
 
 
+def test_exposure_averages_windows_and_names_the_nearest_text():
+    far = np.repeat([0.2, 0.4], 8).tolist() + [9.0]  # the last token fills no window
+    figure = kd.plot_exposure({"the book": [0.1] * 17, "its own": far})
+    lines = figure.axes[0].get_lines()
+    assert lines[1].get_xydata().tolist() == pytest.approx(np.array([[4, 0.2], [12, 0.4]]))
+    assert legend(figure.axes[0]) == ["the book, mean 0.100", f"its own, mean {np.mean(far):.3f}"]
+    assert title(figure) == "Nearest on the book (0.100), furthest on its own"
+
+
+def test_writing_is_a_line_a_writer_over_sampling_temperature():
+    rows = [("teacher", 0.5, 2.0, 0.6), ("teacher", 1.0, 3.0, 0.9), ("student", 1.0, 4.0, 0.8)]
+    rows += [("student", 1.0, 5.0, 0.8), ("student", 0.5, 2.5, 0.5)]
+    columns = ["way", "sampling", "teacher_nats", "distinct"]
+    figure = kd.plot_writing(pd.DataFrame(rows, columns=columns))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
+    assert lines == {"teacher": [[0.6, 2.0], [0.9, 3.0]], "student": [[0.5, 2.5], [0.8, 4.5]]}
+    assert texts(figure) == ["T = 0.5", "T = 1"]
+    assert "the teacher is the dashed line" in title(figure)
+
+
 def test_words_are_not_broken_across_lines():
     places = wrap_words(["The", " Mo", "le", " r", "ow", "ed"], 12)
     assert [row for row, _, _ in places] == [0, 0, 0, 1, 1, 1]

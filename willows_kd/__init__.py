@@ -42,6 +42,7 @@ PUBLIC_NAMES = {
     "teacher_cache": ["cache_teacher"],
     "evaluation": [
         "quality",
+        "importance",
         "token_scores",
         "block_nats",
         "paired_bootstrap",
@@ -70,6 +71,8 @@ PUBLIC_NAMES = {
         "plot_tradeoff",
         "plot_token_view",
         "plot_divergence",
+        "plot_exposure",
+        "plot_writing",
     ],
     "widgets": ["explore_temperature", "explore_tokens", "prompt_box"],
     "errors": ["InputError"],

@@ -1,5 +1,6 @@
 """What distillation bought and what it cost, measured on text that nobody trained on."""
 
+import contextlib
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from willows_kd.models import (
     require_model,
     vocabulary_size,
 )
+from willows_kd.pruning import LAYOUTS, layout
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
@@ -128,6 +130,42 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         result["kl"] = kl(log_p, log_q)
         result["agreement"] = log_p.argmax(dim=-1) == choice
     return result
+
+
+@torch.no_grad()
+def importance(teacher, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How much each of a teacher's heads and feed-forward units passes on: which to keep.
+
+    It is the norm of what a head or unit gives to its layer's output projection, mean over
+    tokens; for a unit this is its mean |activation| (Muralidharan et al. 2024, "Compact
+    Language Models via Pruning and Knowledge Distillation", section 2.2).
+
+    Args:
+        teacher: a model laid out as GPT-2 or Llama is.
+        blocks: a few blocks of token ids, shape (blocks, block_size).
+
+    Returns:
+        "heads", shape (layers, heads), with one number per group if heads are grouped, and
+        "feed_forward", shape (layers, units). `scores["feed_forward"].topk(n).indices` are
+        the units that `student_from_teacher` is to keep.
+
+    Raises:
+        InputError: the teacher has another layout, or these are no blocks for it.
+    """
+    check_blocks(teacher, blocks, "teacher")
+    scores = {part: [] for part in LAYOUTS}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eval_mode(teacher))
+        for part, found in scores.items():
+            layers, count = layout(teacher, part)
+
+            def score(module, args, found=found, count=count):
+                found.append(args[0].float().unflatten(-1, (count, -1)).norm(dim=-1).mean((0, 1)))
+
+            for *_, out in map(dict.values, layers):
+                stack.callback(out.register_forward_pre_hook(score).remove)
+        teacher.base_model(blocks.to(teacher.device), use_cache=False)
+    return {part: torch.stack(found) for part, found in scores.items()}
 
 
 def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:

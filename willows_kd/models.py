@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from willows_kd.errors import InputError, is_integer, require, type_name
 from willows_kd.files import atomic_directory, check_output
+from willows_kd.pruning import masked, parts_to_keep, pruned
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
@@ -386,12 +387,16 @@ def student_from_teacher(
     layers: int | None = None,
     init: str | Sequence[int] = "spaced",
     seed: int = 0,
+    heads: Sequence[Sequence[int]] | torch.Tensor | None = None,
+    feed_forward: Sequence[Sequence[int]] | torch.Tensor | None = None,
 ) -> PreTrainedModel:
-    """A student with fewer layers, in float32; widths, heads and vocabulary are the teacher's.
+    """A student with fewer layers or narrower ones, in float32, on the teacher's vocabulary.
 
     A student that copies layers is proven: on a short input it must give the logits of
-    the teacher with its other layers skipped. It is float32 even if the teacher is in
-    half precision, in which training soon breaks down. LoRA adapters are merged first.
+    the teacher with its other layers skipped and its other heads and units at zero. The
+    residual stream keeps its width, so hidden states keep the teacher's shape. The student
+    is float32 even if the teacher is in half precision, in which training soon breaks
+    down. LoRA adapters are merged first.
 
     Args:
         teacher: any decoder that `transformers` builds from a config.
@@ -402,27 +407,50 @@ def student_from_teacher(
             layer numbers, counted from 0 and rising, copies these; ``"random"`` copies
             nothing.
         seed: for ``"random"``.
+        heads, feed_forward: the numbers of the heads and feed-forward units to keep, for
+            each layer of the teacher, shape (layers, kept), such as those of greatest
+            `importance`; None for all. Grouped heads are numbered by group, and GPT-2's
+            heads cannot be pruned: its config ties their size to their number.
 
     Raises:
-        InputError: `layers` is not between 1 and the teacher's, `init` is unknown, or the
-            teacher's family cannot be cut so: a setting of it may be in the way.
+        InputError: `layers` is not between 1 and the teacher's, `init` is unknown, `heads`
+            or `feed_forward` are no such numbers, or the teacher's family cannot be cut so:
+            a setting of it may be in the way.
     """
     require_model(teacher, "teacher")
     teacher = merge_adapters(teacher)
     depth = len(teacher.get_submodule(layer_stack(teacher)))
     kept = layers_to_keep(depth, layers, init)
+    parts = parts_to_keep(teacher, heads=heads, feed_forward=feed_forward)
     with cutting_errors_as_input_errors(teacher.config.model_type, kept):
-        with torch.random.fork_rng(), quiet_transformers():
-            torch.manual_seed(seed)
-            student = AutoModelForCausalLM.from_config(
-                config_of_layers(teacher.config, depth, kept),
-                dtype=torch.float32,
-                attn_implementation=teacher.config._attn_implementation,
-            ).to(teacher.device)
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+        teacher = narrowed(teacher, parts)
+        config = config_of_layers(teacher.config, depth, kept)
+        student = untrained(config, teacher, torch.float32, seed)
         if not (isinstance(init, str) and init == "random"):
             copy_layers(teacher, student, kept)
     return student
+
+
+def untrained(config, teacher, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model of a config with random weights, else set up as the teacher is."""
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=teacher.config._attn_implementation
+        ).to(teacher.device)
+    model.generation_config = copy.deepcopy(teacher.generation_config)
+    return model
+
+
+def narrowed(teacher, parts: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A teacher without its other heads and units, proven; the teacher itself if it keeps all."""
+    if not parts:
+        return teacher
+    config, weights = pruned(teacher, parts)
+    narrow = untrained(config, teacher, teacher.dtype)
+    load_weights(narrow, weights)
+    check_student(teacher, narrow, masked(teacher, parts), "the other heads and units")
+    return narrow
 
 
 @contextlib.contextmanager
@@ -584,32 +612,46 @@ def copy_layers(teacher, student, kept: list[int]) -> None:
         )
     else:
         check_layers(teacher, student, kept)
-    weights, own = keep_layers(teacher, kept), student.state_dict()
+    load_weights(student, keep_layers(teacher, kept))
+    if not scaled:
+        reason = "a layer of this family depends on its number, or on the layers before it"
+        check_student(
+            teacher, student, skipped_layers(teacher, kept), f"the other layers; {reason}"
+        )
+
+
+def load_weights(model, weights: dict[str, torch.Tensor]) -> None:
+    """Give a model weights.
+
+    Raises:
+        InputError: one is missing, has no place, or has another shape.
+    """
+    own = model.state_dict()
     for name in sorted(weights.keys() | own.keys()):
         shapes = [tuple(each[name].shape) if name in each else "none" for each in (weights, own)]
         require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
-    student.load_state_dict(weights)
-    if not scaled:
-        check_student(teacher, student, kept)
+    model.load_state_dict(weights)
 
 
 @torch.no_grad()
-def check_student(teacher, student, kept: list[int]) -> None:
-    """Prove a student: the logits of its teacher with the layers skipped that it has not.
+def check_student(teacher, student, cut, without: str) -> None:
+    """Prove a student: the logits of its teacher without what it has not.
+
+    Args:
+        cut: a context in which the teacher does without it; `without` says what it is.
 
     Raises:
         InputError: they are not the same.
     """
     ids = torch.arange(1, 13)[None].to(teacher.device) * 7919 % vocabulary_size(teacher)
     with eval_mode(teacher, student):
-        with skipped_layers(teacher, kept):
+        with cut:
             expected = teacher(ids, use_cache=False).logits.float()
         error = (student(ids, use_cache=False).logits - expected).norm() / expected.norm()
     tolerance = 1e-3 if teacher.dtype in (torch.float32, torch.float64) else 0.05
     require(
         error <= tolerance,
-        f"its logits differ by {error:.2g} of their size from the teacher's without the other "
-        "layers; a layer of this family depends on its number, or on the layers before it",
+        f"its logits differ by {error:.2g} of their size from the teacher's without {without}",
     )
 
 

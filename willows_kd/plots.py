@@ -717,3 +717,55 @@ def wrap_words(tokens: Sequence[str], columns: int) -> list[tuple[int, int, str]
         places.append((row, column, token))
         column += len(token)
     return places
+
+
+# -- 05: its own words -----------------------------------------------------------------
+
+
+def plot_exposure(curves: dict[str, Sequence[float]], window: int = 8) -> Figure:
+    """KL from the teacher as a text moves on from its prompt, one line a kind of text.
+
+    Args:
+        curves: for each kind of text the mean KL at each token after the prompt, in nats.
+        window: tokens that are averaged, so that a trend can be seen.
+    """
+    with figure() as (fig, ax):
+        means = {}
+        for i, (name, values) in enumerate(curves.items()):
+            values = np.asarray(values, dtype=float)
+            means[name] = values.mean()
+            parts = values[: len(values) // window * window].reshape(-1, window).mean(axis=1)
+            middles = (np.arange(len(parts)) + 0.5) * window
+            ax.plot(middles, parts, label=f"{name}, mean {means[name]:.3f}", **line_look(i))
+        ax.set(xlabel="tokens after the prompt", ylabel="KL from the teacher (nats per token)")
+        ax.set_ylim(bottom=0)
+        ax.legend()
+        least, most = min(means, key=means.get), max(means, key=means.get)
+        ax.set_title(f"Nearest on {least} ({means[least]:.3f}), furthest on {most}")
+    return fig
+
+
+def plot_writing(table: pd.DataFrame, reference: str = "teacher") -> Figure:
+    """How likely and how varied each writer's text is, a line a writer over sampling temperature.
+
+    Args:
+        table: columns way, sampling (temperature), teacher_nats and distinct, such as from
+            `text_quality`; rows of the same way and temperature are averaged.
+        reference: the way that is drawn as what the others are held against.
+    """
+    means = table.groupby(["way", "sampling"], sort=False)[["distinct", "teacher_nats"]].mean()
+    with figure(height=4.6) as (fig, ax):
+        for i, way in enumerate(means.index.unique(0)):
+            rows = means.loc[way].sort_index()
+            look = line_look(i) if way != reference else {"color": QUIET, "linestyle": "--"}
+            ax.plot(rows["distinct"], rows["teacher_nats"], label=way, **look)
+            if way == reference:
+                for sampling, row in rows.iterrows():
+                    place = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 9}
+                    ax.annotate(f"T = {sampling:g}", row, color=QUIET, **place)
+        ax.set_xlabel("different ones among all runs of three tokens (varied is right)")
+        ax.set_ylabel("nats per token under the teacher (likely is down)")
+        fig.legend(loc="outside lower center", ncols=2)
+        if reference in means.index.unique(0):
+            ax.set_title(f"Between likely and varied; the {reference} is the dashed line")
+    return fig

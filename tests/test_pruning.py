@@ -1,0 +1,271 @@
+"""Narrower students: which heads and units count for most, and a model without the others."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Olmo2Config,
+    OPTConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Starcoder2Config,
+)
+from transformers.pytorch_utils import Conv1D
+
+import willows_kd as kd
+
+LAYERS, GROUPS = 4, 2
+COUNTS = {"heads": GROUPS, "feed_forward": 48}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+}
+GROUPED = {"num_key_value_heads": GROUPS, "intermediate_size": 48}
+IDS = torch.arange(1, 41).view(2, 20) * 37 % 96
+
+
+def random_model(config):
+    """A model with noise on every weight, so that no two heads, units or biases are alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for weight in model.parameters():
+            weight.data += 0.2 * torch.randn_like(weight)
+    return model
+
+
+@pytest.fixture
+def llama():
+    """A Llama of two groups with four query heads each, and with all biases that it can have."""
+    biases = {"attention_bias": True, "mlp_bias": True}
+    return random_model(LlamaConfig(**SIZES, **GROUPED, **biases))
+
+
+@pytest.fixture
+def gpt2():
+    """A GPT-2 with as many units."""
+    return random_model(GPT2Config(vocab_size=96, n_embd=32, n_head=2, n_layer=LAYERS, n_inner=48))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def some(part: str, kept: int) -> torch.Tensor:
+    """Numbers that are other ones, in another order, for each layer."""
+    draws = torch.rand(LAYERS, COUNTS[part], generator=torch.Generator().manual_seed(1))
+    return draws.topk(kept).indices
+
+
+def silenced(model, numbers: torch.Tensor, read_by: str):
+    """A copy in which nothing reads what the other heads or units of each layer give."""
+    model = copy.deepcopy(model)
+    maps = [module for name, module in model.named_modules() if name.endswith(read_by)]
+    for module, kept in zip(maps, numbers.tolist(), strict=True):
+        weight = module.weight.data if isinstance(module, Conv1D) else module.weight.data.T
+        each = weight.unflatten(0, (GROUPS if read_by == "o_proj" else 48, -1))
+        each[[i for i in range(len(each)) if i not in kept]] = 0
+    return model
+
+
+# -- importance ------------------------------------------------------------------------
+
+
+def test_a_units_importance_is_its_mean_absolute_activation(gpt2):
+    gpt2.set_attn_implementation("sdpa")  # causal without being given a mask
+    scores = kd.importance(gpt2, IDS)["feed_forward"]
+    streams = gpt2(IDS, output_hidden_states=True).hidden_states
+    for layer, stream, found in zip(gpt2.transformer.h, streams[:-1], scores, strict=True):
+        middle = stream + layer.attn(layer.ln_1(stream))[0]
+        units = layer.mlp.act(layer.mlp.c_fc(layer.ln_2(middle)))
+        torch.testing.assert_close(found, units.abs().mean((0, 1)).detach())
+
+
+def test_a_groups_importance_is_the_norm_of_what_its_heads_give(llama):
+    scores = kd.importance(llama, IDS)["heads"]
+    out = llama(IDS, output_hidden_states=True, output_attentions=True)
+    for i, layer in enumerate(llama.model.layers):
+        normed = layer.input_layernorm(out.hidden_states[i])
+        values = layer.self_attn.v_proj(normed).view(2, 20, GROUPS, 4)
+        weights = out.attentions[i].view(2, GROUPS, 4, 20, 20)
+        given = torch.einsum("bghqk,bkgd->bqghd", weights, values)
+        norms = given.square().sum((-1, -2)).sqrt()
+        torch.testing.assert_close(scores[i], norms.mean((0, 1)).detach())
+
+
+def test_importance_is_measured_without_dropout_and_leaves_the_teacher_as_it_was(gpt2):
+    before = kd.importance(gpt2, IDS)
+    again = kd.importance(gpt2.train(), IDS)
+    assert all(torch.equal(before[part], again[part]) for part in COUNTS)
+    assert gpt2.training
+    assert not any(module._forward_pre_hooks for module in gpt2.modules())
+
+
+def test_importance_refuses_what_are_no_blocks(gpt2):
+    with pytest.raises(kd.InputError, match="blocks are a list; give token ids"):
+        kd.importance(gpt2, [1, 2])
+
+
+# -- narrower students -----------------------------------------------------------------
+
+
+def test_a_student_that_keeps_all_is_bit_equal(gpt2, llama):
+    everything = {part: some(part, count) for part, count in COUNTS.items()}
+    units = {"feed_forward": everything["feed_forward"]}
+    for teacher, kept in ((gpt2, units), (llama, everything)):
+        student = kd.student_from_teacher(teacher, LAYERS, **kept)
+        assert torch.equal(logits(student), logits(teacher))
+
+
+def test_a_student_is_its_teacher_with_the_other_units_unread(gpt2, llama):
+    kept = some("feed_forward", 12)
+    for teacher, read_by in ((gpt2, "mlp.c_proj"), (llama, "down_proj")):
+        student = kd.student_from_teacher(teacher, LAYERS, feed_forward=kept)
+        expected = silenced(teacher, kept, read_by)
+        torch.testing.assert_close(logits(student), logits(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_is_its_teacher_with_the_other_groups_of_heads_unread(llama):
+    kept = some("heads", 1)
+    assert len(set(kept.flatten().tolist())) == GROUPS
+    student = kd.student_from_teacher(llama, LAYERS, heads=kept)
+    config = student.config
+    assert (config.num_key_value_heads, config.num_attention_heads, config.head_dim) == (1, 4, 4)
+    expected = logits(silenced(llama, kept, "o_proj"))
+    torch.testing.assert_close(logits(student), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_depth_and_width_are_cut_together(llama):
+    heads, units = some("heads", 1), some("feed_forward", 12)
+    student = kd.student_from_teacher(llama, init=[1, 2], heads=heads, feed_forward=units)
+    shallow = kd.student_from_teacher(llama, init=[1, 2])
+    expected = silenced(silenced(shallow, heads[1:3], "o_proj"), units[1:3], "down_proj")
+    torch.testing.assert_close(logits(student), logits(expected), rtol=1e-4, atol=1e-4)
+    shapes = [m.base_model(IDS).last_hidden_state.shape for m in (student, llama)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_unit_that_is_always_zero_goes_first_and_changes_no_logit(gpt2):
+    for i, layer in enumerate(gpt2.transformer.h):
+        layer.mlp.c_fc.weight.data[:, 7 + i] = layer.mlp.c_fc.bias.data[7 + i] = 0
+    scores = kd.importance(gpt2, IDS)["feed_forward"]
+    assert [row.nonzero().numel() for row in scores] == [47] * LAYERS
+    student = kd.student_from_teacher(gpt2, LAYERS, feed_forward=scores.topk(47).indices)
+    assert student.config.n_inner == 47
+    torch.testing.assert_close(logits(student), logits(gpt2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_that_is_always_zero_goes_first_and_changes_no_logit(llama):
+    for i, layer in enumerate(llama.model.layers):
+        dead = layer.self_attn.v_proj
+        dead.weight.data.view(GROUPS, 4, 32)[i % 2] = dead.bias.data.view(GROUPS, 4)[i % 2] = 0
+    scores = kd.importance(llama, IDS)["heads"]
+    assert (scores == 0).nonzero().tolist() == [[0, 0], [1, 1], [2, 0], [3, 1]]
+    student = kd.student_from_teacher(llama, LAYERS, heads=scores.topk(1).indices)
+    torch.testing.assert_close(logits(student), logits(llama), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen3Config, Starcoder2Config])
+def test_a_narrower_student_is_the_same_when_saved_and_loaded(family, tmp_path):
+    teacher = random_model(family(**SIZES, **GROUPED))
+    teacher.generation_config.max_length = 33
+    kept = {part: scores.topk(1).indices for part, scores in kd.importance(teacher, IDS).items()}
+    student = kd.student_from_teacher(teacher, 2, **kept)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits(loaded), logits(student))
+    assert student.generation_config.max_length == 33
+
+
+def test_order_and_kind_of_the_numbers_make_no_difference(gpt2):
+    kept = some("feed_forward", 12)
+    same = [kept, kept.flip(1).tolist(), kept.numpy().astype(np.int32), list(kept)]
+    students = [kd.student_from_teacher(gpt2, 2, feed_forward=numbers) for numbers in same]
+    digests = {kd.weights_digest(student) for student in students}
+    assert len(digests) == 1
+
+
+def test_the_teacher_and_the_callers_random_numbers_are_left_alone(llama):
+    before, state = kd.weights_digest(llama), torch.get_rng_state()
+    kd.student_from_teacher(llama, 2, heads=some("heads", 1), feed_forward=some("feed_forward", 9))
+    assert kd.weights_digest(llama) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def test_a_random_student_has_the_sizes_alone(gpt2):
+    student = kd.student_from_teacher(gpt2, 2, "random", feed_forward=some("feed_forward", 12))
+    assert student.config.n_inner == 12
+    assert not torch.equal(student.transformer.wte.weight, gpt2.transformer.wte.weight)
+
+
+def test_a_narrower_student_of_a_half_precision_teacher_is_float32(llama):
+    half = llama.to(torch.bfloat16)
+    student = kd.student_from_teacher(half, 2, heads=some("heads", 1))
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+# -- what is refused -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        12,
+        [0, 1],
+        [[0, 1]] * 3,
+        [[0, 1]] * 3 + [[0]],
+        [[]] * 4,
+        [[0, 0]] * 4,
+        [[0, 48]] * 4,
+        [[-1, 0]] * 4,
+        [[0.0, 1.0]] * 4,
+        [[True, False]] * 4,
+        "all",
+    ],
+)
+def test_numbers_that_are_none_are_refused(numbers, gpt2):
+    expected = r"^feed_forward must list .* from 0 to 47 .* 4 layers, .*topk\(24\)\.indices$"
+    with pytest.raises(kd.InputError, match=expected):
+        kd.student_from_teacher(gpt2, feed_forward=numbers)
+
+
+def test_heads_of_gpt2_are_refused(gpt2):
+    with pytest.raises(kd.InputError, match="heads of the gpt2 family .* prune feed_forward"):
+        kd.student_from_teacher(gpt2, heads=[[0]] * 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32), "only the layouts of GPT-2 and"),
+        (Qwen2MoeConfig(**SIZES, **GROUPED, num_experts=4, moe_intermediate_size=8), "only the"),
+    ],
+)
+def test_other_layouts_are_refused(config, reason):
+    teacher = random_model(config)
+    with pytest.raises(kd.InputError, match=reason):
+        kd.student_from_teacher(teacher, feed_forward=[[0]] * 4)
+    with pytest.raises(kd.InputError, match=reason):
+        kd.importance(teacher, IDS)
+
+
+def test_heads_under_one_norm_are_refused():
+    teacher = random_model(Olmo2Config(**SIZES, **GROUPED))
+    with pytest.raises(kd.InputError, match=r"k_norm.weight has shape \(8,\), not \(4,\)"):
+        kd.student_from_teacher(teacher, heads=[[0]] * 4)
+
+
+def test_a_narrower_student_is_proven(gpt2):
+    """As if a feed-forward part were more than its weights say."""
+    gpt2.transformer.h[1].mlp.register_forward_hook(lambda m, args, out: out.roll(1, -1))
+    with pytest.raises(kd.InputError, match="logits differ by .* without the other heads and"):
+        kd.student_from_teacher(gpt2, LAYERS, feed_forward=some("feed_forward", 12))

@@ -1,0 +1,127 @@
+"""Width: which weights are a head's or a feed-forward unit's, and a model without some of them.
+
+The residual stream keeps its width, so a narrower student's hidden states still have the
+teacher's shape. Grouped heads stay whole: there, a "head" is one key/value head with the
+query heads that share it.
+"""
+
+import contextlib
+import copy
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from willows_kd.errors import InputError, require
+
+LAYOUTS = {  # GPT-2's and Llama's names of the maps into heads or units and, last, out of them
+    "heads": (("c_attn", "c_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "feed_forward": (("c_fc", "c_proj"), ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def layout(model: PreTrainedModel, part: str) -> tuple[list[dict[str, nn.Module]], int]:
+    """By name, each layer's maps into its heads or units and, last, out of them; and how many
+    heads (groups, if grouped) or units these are.
+
+    Raises:
+        InputError: they are not laid out in a way that is known.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for names in LAYOUTS[part]:
+        layers = [
+            {f"{path}.{name}": getattr(module, name) for name in names}
+            for path, module in model.named_modules()
+            if all(hasattr(module, name) for name in names)
+            and re.search(r"\.\d+\.\w+$", path)  # a layer's own, not one of its experts
+        ]
+        if len(layers) == config.num_hidden_layers:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            *_, out = layers[0].values()
+            return layers, heads if part == "heads" else out.weight.numel() // config.hidden_size
+    raise InputError(
+        f"{part} of the {config.model_type} family cannot be pruned: only the layouts of GPT-2 "
+        "and Llama are known"
+    )
+
+
+def parts_to_keep(teacher: PreTrainedModel, **given) -> dict[str, torch.Tensor]:
+    """Which heads and units stay, shape (layers, kept), rising; nothing for a part left whole.
+
+    Raises:
+        InputError: the teacher's family cannot be pruned so, or these are no such numbers.
+    """
+    kept = {}
+    for part, numbers in given.items():
+        if numbers is None:
+            continue
+        layers, count = layout(teacher, part)
+        require(
+            part != "heads" or len(layers[0]) > 2,
+            f"heads of the {teacher.config.model_type} family cannot be pruned: its config makes a "
+            "head as wide as the model divided by its heads; prune feed_forward, or layers",
+        )
+        try:
+            rows = torch.stack([torch.as_tensor(row) for row in numbers]).sort().values
+            fits = rows.ndim == 2 and len(rows) == len(layers) and rows.numel() > 0
+            fits = fits and not (rows.is_floating_point() or rows.dtype == torch.bool)
+            fits = fits and rows[:, 0].min() >= 0 and rows[:, -1].max() < count
+            fits = fits and bool((rows.diff() > 0).all())
+        except (TypeError, ValueError, RuntimeError):  # no numbers, or not equally many
+            fits = False
+        require(
+            fits,
+            f"{part} must list equally many different numbers from 0 to {count - 1} for each "
+            f"of the teacher's {len(layers)} layers, such as "
+            f"importance(teacher, blocks)[{part!r}].topk({count // 2 or 1}).indices",
+        )
+        kept[part] = rows.to(teacher.device)
+    return kept
+
+
+def pruned(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]):
+    """A teacher's config and weights with only the heads and units of `parts_to_keep`."""
+    config, weights = copy.deepcopy(teacher.config), teacher.state_dict()
+    for part, rows in kept.items():
+        layers, count = layout(teacher, part)
+        resize(config.get_text_config(decoder=True), part, count, rows.shape[1])
+        for layer, chosen in zip(layers, rows, strict=True):
+            *_, out = layer
+            for name, module in layer.items():
+                side = int(isinstance(module, Conv1D) != (name == out))  # Conv1D is transposed
+                sides = {"weight": side} if name == out else {"weight": side, "bias": 0}
+                for key, dim in sides.items():
+                    if (tensor := weights.get(f"{name}.{key}")) is not None:
+                        each = tensor.unflatten(dim, (count, -1)).index_select(dim, chosen)
+                        weights[f"{name}.{key}"] = each.flatten(dim, dim + 1)
+    return config, weights
+
+
+def resize(config, part: str, count: int, kept: int) -> None:
+    """State in a config how many of `count` heads or units each layer keeps."""
+    if part == "feed_forward":
+        setattr(config, "n_inner" if hasattr(config, "n_inner") else "intermediate_size", kept)
+        return
+    queries = config.num_attention_heads
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    config.num_attention_heads, config.num_key_value_heads = queries // count * kept, kept
+
+
+@contextlib.contextmanager
+def masked(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]):
+    """A teacher whose other heads and units pass on zeros: what a pruned one must equal."""
+    with contextlib.ExitStack() as stack:
+        for part, rows in kept.items():
+            layers, count = layout(teacher, part)
+            for layer, chosen in zip(layers, rows, strict=True):
+                *_, out = layer.values()
+                on = torch.zeros(count, 1, dtype=torch.bool, device=teacher.device)
+                on[chosen] = True
+
+                def silence(module, args, on=on):
+                    return (args[0].unflatten(-1, (len(on), -1)) * on).flatten(-2)
+
+                stack.callback(out.register_forward_pre_hook(silence).remove)
+        yield
