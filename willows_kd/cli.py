@@ -163,7 +163,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     settings = DistillConfig()
     add("model_dir", "the teacher: a directory or hub name (default: the bundled one)")
     add("dataset_path", "a text (default: The Wind in the Willows; offline, the sample story)")
-    add("text_column", "column of a JSONL, CSV or Parquet data set that holds the text")
+    add("text_column", "column of a JSON Lines or Parquet file that holds the text")
     add("encoding", "encoding of the text, such as cp1251 (default: found out)")
     add("output_dir", "where the student is saved", "./wind_in_the_willows_distilled")
     add(
