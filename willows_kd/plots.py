@@ -760,14 +760,17 @@ def plot_writing(table: pd.DataFrame, reference: str = "teacher") -> Figure:
     """
     means = table.groupby(["way", "sampling"], sort=False)[["distinct", "teacher_nats"]].mean()
     with figure(height=4.6) as (fig, ax):
-        for i, way in enumerate(means.index.unique(0)):
+        ways = means.index.unique(0)
+        looks = {way: line_look(i) for i, way in enumerate(ways.drop(reference, errors="ignore"))}
+        for way in ways:
             rows = means.loc[way].sort_index()
-            look = line_look(i) if way != reference else {"color": QUIET, "linestyle": "--"}
+            look = looks.get(way, {"color": QUIET, "linestyle": "--", "marker": "*"})
             ax.plot(rows["distinct"], rows["teacher_nats"], label=way, **look)
             if way == reference:
                 for sampling, row in rows.iterrows():
                     place = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 9}
                     ax.annotate(f"T = {sampling:g}", row, color=QUIET, **place)
+        ax.margins(0.1)
         ax.set_xlabel("different ones among all runs of three tokens (varied is right)")
         ax.set_ylabel("nats per token under the teacher (likely is down)")
         fig.legend(loc="outside lower center", ncols=2)
