@@ -140,6 +140,16 @@ def test_only_tokens_that_both_know_are_written(writer, prompts):
     assert free.max() >= 2000 > held.max()
 
 
+def test_keys_and_values_are_kept_even_if_the_model_is_set_not_to(writer, prompts):
+    writer.config.use_cache = writer.generation_config.use_cache = False
+    lengths = []
+    writer.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    kd.write_text(writer, prompts, 5)
+    assert lengths == [12, 1, 1, 1, 1]
+
+
 def test_writing_many_leaves_mode_and_random_numbers_as_they_were(writer, prompts):
     writer.train()
     state = torch.get_rng_state()

@@ -158,6 +158,7 @@ def continued(
         pad_token_id=0,
         do_sample=False,
         num_beams=beams,
+        use_cache=True,  # whatever the model is set to for training
         suppress_tokens=list(range(vocabulary or known, known)) or None,
         repetition_penalty=1.0,  # a model's own setting would change its distribution
     )
