@@ -77,7 +77,7 @@ def ways() -> dict[str, dict]:
         "on-policy reverse KL": reverse | dict(student_text=1.0),
         "on-policy Jensen-Shannon": jensen_shannon | dict(student_text=1.0),
         "half on-policy reverse KL": reverse | dict(student_text=0.5),
-        "forward KL, as long as on-policy": SOFT | dict(epochs=2),
+        "forward KL, two passes": SOFT | dict(epochs=2),
         "8 largest logits": SOFT | dict(cache=dict(top_k=8)),
         "8 sampled tokens": SOFT | dict(cache=dict(samples=8)),
         "64 sampled tokens": SOFT | dict(cache=dict(samples=64)),

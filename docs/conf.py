@@ -40,7 +40,9 @@ nb_code_prompt_show = "Show the set-up"
 nb_code_prompt_hide = "Hide the set-up"
 myst_enable_extensions = ["dollarmath", "amsmath", "substitution"]
 myst_heading_anchors = 3
-myst_substitutions = {"help_of_distill": pages.help_of_distill(), "api": pages.api()}
+commands = ("distill", "generate", "compare", "export")
+myst_substitutions = {f"help_of_{name}": pages.help_of(name) for name in commands}
+myst_substitutions["api"] = pages.api()
 suppress_warnings = ["myst.header"]  # exercises are third-level headings wherever they stand
 
 # Docstrings: `name` in them is code.

@@ -20,12 +20,12 @@ HELP_WIDTH = "88"  # columns
 RESULTS = "Returned"  # the heading of a list of results
 
 
-def help_of_distill() -> str:
-    """What `willows-kd distill --help` prints, as a block of code."""
+def help_of(command: str) -> str:
+    """What `willows-kd COMMAND --help` prints, as a block of code."""
     os.environ["COLUMNS"] = HELP_WIDTH
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        cli.main(["distill", "--help"])
+        cli.main([command, "--help"])
     return f"```text\n{printed.getvalue()}```"
 
 

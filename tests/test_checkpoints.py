@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import willows_kd as kd
@@ -239,10 +240,10 @@ def test_the_interval_is_one_of_time_that_no_clock_disturbs(
     monkeypatch.setattr(Checkpoints, "save", lambda *a: (saved.append(len(a[3])), save(*a)))
 
     def on_step(row):
-        now[0] += 40
+        now[0] += 30
 
     run(teacher, student, blocks, folder, on_step=on_step, minutes=1)
-    assert saved == [2, 3, 5, 6]  # after 80 s; an epoch; 80 s more; an epoch
+    assert saved == [2, 3, 5, 6]  # after a minute; an epoch; a minute more; an epoch
 
 
 @pytest.mark.parametrize(
@@ -489,11 +490,24 @@ def test_a_second_run_is_refused_until_the_first_one_dies(teacher, student, bloc
     assert len(run(teacher, student, blocks, folder)) == STEPS
 
 
-def test_a_lock_leaves_nothing_behind(tmp_path):
+def test_a_lock_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "new" / "checkpoints"
-    with Checkpoints(folder).locked(), Checkpoints(folder).locked():
+    with Checkpoints(folder).locked(), Checkpoints("new/checkpoints").locked():  # one folder
         assert (folder / "lock").exists()
     assert list(tmp_path.iterdir()) == []
+    with Checkpoints(folder).locked():
+        shutil.rmtree(folder)
+
+
+def test_a_lock_ends_with_an_error_even_if_somebody_keeps_the_traceback(folder):
+    folder.mkdir()
+    (folder / "step_00000001.safetensors").touch()
+    with pytest.raises(ZeroDivisionError) as kept, Checkpoints(folder).locked():
+        raise ZeroDivisionError
+    assert kept.traceback
+    with FileLock(folder / LOCK, timeout=0):
+        pass
 
 
 def test_what_a_killed_run_left_of_a_checkpoint_goes_with_the_folder(tmp_path):

@@ -251,13 +251,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(distil, tm
 # -- options ---------------------------------------------------------------------------
 
 
-def test_layers_sets_the_depth_of_the_student(distil, tmp_path, capsys):
-    assert distil("--layers", "3") == 0
-    assert "Loading student model (3 of the teacher's layers)" in capsys.readouterr().out
-    config = json.loads((tmp_path / "student" / "config.json").read_text())
-    assert config["n_layer"] == 3
-
-
 def test_a_student_made_elsewhere_is_trained_as_it_is(distil, place, tmp_path, capsys):
     assert distil("--student", str(place / "narrow"), "--learning_rate", "1e-9") == 0
     assert f"🔍 Loading student model ({place / 'narrow'})..." in capsys.readouterr().out
@@ -382,11 +375,12 @@ def test_offline_and_without_the_book_it_is_the_sample_story(
     assert "sample story" in settings_of(tmp_path / "student")["corpus"]
 
 
-def test_the_help_names_every_option(capsys):
+def test_the_help_names_every_option_and_exit_code(capsys):
     assert run(["distill", "--help"]) == 0
     shown = capsys.readouterr().out
     for option in vars(parse(["distill"])):
         assert option == "command" or f"--{option}" in shown
+    assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == ["0", "1", "2", "3", "130"]
 
 
 # -- bad input -------------------------------------------------------------------------
@@ -553,12 +547,6 @@ def test_a_student_that_cannot_be_written_has_a_code_of_its_own(distil, monkeypa
     monkeypatch.setattr(models, "save_model", full)
     assert distil() == 3
     assert "error: student cannot be written: No space left" in capsys.readouterr().err
-
-
-def test_the_help_lists_the_exit_codes(capsys):
-    assert run(["distill", "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == ["0", "1", "2", "3", "130"]
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])
@@ -820,7 +808,9 @@ def test_the_checkpoints_are_beside_the_output(given, folder, tmp_path, monkeypa
 # -- other teachers --------------------------------------------------------------------
 
 
-def test_a_teacher_of_the_llama_family_is_distilled(distil, tokenizer, tmp_path):
+def test_a_teacher_of_the_llama_family_gives_a_student_of_so_many_layers(
+    distil, tokenizer, tmp_path, capsys
+):
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -831,9 +821,10 @@ def test_a_teacher_of_the_llama_family_is_distilled(distil, tokenizer, tmp_path)
         max_position_embeddings=64,
     )
     teacher = save(tmp_path / "llama", tokenizer, LlamaForCausalLM, config)
-    assert distil("--model_dir", str(teacher), "--layers", "2") == 0
+    assert distil("--model_dir", str(teacher), "--layers", "3") == 0
+    assert "Loading student model (3 of the teacher's layers)" in capsys.readouterr().out
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert (student.config.model_type, len(student.model.layers)) == ("llama", 2)
+    assert (student.config.model_type, len(student.model.layers)) == ("llama", 3)
 
 
 @pytest.fixture

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 import willows_kd as kd
 from willows_kd import evaluation
-from willows_kd.evaluation import calibration_error, number, windows
+from willows_kd.evaluation import (
+    calibration_error,
+    number,
+    token_scores,
+    windows,
+    with_intervals,
+)
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -83,10 +89,13 @@ def predictions(model, blocks: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("count", "size"), [(3, 16), (5, 7), (6, 2)])
 def test_quality_is_that_of_a_slow_reading(model, teacher, blocks, count, size):
-    few = reshaped(blocks.test, count, size)
+    few = reshaped(blocks.test, count, size).clone()
+    for i in range(1, size, 2):  # the model shall be right about some tokens
+        few[0, i] = model(few[:1, :i]).logits[0, -1].argmax()
     log_q, log_p = predictions(model, few), predictions(teacher, few)
     labels = few.flatten()[1:]
     confidence, choice = log_q.exp().max(dim=-1)
+    assert 0 < (choice == labels).sum() < len(labels)
     distributions = (torch.distributions.Categorical(logits=x) for x in (log_p, log_q))
     expected = {
         "perplexity": math.exp(-log_q[range(len(labels)), labels].mean()),
@@ -104,24 +113,9 @@ def test_reading_fewer_windows_at_once_changes_nothing(model, teacher, blocks, m
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_with_no_idea_has_the_perplexity_of_its_vocabulary(model, blocks, tokenizer):
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    found = kd.quality(model, blocks.test, tokenizer)
-    assert found["perplexity"] == pytest.approx(len(tokenizer), rel=1e-6)
-
-
-def test_bits_per_byte_are_the_nats_of_all_tokens_by_byte_of_their_text(model, blocks, tokenizer):
-    found = kd.quality(model, blocks.test, tokenizer)
-    tokens = blocks.test.flatten()[1:]
-    text_bytes = len(tokenizer.decode(tokens).encode())
-    bits = math.log2(found["perplexity"]) * len(tokens)
-    assert found["bits_per_byte"] == pytest.approx(bits / text_bytes)
-
-
-def test_the_end_of_text_token_has_no_bytes(model, blocks, tokenizer):
+def test_bits_per_byte_are_those_of_all_tokens_by_byte_of_text(model, blocks, tokenizer):
     with_end = reshaped(blocks.test, 2, 16).clone()
-    with_end[1, 5] = tokenizer.eos_token_id
+    with_end[1, 5] = tokenizer.eos_token_id  # which has no bytes
     found = kd.quality(model, with_end, tokenizer)
     written = [token for token in with_end.flatten()[1:] if token != tokenizer.eos_token_id]
     bits = math.log2(found["perplexity"]) * 31
@@ -178,9 +172,10 @@ def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
         (torch.tensor([[-1, 5]]), "a token id is -1"),
         (torch.zeros(4, dtype=torch.long), r"shape \(blocks, block_size\)"),
         (torch.zeros(0, 4, dtype=torch.long), "at least one block"),
+        (torch.zeros(3, 1, dtype=torch.long), "one block of two tokens"),
         ([[1, 2, 3]], "blocks are a list"),
     ],
-    ids=["too long", "unknown token", "negative", "no blocks", "none", "list"],
+    ids=["too long", "unknown token", "negative", "no blocks", "none", "no next token", "list"],
 )
 def test_blocks_that_cannot_be_read_are_refused(measure, given, expected, model):
     with pytest.raises(kd.InputError, match=expected):
@@ -219,22 +214,67 @@ def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teache
     assert found["kl_to_teacher"] == pytest.approx(terms.sum(dim=-1).mean().item(), rel=1e-4)
 
 
+def test_the_padding_of_a_head_is_no_token(model, teacher, blocks):
+    padded = copy.deepcopy(teacher)
+    padded.resize_token_embeddings(4096 + 8, mean_resizing=False)
+    for found, expected in [
+        ((model, padded), (model, teacher)),
+        ((padded, model), (teacher, model)),
+    ]:
+        found, expected = (kd.quality(m, blocks.test, teacher=t) for m, t in (found, expected))
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_models_in_half_precision_are_compared_in_float32(model, teacher, blocks):
+    model, teacher = model.bfloat16(), teacher.bfloat16()
+    found = token_scores(model, teacher, blocks.test)
+    log_p, log_q = (
+        m(blocks.test).logits[:, :-1].double().log_softmax(dim=-1) for m in (teacher, model)
+    )
+    nats = -log_q.gather(-1, blocks.test[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found["nats"].double(), nats, rtol=1e-5, atol=1e-5)
+    expected = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    torch.testing.assert_close(found["kl"].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_are_taken_without_dropout_or_gradients(model, teacher, blocks):
+    expected = token_scores(model, teacher, blocks.test)
+    found = token_scores(model.train(), teacher.train(), blocks.test)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any(values.requires_grad for values in found.values())
+    assert model.training and teacher.training
+
+
+def test_the_quality_of_what_a_model_wrote(model, teacher, blocks):
+    prompts = blocks.test[:2, :4]
+    text = torch.tensor([[1, 2, 1, 2, 1, 2], [3, 4, 1, 2, 1, 5]])
+    found = kd.text_quality(model, teacher, prompts, text)
+    ids = torch.cat([prompts, text], dim=1)
+    log_p, log_q = (m(ids).logits[:, 3:-1].double().log_softmax(dim=-1) for m in (teacher, model))
+    assert found == pytest.approx(
+        {
+            "teacher_nats": -log_p.gather(-1, text[..., None]).mean().item(),
+            "kl_to_teacher": (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item(),
+            "distinct": 5 / 8,  # 121, 212; 341, 412, 121, 215
+            "repetition": 2 / 8,  # the second 121 and 212 of the first text
+        },
+        rel=1e-4,
+    )
+
+
 # -- two models on the same blocks -----------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, evaluation.LOGITS_AT_ONCE])
-def test_the_nats_of_a_block_are_those_of_reading_it_alone(at_once, model, blocks, monkeypatch):
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", at_once)
-    found = kd.block_nats(model.train(), blocks.test)
-    assert found.shape == (len(blocks.test),)
-    assert model.training
+@pytest.mark.parametrize(("room", "read"), [(0.5, [1] * 6), (4, [4, 2]), (9, [6])])
+def test_the_nats_of_a_block_are_those_of_reading_it_alone(room, read, model, blocks, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", int(room * 32 * 4096))
+    sizes = []
+    hook = model.register_forward_hook(lambda m, args, output: sizes.append(len(output.logits)))
+    found = kd.block_nats(model, blocks.test)
+    assert sizes == read
+    hook.remove()
     perplexities = [kd.quality(model, block[None])["perplexity"] for block in blocks.test]
     assert found.exp().tolist() == pytest.approx(perplexities, rel=1e-5)
-
-
-def test_blocks_of_one_token_have_no_nats(model):
-    with pytest.raises(kd.InputError, match="one token each"):
-        kd.block_nats(model, torch.ones(3, 1, dtype=torch.long))
 
 
 def test_a_model_does_not_differ_from_itself_and_a_shift_is_certain():
@@ -391,29 +431,30 @@ def test_a_model_is_one_row_and_a_function_the_mean_of_its_seeds(
     assert table.loc["teacher", QUALITY].to_dict() == expected
     found = [kd.quality(make(seed), blocks.test, tokenizer, model) for seed in (4, 5, 6)]
     for name in QUALITY:
-        a, b, c = (row[name] for row in found)
-        mean = (a + b + c) / 3
-        deviation = math.sqrt(((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2)
-        assert table.loc["student", name] == pytest.approx(mean)
-        half_width = 4.30 * deviation / math.sqrt(3)
-        assert table.loc["student", f"± {name}"] == pytest.approx(half_width)
-
-
-def test_the_costs_in_the_table_are_those_of_the_model(model, blocks, tokenizer):
-    row = kd.compare({"model": model}, blocks, tokenizer).loc["model"]
-    assert row["parameters"] == sum(p.numel() for p in model.parameters())
-    assert row["disk_mb"] == pytest.approx(kd.size_on_disk(model) / 1e6)
-    assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
-    assert row["forward_ms"] > 0
-    assert row["token_ms"] > 0
+        assert table.loc["student", name] == pytest.approx(
+            statistics.mean(row[name] for row in found)
+        )
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Tables without the time that speed and samples take."""
-    speed = {"forward": 0.5, "per_token": 0.25}
-    monkeypatch.setattr(evaluation, "latency", lambda models, ids: dict.fromkeys(models, speed))
+
+    def latency(models, ids):
+        assert ids.shape == (1, 32)
+        return dict.fromkeys(models, {"forward": 0.5, "per_token": 0.25})
+
+    monkeypatch.setattr(evaluation, "latency", latency)
     monkeypatch.setattr(evaluation, "complete", lambda *args, **kwargs: TRAINING_TEXT)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_costs_in_the_table_are_those_of_the_model(model, blocks, tokenizer):
+    row = kd.compare({"model": model}, blocks, tokenizer).loc["model"]
+    assert row["parameters"] == sum(p.numel() for p in model.parameters())
+    assert row["disk_mb"] == pytest.approx(kd.size_on_disk(model) / 1e6)
+    assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
+    assert (row["forward_ms"], row["token_ms"]) == (500, 250)
 
 
 @pytest.mark.usefixtures("quick")
@@ -423,6 +464,28 @@ def test_the_first_model_is_the_teacher_unless_another_is_named(model, teacher, 
     by_name = kd.compare(models, blocks, tokenizer, teacher=teacher)
     assert (by_default["kl_to_teacher"] == 0).tolist() == [True, False]
     assert (by_name["kl_to_teacher"] == 0).tolist() == [False, True]
+    of_seeds = kd.compare(
+        {"first": lambda seed: [model, teacher][seed]}, blocks, tokenizer, None, (0, 1)
+    )
+    kl = kd.quality(teacher, blocks.test, teacher=model)["kl_to_teacher"]
+    assert of_seeds.loc["first", "kl_to_teacher"] == pytest.approx(kl / 2)
+
+
+@pytest.mark.usefixtures("quick")
+def test_verbatim_in_the_table_is_the_mean_over_samples_of_the_split(
+    model, blocks, tokenizer, monkeypatch
+):
+    asked = []
+
+    def complete(model, tokenizer, prompt, new_tokens, seed):
+        asked.append((prompt, seed))
+        return TRAINING_TEXT if seed else tokenizer.decode(blocks.train[0])
+
+    monkeypatch.setattr(evaluation, "complete", complete)
+    table = kd.compare({"model": model}, blocks, tokenizer)
+    assert table.loc["model", "verbatim"] == pytest.approx(1 / 3)
+    openings = tokenizer.batch_decode(blocks.test[[0, 2, 5], :12])
+    assert asked == [(opening, seed) for seed, opening in enumerate(openings)]
 
 
 @pytest.mark.usefixtures("quick")
@@ -431,12 +494,6 @@ def test_quality_is_measured_on_the_split_that_was_asked_for(model, blocks, toke
     table = kd.compare({"model": model}, blocks, tokenizer, split=split)
     expected = kd.quality(model, getattr(blocks, split))
     assert table.loc["model", "perplexity"] == expected["perplexity"]
-
-
-@pytest.mark.usefixtures("quick")
-def test_seconds_are_shown_as_milliseconds(model, blocks, tokenizer):
-    row = kd.compare({"model": model}, blocks, tokenizer).loc["model"]
-    assert (row["forward_ms"], row["token_ms"]) == (500, 250)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -459,6 +516,14 @@ def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokeniz
     assert table.notna().all(axis=None)
 
 
+@pytest.mark.parametrize(("repeats", "t"), [(2, 12.71), (3, 4.30), (11, 2.23), (50, 2.23)])
+def test_an_interval_is_students(repeats, t):
+    values = list(range(repeats))
+    half_width = t * statistics.stdev(values) / math.sqrt(repeats)
+    expected = {"a": statistics.mean(values), "± a": pytest.approx(half_width)}
+    assert with_intervals([{"a": value} for value in values]) == expected
+
+
 # -- as text ---------------------------------------------------------------------------
 
 
@@ -472,33 +537,22 @@ def table():
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def cells_of(line: str) -> list[str]:
-    assert line.startswith("| ") and line.endswith(" |")
-    return [cell.strip() for cell in line[1:-1].split("|")]
-
-
 def test_a_table_is_markdown_with_a_column_a_model(table):
-    header, rule, *rows = map(cells_of, kd.as_markdown(table).split("\n"))
-    assert header == ["", "teacher", "student"]
-    assert len(rule) == 3
-    assert all(set(cell) == {"-"} for cell in rule)
-    assert rows == [
-        ["perplexity", "12.3", "45.7 ± 0.500"],
-        ["parameters", "2.35 M", "123.0"],
-        ["generating a token (ms)", "1.50", "0.250"],
+    assert kd.as_markdown(table).split("\n") == [
+        "|                         | teacher | student      |",
+        "| ----------------------- | ------- | ------------ |",
+        "| perplexity              | 12.3    | 45.7 ± 0.500 |",
+        "| parameters              | 2.35 M  | 123.0        |",
+        "| generating a token (ms) | 1.50    | 0.250        |",
     ]
-
-
-def test_the_columns_of_a_table_stand_under_each_other(table):
-    assert len(set(map(len, kd.as_markdown(table).split("\n")))) == 1
 
 
 @pytest.mark.usefixtures("quick")
 def test_every_number_of_a_comparison_is_in_its_text(model, blocks, tokenizer):
     table = kd.compare({"a": model, "b": model}, blocks, tokenizer)
-    rows = [cells_of(line) for line in kd.as_markdown(table).split("\n")]
+    rows = kd.as_markdown(table).split("\n")
     assert len(rows) == 2 + len(table.columns)
-    assert all(cell for row in rows[1:] for cell in row)
+    assert not any("|  " in row for row in rows[1:])  # no empty cell
 
 
 def test_a_number_has_the_digits_that_matter():

@@ -97,6 +97,16 @@ def test_what_a_killed_process_left_is_restored_or_removed(replaced_too, tmp_pat
     assert sorted(tmp_path.iterdir()) == sorted([work, neighbour])
 
 
+def test_the_directory_may_be_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / ".work.00ff.partial").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    clean_up_interrupted_writes(Path("."))
+    write_directory(Path("."), "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "work"]
+    assert texts(tmp_path) == ["new"]
+
+
 def test_the_checksum_sees_names_types_shapes_and_bytes():
     a = np.arange(6, dtype=np.int32)
     others = [

@@ -52,6 +52,7 @@ PUBLIC_NAMES = {
         "as_markdown",
     ],
     "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
+    "export": ["export_model", "load_onnx"],
     "plots": [
         "plot_parts",
         "plot_split",

@@ -73,8 +73,7 @@ class Checkpoints:
         lock = FileLock(path, timeout=0, is_singleton=True)
         with write_errors(self.folder):
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
+                lock.acquire()  # makes the folder, too
             except Timeout:
                 raise InputError(
                     f"another run is writing to {self.folder}; "
@@ -90,8 +89,7 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # Windows keeps a file that is open
                     path.unlink()
             lock.release()
-            if outermost and not path.exists():
-                remove_empty(created)
+            remove_empty(created)
 
     def files(self) -> list[Path]:
         """The checkpoints, newest first."""

@@ -1,4 +1,4 @@
-"""The command line: `python model_distillation.py` or `willows-kd distill`.
+"""The command line: `python model_distillation.py` or `willows-kd distill`, and the others.
 
 Nothing slow is imported before the arguments are known to be good.
 """
@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 
-from willows_kd.config import DIVERGENCE_NAMES, DTYPES, DistillConfig
+from willows_kd.config import DIVERGENCE_NAMES, DTYPES, EXPORT_FORMATS, DistillConfig
 from willows_kd.errors import InputError, WriteError
 
 TEXTS = {"book": 0.0, "teacher": 0.0, "student": 1.0, "mix": 0.5}  # the share the student writes
@@ -21,6 +21,15 @@ exit codes:
   2    something that was given cannot be used
   3    a file could not be written, such as on a full disk
   130  stopped by the user; --resume continues
+"""
+
+OTHER_EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the output was closed early
+  2    something that was given cannot be used
+  3    a file could not be written, such as on a full disk
+  130  stopped by the user
 """
 
 
@@ -38,10 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without emoji still gets the words
     try:
-        config = config_of(options)
-        from willows_kd.commands import distill_to_directory
+        if options.command == "distill":
+            config = config_of(options)
+            from willows_kd.commands import distill_to_directory
 
-        return distill_to_directory(options, config)
+            return distill_to_directory(options, config)
+        from willows_kd import using
+
+        return getattr(using, options.command)(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -68,7 +81,76 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(distill)
+    for add_command in (add_generate, add_compare, add_export):
+        command = add_command(commands)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(arguments)
+
+
+def new_command(commands, name: str, about: str, model_dir: str, **more) -> Parser:
+    """A command that works on models."""
+    command = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=OTHER_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("model_dir", metavar="DIR", help=model_dir, **more)
+    return command
+
+
+def add_generate(commands) -> Parser:
+    """The command `generate`, with the defaults of `complete`."""
+    parser = new_command(
+        commands,
+        "generate",
+        "let a model go on with a prompt",
+        "a model's directory or hub name, or an export to ONNX",
+    )
+    add = parser.add_argument
+    add("--prompt", required=True, help="what the text begins with")
+    add("--max_new_tokens", type=int, default=60, help="at most so many (default: 60)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    add("--top_k", type=int, default=50, help="draw from so many, 0 for all (default: 50)")
+    add("--seed", type=int, default=0, help="for the draws (default: 0)")
+    return parser
+
+
+def add_compare(commands) -> Parser:
+    """The command `compare`."""
+    parser = new_command(
+        commands,
+        "compare",
+        "compare models in quality, size, memory and speed",
+        "directories or hub names, at least two; the others are compared with the first",
+        nargs="+",
+    )
+    add = parser.add_argument
+    text = "a text (default: The Wind in the Willows; offline, the sample story)"
+    add("--dataset_path", help=text)
+    add("--text_column", help="column of a JSONL, CSV or Parquet data set that holds the text")
+    add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
+    add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
+    add("--output_dir", help="where table and figure are saved (default: nowhere)")
+    add("--overwrite", action="store_true", help="replace an output directory that is not empty")
+    return parser
+
+
+def add_export(commands) -> Parser:
+    """The command `export`."""
+    parser = new_command(
+        commands,
+        "export",
+        "write a model for another runtime",
+        "the model: a directory or hub name",
+    )
+    add = parser.add_argument
+    add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
+    add("--output_dir", required=True, help="where it is saved")
+    add("--overwrite", action="store_true", help="replace an output directory that is not empty")
+    return parser
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +163,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     settings = DistillConfig()
     add("model_dir", "the teacher: a directory or hub name (default: the bundled one)")
     add("dataset_path", "a text (default: The Wind in the Willows; offline, the sample story)")
-    add("text_column", "column of a JSONL, CSV or Parquet data set that holds the text")
+    add("text_column", "column of a JSON Lines or Parquet file that holds the text")
     add("encoding", "encoding of the text, such as cp1251 (default: found out)")
     add("output_dir", "where the student is saved", "./wind_in_the_willows_distilled")
     add(

@@ -111,7 +111,7 @@ def prepare(options) -> Job:
         InputError: something that was given cannot be used.
     """
     device = find_device(options.device)
-    check_inputs_stay(options)
+    check_inputs_stay(options.output_dir, options.model_dir, options.student, options.dataset_path)
     bundled = options.model_dir is None
     teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
     models.check_context(teacher_name, options.block_size)
@@ -225,17 +225,17 @@ def save(job: Job, options, config: DistillConfig, history: list[dict], table) -
     print("✅ Distilled model saved successfully!")
 
 
-def check_inputs_stay(options) -> None:
+def check_inputs_stay(output_dir: str, *inputs: str | None) -> None:
     """Refuse an output directory that would replace what the run reads.
 
     Raises:
-        InputError: the teacher, the student or the text lies in the output directory.
+        InputError: a model or the text lies in the output directory.
     """
-    output = Path(options.output_dir).resolve()
-    for given in (options.model_dir, options.student, options.dataset_path):
+    output = Path(output_dir).resolve()
+    for given in inputs:
         path = Path(given).resolve() if given else None
         if path and path.exists() and output in (path, *path.parents):
-            raise InputError(f"{given} lies in {options.output_dir}, which would be replaced")
+            raise InputError(f"{given} lies in {output_dir}, which would be replaced")
 
 
 def find_device(name: str) -> torch.device:

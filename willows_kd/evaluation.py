@@ -30,7 +30,6 @@ from willows_kd.pruning import LAYOUTS, layout
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
 
-@torch.inference_mode()
 def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[str, float]:
     """How well a model predicts held-out text, and how like its teacher.
 
@@ -56,10 +55,9 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
     if teacher is not None:
         check_blocks(teacher, blocks, "teacher")
     per_token: dict[str, list[torch.Tensor]] = {}
-    with eval_mode(model, teacher):
-        for window, scored in windows(blocks, vocabulary_size(model)):
-            for name, values in token_scores(model, teacher, window.to(model.device)).items():
-                per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
+    for window, scored in windows(blocks, vocabulary_size(model)):
+        for name, values in token_scores(model, teacher, window.to(model.device)).items():
+            per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
     found = {name: torch.cat(values).double() for name, values in per_token.items()}
     result = {"perplexity": found["nats"].mean().exp().item()}
     if tokenizer is not None:
@@ -81,9 +79,9 @@ def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
     """
     require_model(model, name)
     require(
-        isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and len(blocks) > 0,
+        isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and blocks[:, 1:].numel() > 0,
         f"blocks are {type_name(blocks)}; give token ids of shape (blocks, block_size), at least "
-        "one block, such as Blocks.test",
+        "one block of two tokens, such as Blocks.test",
     )
     least, most = blocks.min().item(), blocks.max().item()
     known = vocabulary_size(model)
@@ -101,7 +99,7 @@ def windows(blocks: torch.Tensor, vocabulary: int):
         scored in exactly one window.
     """
     stream, length = blocks.flatten(), blocks.shape[1]
-    starts = list(range(0, len(stream) - length + 1, max(1, length // 2)))
+    starts = list(range(0, len(stream) - length + 1, length // 2))
     if starts[-1] + length < len(stream):
         starts.append(len(stream) - length)
     ends = [1] + [start + length for start in starts[:-1]]  # where the window before ended
@@ -170,7 +168,6 @@ def importance(teacher, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
     return {part: torch.stack(found) for part, found in scores.items()}
 
 
-@torch.inference_mode()
 def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy of each block by itself, in nats per token, shape (blocks,).
 
@@ -179,10 +176,9 @@ def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
 
     Args:
         model: a causal language model.
-        blocks: token ids, shape (blocks, block_size), of at least two tokens each.
+        blocks: token ids, shape (blocks, block_size).
     """
     check_blocks(model, blocks, "model")
-    require(blocks.shape[1] > 1, "blocks have one token each; at least two are needed")
     at_once = max(1, LOGITS_AT_ONCE // (blocks.shape[1] * vocabulary_size(model)))
     found = [
         token_scores(model, None, part.to(model.device))["nats"].double().mean(dim=1).cpu()
@@ -325,7 +321,7 @@ def compare(
     for name, group in [("teacher", [teacher]), *made.items()]:
         for model in group:
             check_blocks(model, held_out, name)
-    training_text = tokenizer.decode(blocks.train.flatten().tolist(), skip_special_tokens=True)
+    training_text = tokenizer.decode(blocks.train.flatten())
     speed = latency({name: group[0] for name, group in made.items()}, held_out[:1])
     rows = {}
     for name, group in made.items():
@@ -354,8 +350,7 @@ def compare(
 def prompts(blocks: torch.Tensor, tokenizer, count: int = 3, tokens: int = 12) -> list[str]:
     """The openings of a few blocks spread over a split."""
     rows = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()
-    openings = blocks[rows, :tokens].tolist()
-    return [tokenizer.decode(opening, skip_special_tokens=True) for opening in openings]
+    return tokenizer.batch_decode(blocks[rows, :tokens])
 
 
 def with_intervals(measured: list[dict[str, float]]) -> dict[str, float]:

@@ -38,11 +38,13 @@ def complete(
     temperature: float = 0.8,
     seed: int = 0,
     top_k: int = 50,
+    streamer=None,
 ) -> str:
     """Continue a prompt; the same seed gives the same words.
 
     Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
-    of sampling; temperature 0 takes the likeliest.
+    of sampling; temperature 0 takes the likeliest. A streamer of `transformers` is given
+    prompt and tokens as they come.
     """
     require_model(model, "model")
     require(
@@ -74,6 +76,7 @@ def complete(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
             **(sampling if temperature else {"do_sample": False}),
         )
     return tokenizer.decode(out[0], skip_special_tokens=True)
@@ -180,7 +183,8 @@ class Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Choose where the cumulative probability passes the number (inverse transform)."""
         draw = self.draws[:, input_ids.shape[1] - self.prompt_length, None]
-        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        p = (scores / self.temperature).softmax(dim=-1)
+        cumulative = p.cumsum(dim=-1, dtype=torch.float64)  # so that no rare token is lost
         token = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
 

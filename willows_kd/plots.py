@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from willows_kd.errors import require
-from willows_kd.evaluation import with_intervals
+from willows_kd.evaluation import LABELS, with_intervals
 from willows_kd.models import layer_stack
 from willows_kd.soft_labels import entropy, soften, top_k
 from willows_kd.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
@@ -600,18 +600,23 @@ def plot_sweep(measured: pd.DataFrame, value: str = "perplexity") -> Figure:
 
 
 def plot_tradeoff(
-    table: pd.DataFrame, teacher: str = "teacher", untrained: Sequence[str] = ("untrained",)
+    table: pd.DataFrame,
+    teacher: str = "teacher",
+    untrained: Sequence[str] = ("untrained",),
+    measure: str = "perplexity",
 ) -> Figure:
     """Perplexity against the time of a generated token; a marker's area is the size on disk.
 
     Intervals of the perplexity are drawn if the table of `compare` has them. Untrained
     students are left out, since being small and fast is no merit of theirs; if there is
-    no other student, they are hollow.
+    no other student, they are hollow. Another measure than the perplexity, such as
+    "bits_per_byte", is for models whose vocabularies differ.
     """
     trained = table.drop(index=[name for name in untrained if name in table.index])
     if len(trained) > 1:
         table = trained
-    best = table["perplexity"].drop(index=teacher).idxmin()
+    label = LABELS[measure]
+    best = table[measure].drop(index=teacher).idxmin()
     with figure() as (fig, ax):
         area = 300 * table["disk_mb"] / table["disk_mb"].max()
         for i, (name, row) in enumerate(table.iterrows()):
@@ -619,20 +624,20 @@ def plot_tradeoff(
             look = {"marker": MARKERS[i % 5], "label": f"{name}, {row['disk_mb']:.1f} MB"}
             look |= {"color": "none" if hollow else COLOURS[i % 5]}
             look |= {"edgecolor": QUIET if hollow else "black"}
-            ax.scatter(row["token_ms"], row["perplexity"], s=area[name], **look)
-            spread = row.get("± perplexity", math.nan)
+            ax.scatter(row["token_ms"], row[measure], s=area[name], **look)
+            spread = row.get(f"± {measure}", math.nan)
             if not pd.isna(spread):
                 look = {"color": "black", "linestyle": "", "marker": "", "capsize": 4, "zorder": 3}
-                ax.errorbar(row["token_ms"], row["perplexity"], yerr=spread, **look)
+                ax.errorbar(row["token_ms"], row[measure], yerr=spread, **look)
         ax.legend(markerscale=0.6, labelspacing=0.9)
-        ax.set(xlabel="generating a token (ms)", ylabel="perplexity on held-out text")
-        if table["perplexity"].max() > 5 * table["perplexity"].min():
-            ax.set(yscale="log", ylabel="perplexity on held-out text (logarithmic)")
+        ax.set(xlabel="generating a token (ms)", ylabel=f"{label} on held-out text")
+        if table[measure].max() > 5 * table[measure].min():
+            ax.set(yscale="log", ylabel=f"{label} on held-out text (logarithmic)")
             plain_numbers(ax.yaxis)
         ax.margins(0.25)
         ratio = table.loc[best] / table.loc[teacher]
         ax.set_title(
-            f"{best}: {ratio['perplexity']:.2f} times the perplexity, "
+            f"{best}: {ratio[measure]:.2f} times the {label}, "
             f"{ratio['disk_mb']:.2f} of the size, {ratio['token_ms']:.2f} of the time"
         )
     return fig
@@ -755,14 +760,17 @@ def plot_writing(table: pd.DataFrame, reference: str = "teacher") -> Figure:
     """
     means = table.groupby(["way", "sampling"], sort=False)[["distinct", "teacher_nats"]].mean()
     with figure(height=4.6) as (fig, ax):
-        for i, way in enumerate(means.index.unique(0)):
+        ways = means.index.unique(0)
+        looks = {way: line_look(i) for i, way in enumerate(ways.drop(reference, errors="ignore"))}
+        for way in ways:
             rows = means.loc[way].sort_index()
-            look = line_look(i) if way != reference else {"color": QUIET, "linestyle": "--"}
+            look = looks.get(way, {"color": QUIET, "linestyle": "--", "marker": "*"})
             ax.plot(rows["distinct"], rows["teacher_nats"], label=way, **look)
             if way == reference:
                 for sampling, row in rows.iterrows():
                     place = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 9}
                     ax.annotate(f"T = {sampling:g}", row, color=QUIET, **place)
+        ax.margins(0.1)
         ax.set_xlabel("different ones among all runs of three tokens (varied is right)")
         ax.set_ylabel("nats per token under the teacher (likely is down)")
         fig.legend(loc="outside lower center", ncols=2)

@@ -1,0 +1,302 @@
+"""Exported students: the same model in another runtime, or one line that says why not."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from families import random_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+import willows_kd as kd
+from willows_kd import export
+from willows_kd.config import EXPORT_FORMATS
+from willows_kd.models import quiet_transformers
+
+PROMPT = "The river was wide, and"
+
+
+def needs(*packages):
+    """Skip a test without the packages that an export takes."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}")
+
+
+needs_onnx = needs("onnx", "onnxruntime", "onnxscript")
+needs_gguf = needs("gguf")
+
+
+@pytest.fixture(scope="module")
+def student():
+    """The bundled student."""
+    return kd.load_bundled("student", "cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(student, tokenizer, tmp_path_factory):
+    """What `export_model` returned for a format, each made once."""
+    made = {}
+
+    def export_once(to):
+        if to not in made:
+            folder = tmp_path_factory.mktemp("exports") / to
+            made[to] = kd.export_model(student, tokenizer, folder, to)
+        return made[to]
+
+    return export_once
+
+
+# -- ONNX ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def onnx(exported):
+    """The bundled student in onnxruntime."""
+    return kd.load_onnx(exported("onnx")["file"].parent)[0]
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize(("texts", "cached", "new"), [(1, 0, 1), (3, 0, 7), (2, 9, 1), (2, 4, 5)])
+def test_the_logits_are_pytorchs_for_any_number_of_texts_and_tokens(
+    texts, cached, new, student, onnx
+):
+    ids = torch.arange(texts * (cached + new)).view(texts, -1) * 7919 % 4096
+    cache = onnx(ids[:, :cached])[export.CACHE] if cached else None
+    found = onnx(ids[:, cached:], **{export.CACHE: cache}).logits
+    torch.testing.assert_close(found, student(ids).logits[:, cached:], rtol=0, atol=1e-3)
+
+
+@needs_onnx
+def test_the_greedy_text_is_the_same_and_read_once(student, onnx, tokenizer, monkeypatch):
+    read, forward = [], onnx.forward
+    monkeypatch.setattr(
+        onnx,
+        "forward",
+        lambda input_ids, **more: read.append(input_ids.shape[1]) or forward(input_ids, **more),
+    )
+    wanted = kd.complete(student, tokenizer, PROMPT, 20, temperature=0)
+    assert kd.complete(onnx, tokenizer, PROMPT, 20, temperature=0) == wanted
+    assert read == [len(tokenizer(PROMPT)["input_ids"])] + 19 * [1]  # with the cache
+
+
+@needs_onnx
+def test_an_export_is_measured_as_any_model(student, onnx, blocks, tokenizer):
+    wanted = kd.quality(student, blocks.test, tokenizer)
+    found = kd.quality(onnx, blocks.test, tokenizer, student)
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
+    assert found["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert kd.latency({"onnx": onnx}, blocks.test[:1], 2, 1)["onnx"]["per_token"] > 0
+
+
+@needs_onnx
+def test_texts_of_different_lengths_are_refused(onnx):
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(kd.InputError, match="one length"):
+        onnx(ids, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
+
+
+@needs_onnx
+def test_an_export_tells_nothing_of_the_machine(exported):
+    assert b"site-packages" not in exported("onnx")["file"].read_bytes()
+
+
+@needs_onnx
+def test_int8_quantizes_every_matrix_and_is_measured(student, exported, tokenizer):
+    import onnx as library
+
+    found, whole = exported("onnx-int8"), exported("onnx")
+    operations = [node.op_type for node in library.load(found["file"]).graph.node]
+    # attention's input and output, the two of the perceptron, and the head
+    assert operations.count("MatMulInteger") == 4 * student.config.n_layer + 1
+    assert found["int8_share"] > 0.99
+    assert found["megabytes"] < 0.4 * whole["megabytes"]
+    assert whole["kl"] < 1e-6 < found["kl"] < 0.01
+    model = kd.load_onnx(found["file"].parent)[0]
+    text = kd.write_text(student, torch.tensor([[5], [9]]), 31, seed=1)
+    assert 1e-5 < kd.quality(model, text, tokenizer, student)["kl_to_teacher"] < 0.01
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_int8_model_that_hardly_is_one_is_refused(make_gpt2, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LEAST_INT8", 1.0)
+    with pytest.raises(kd.InputError, match="of its weights would be in int8"):
+        kd.export_model(make_gpt2(1), tokenizer, tmp_path / "out", "onnx-int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_a_model_that_is_not_pytorchs_is_not_kept(make_gpt2, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_onnx", lambda folder: (make_gpt2(1, seed=1), None))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(kd.InputError, match="its logits differ by .* from PyTorch's"):
+        kd.export_model(make_gpt2(1), tokenizer, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "llama", "opt"])
+def test_other_families_are_exported(family, tokenizer, tmp_path):
+    found = kd.export_model(random_teacher(family), tokenizer, tmp_path / "out")
+    assert found["difference"] < export.TOLERANCE
+
+
+@needs_onnx
+@pytest.mark.filterwarnings("ignore")
+def test_a_family_without_keys_and_values_is_refused(tokenizer, tmp_path):
+    said = "this mamba model cannot be exported to onnx: its cache holds more than keys and values"
+    with pytest.raises(kd.InputError, match=said):
+        kd.export_model(random_teacher("mamba"), tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_gguf
+def test_a_model_that_trains_is_left_as_it_is(make_gpt2, tokenizer, tmp_path):
+    model = make_gpt2(1).train()
+    before = kd.weights_digest(model)
+    kd.export_model(model, tokenizer, tmp_path / "out", "gguf")
+    assert model.training
+    assert kd.weights_digest(model) == before
+
+
+@needs_onnx
+def test_what_is_no_export_is_not_read(tmp_path, exported):
+    with pytest.raises(kd.InputError, match="holds no model.onnx"):
+        kd.load_onnx(tmp_path)
+    for file in exported("onnx")["file"].parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(kd.InputError, match=r"cannot be loaded: [^\n]+$"):
+        kd.load_onnx(tmp_path)
+
+
+# -- GGUF ------------------------------------------------------------------------------
+
+
+@needs_gguf
+def test_gguf_holds_the_weights_under_llama_cpps_names(student, exported):
+    import gguf
+
+    tensors = gguf.GGUFReader(exported("gguf")["file"]).tensors
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in tensors}
+    body, block = student.transformer, student.transformer.h[2]
+    expected = {
+        "token_embd.weight": body.wte.weight,
+        "position_embd.weight": body.wpe.weight,
+        "output_norm.bias": body.ln_f.bias,
+        "blk.2.attn_norm.weight": block.ln_1.weight,
+        "blk.2.attn_qkv.weight": block.attn.c_attn.weight.T,
+        "blk.2.attn_qkv.bias": block.attn.c_attn.bias,
+        "blk.2.attn_output.weight": block.attn.c_proj.weight.T,
+        "blk.2.ffn_norm.weight": block.ln_2.weight,
+        "blk.2.ffn_up.weight": block.mlp.c_fc.weight.T,
+        "blk.2.ffn_down.weight": block.mlp.c_proj.weight.T,
+    }
+    assert len(found) == len(list(student.parameters()))
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+@needs_gguf
+@torch.no_grad()
+def test_gguf_is_the_same_model_to_the_reader_of_transformers(student, exported, tokenizer):
+    file = exported("gguf")["file"]
+    with quiet_transformers():
+        config = GPT2Config.from_dict(student.config.to_dict())
+        read = {"gguf_file": file.name, "dtype": torch.float32}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, config=config, **read)
+        theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    text = "It's 12 o'clock!  Über\n\nthe hills.<|endoftext|>Who?"
+    ids = tokenizer(text)["input_ids"]
+    assert theirs(text)["input_ids"] == ids
+    ids = torch.tensor([ids])
+    torch.testing.assert_close(model.eval()(ids).logits, student(ids).logits)
+
+
+@needs_gguf
+def test_gguf_says_what_llama_cpp_asks_for(make_gpt2, tokenizer, tmp_path):
+    import gguf
+
+    padded = make_gpt2(2, vocab_size=len(tokenizer) + 8)
+    file = kd.export_model(padded, tokenizer, tmp_path / "out", "gguf")["file"]
+    fields = gguf.GGUFReader(file).fields
+    expected = {
+        "general.architecture": "gpt2",
+        "gpt2.block_count": 2,
+        "gpt2.context_length": 64,
+        "gpt2.embedding_length": 32,
+        "gpt2.feed_forward_length": 128,
+        "gpt2.attention.head_count": 2,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+    }
+    assert {name: fields[name].contents() for name in expected} == expected
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[tokenizer.eos_token_id] == gguf.TokenType.CONTROL
+    assert kinds[-8:] == 8 * [gguf.TokenType.UNUSED]
+    assert set(kinds[1:-8]) == {gguf.TokenType.NORMAL}
+    assert len(set(fields["tokenizer.ggml.tokens"].contents())) == padded.config.vocab_size
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("setting", "value"), [("activation_function", "relu"), ("scale_attn_weights", False)]
+)
+def test_gguf_refuses_a_gpt2_that_llama_cpp_would_run_otherwise(
+    setting, value, make_gpt2, tokenizer, tmp_path
+):
+    with pytest.raises(kd.InputError, match=f"{setting} is {value!r}; llama.cpp takes it to be"):
+        kd.export_model(make_gpt2(1, **{setting: value}), tokenizer, tmp_path / "out", "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_gguf
+@pytest.mark.filterwarnings("ignore")
+def test_gguf_refuses_other_families_and_tokenizers(teacher, tokenizer, tmp_path):
+    with pytest.raises(kd.InputError, match="this llama model .* to gguf: only GPT-2s can"):
+        kd.export_model(random_teacher("llama"), tokenizer, tmp_path / "out", "gguf")
+    other = kd.models.load_tokenizer(kd.models.BUNDLED_TEACHER)
+    other.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+    with pytest.raises(kd.InputError, match="does not split text as GPT-2's does"):
+        kd.export_model(teacher, other, tmp_path / "out", "gguf")
+
+
+@needs_gguf
+def test_llama_cpp_writes_the_same_greedy_text(student, exported, tokenizer):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="no llama-cpp-python")
+    model = llama_cpp.Llama(str(exported("gguf")["file"]), n_ctx=256, verbose=False)
+    ids = tokenizer(PROMPT)["input_ids"]
+    assert model.tokenize(PROMPT.encode(), add_bos=False) == ids
+    found = model.create_completion(PROMPT, max_tokens=20, temperature=0)["choices"][0]["text"]
+    assert PROMPT + found == kd.complete(student, tokenizer, PROMPT, 20, temperature=0)
+
+
+# -- bad input -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", EXPORT_FORMATS)
+def test_without_its_packages_a_format_says_what_to_install(
+    to, teacher, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = r'needs (gguf|onnx and .*); pip install "willows-kd\[export\]"$'
+    with pytest.raises(kd.InputError, match=said):
+        kd.export_model(teacher, tokenizer, tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["", "ONNX", None, math.nan, "gguf2"])
+def test_a_format_that_does_not_exist_is_refused(to, teacher, tokenizer, tmp_path):
+    with pytest.raises(kd.InputError, match="it must be one of onnx, onnx-int8, gguf"):
+        kd.export_model(teacher, tokenizer, tmp_path / "out", to)
+
+
+def test_a_model_without_its_tokenizer_is_refused(teacher, tmp_path):
+    with pytest.raises(kd.InputError, match="give the model's own"):
+        kd.export_model(teacher, None, tmp_path / "out")

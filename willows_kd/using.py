@@ -1,0 +1,109 @@
+"""What `willows-kd generate`, `compare` and `export` do with a model that is trained."""
+
+from pathlib import Path
+
+import pandas as pd
+from transformers import TextStreamer
+
+from willows_kd import commands, evaluation, files, models
+from willows_kd.errors import InputError, require
+from willows_kd.export import export_model, load_onnx
+from willows_kd.generation import complete
+from willows_kd.plots import plot_tradeoff
+
+OF_ONE_VOCABULARY = ["perplexity", "kl_to_teacher", "agreement"]  # measures by token
+
+
+def generate(options) -> int:
+    """Print a prompt and what a model makes of it, word by word."""
+    exported = (Path(options.model_dir) / "model.onnx").is_file()
+    model, tokenizer = (load_onnx if exported else models.load_teacher)(options.model_dir)
+    complete(
+        model,
+        tokenizer,
+        options.prompt,
+        options.max_new_tokens,
+        options.temperature,
+        options.seed,
+        options.top_k,
+        TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+    return commands.OK
+
+
+def export(options) -> int:
+    """Write a model in another format."""
+    commands.check_inputs_stay(options.output_dir, options.model_dir)
+    files.check_output(Path(options.output_dir), options.overwrite)
+    model, tokenizer = models.load_teacher(options.model_dir, "cpu")
+    found = export_model(model, tokenizer, options.output_dir, options.to, options.overwrite)
+    print(f"💾 {found['file']}: {found['megabytes']:.1f} MB")
+    if "int8_share" in found:
+        print(f"{found['int8_share']:.1%} of the weights are in int8")
+    if "kl" in found:
+        print(
+            f"Compared with PyTorch: a logit differs by at most {found['difference']:.1g} of the "
+            f"largest; the KL divergence is {found['kl']:.1g} nats per token"
+        )
+    return commands.OK
+
+
+def compare(options) -> int:
+    """Print the table of some models, and save it with its figure."""
+    names = [Path(name).name for name in options.model_dir]
+    if len(set(names)) < len(names):
+        names = options.model_dir
+    require(len(set(names)) == len(names) > 1, "give at least two models, each once")
+    if options.output_dir is not None:
+        output = Path(options.output_dir)
+        commands.check_inputs_stay(options.output_dir, *options.model_dir, options.dataset_path)
+        files.check_output(output, options.overwrite)
+    device = commands.find_device(options.device)
+    for name in options.model_dir:
+        models.check_context(name, options.block_size)
+    corpus = commands.read_corpus(options)
+    loaded = [models.load_teacher(name, device) for name in options.model_dir]
+    table = table_of(dict(zip(names, loaded, strict=True)), corpus, options.block_size)
+    print(evaluation.as_markdown(table))
+    print(f"\nMeasured on the held-out test text of {corpus.title}, {commands.describe(table)}.")
+    measure = "perplexity" if "perplexity" in table else "bits_per_byte"
+    if measure == "bits_per_byte":
+        print("The models' tokens differ: so does the text of a block and of a token.")
+    if options.output_dir is not None:
+        figure = plot_tradeoff(table, names[0], untrained=(), measure=measure)
+        with files.atomic_directory(output) as folder:
+            table.to_csv(folder / "comparison.csv", index_label="model")
+            figure.savefig(folder / "tradeoff.png", dpi=150)
+        print(f"💾 Saved to: {output}")
+    return commands.OK
+
+
+def table_of(loaded: dict[str, tuple], corpus, block_size: int) -> pd.DataFrame:
+    """The table of `compare` for models and their tokenizers; by vocabulary if there are several.
+
+    Raises:
+        InputError: the text is too short for a block.
+    """
+    groups: list[tuple] = []
+    for name, (model, tokenizer) in loaded.items():
+        fits = (group for other, group in groups if same_vocabulary(other, tokenizer))
+        group = next(fits, None)
+        if group is None:
+            groups.append((tokenizer, group := {}))
+        group[name] = model
+    tables = []
+    for tokenizer, group in groups:
+        blocks = commands.pack_without_warning(corpus, tokenizer, block_size)
+        tables.append(evaluation.compare(group, blocks, tokenizer))
+    table = pd.concat(tables).loc[list(loaded)]
+    table.attrs = tables[0].attrs
+    return table if len(groups) == 1 else table.drop(columns=OF_ONE_VOCABULARY)
+
+
+def same_vocabulary(tokenizer, other) -> bool:
+    """Whether two tokenizers give the same ids to the same text."""
+    try:
+        models.check_same_tokenizer(tokenizer, other)
+    except InputError:
+        return False
+    return True
