@@ -22,7 +22,7 @@ from willows_kd.evaluation import with_intervals
 
 RESULTS = Path(__file__).parent / "results" / "ways.md"
 STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results"
-SOFT = dict(learning_rate=2e-3)
+SOFT = dict(learning_rate=1e-3)
 HARD = dict(learning_rate=4e-4, alpha=1.0)
 TEMPERATURES = (0.5, 0.75, 1.0)  # of sampling
 MEASURES = ("ratio", "kl_to_teacher", "kl_on_own_text", "teacher_nats", "distinct", "seconds")

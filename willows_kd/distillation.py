@@ -125,6 +125,7 @@ def distill(
                 )
             for ids, mask, weight, is_last in micro_batches(text, counted, config, accelerator):
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
+                    mask = mask if mask is None else mask.to(student.device)
                     parts = objective(teacher, ids.to(student.device), mask)
                     # DistributedDataParallel averages over the processes; we want the sum
                     accelerator.backward(parts[0] * weight * processes)

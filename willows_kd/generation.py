@@ -161,7 +161,7 @@ def continued(
         suppress_tokens=list(range(vocabulary or known, known)) or None,
         repetition_penalty=1.0,  # a model's own setting would change its distribution
     )
-    draw = [] if draws is None else [Draw(draws.to(ids.device), ids.shape[1], temperature)]
+    draw = [] if draws is None else [Draw(draws, ids, temperature)]
     with eval_mode(model), quiet_transformers():
         out = model.generate(
             ids, attention_mask=mask, generation_config=settings, logits_processor=draw
@@ -176,15 +176,18 @@ class Draw(LogitsProcessor):
     not depend on the others that are written at the same time, nor on the process.
     """
 
-    def __init__(self, draws: torch.Tensor, prompt_length: int, temperature: float):
+    def __init__(self, draws: torch.Tensor, prompts: torch.Tensor, temperature: float):
         """Take a number from 0 to 1 for each token to come, shape (texts, tokens)."""
-        self.draws, self.prompt_length, self.temperature = draws, prompt_length, temperature
+        self.dtype = torch.float32 if prompts.device.type == "mps" else torch.float64
+        self.draws = draws.to(self.dtype).to(prompts.device)
+        self.prompt_length = prompts.shape[1]
+        self.temperature = temperature
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Choose where the cumulative probability passes the number (inverse transform)."""
         draw = self.draws[:, input_ids.shape[1] - self.prompt_length, None]
         p = (scores / self.temperature).softmax(dim=-1)
-        cumulative = p.cumsum(dim=-1, dtype=torch.float64)  # so that no rare token is lost
+        cumulative = p.cumsum(dim=-1, dtype=self.dtype)  # float64: no rare token is lost
         token = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
 
