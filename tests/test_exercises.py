@@ -13,6 +13,7 @@ import willows_kd as kd
 from willows_kd.exercises import (
     distillation_loop,
     evaluation,
+    inside_the_teacher,
     its_own_words,
     soft_labels,
     teacher,
@@ -357,6 +358,62 @@ REWARD = [
     (lambda log_q, log_p: (log_q**3).mean(), "the gradient is ["),
 ]
 
+# -- 06 --------------------------------------------------------------------------------
+
+
+def distances(a, b, dim=-1):
+    return 1 - F.cosine_similarity(a, b, dim=dim)
+
+
+def units(activations, keep, score=lambda a: a.abs().mean((0, 1))):
+    return score(activations).topk(keep).indices
+
+
+def downwards(p):
+    return p.sort(descending=True).values
+
+
+def uld(z_s, z_t, of=lambda z: z.softmax(-1), sort=downwards, power=1, end=None):
+    p, q = (sort(of(z)) for z in (z_s, z_t))
+    width = max(p.shape[-1], q.shape[-1])
+    p, q = (F.pad(x, (0, width - x.shape[-1]))[:, :end] for x in (p, q))
+    return (p - q).abs().pow(power).sum(-1).mean()
+
+
+COSINE = [
+    (lambda a, b, mask: distances(a, b)[mask].mean(), "well done"),
+    (lambda a, b, mask: distances(a, b).mean(), "the padding counts too"),
+    (lambda a, b, mask: (distances(a, b) * mask).mean(), "you divide by all tokens"),
+    (lambda a, b, mask: distances(a, b)[mask].sum(), "this is a sum over the tokens"),
+    (lambda a, b, mask: 1 - distances(a, b)[mask].mean(), "subtract it from 1"),
+    (lambda a, b, mask: distances(a, b, 1).mean(), "the cosine runs over the tokens"),
+    (lambda a, b, mask: 0 * a.sum(), "Write it first"),
+]
+
+UNITS = [
+    (units, "well done"),
+    (lambda a, keep: units(a, keep).tolist(), "well done"),
+    (lambda a, keep: units(-a.abs(), keep, lambda x: x.mean((0, 1))), "the units that do least"),
+    (lambda a, keep: units(a, keep, lambda x: x.mean((0, 1))), "is passed on too"),
+    (lambda a, keep: units(a, keep, lambda x: x.mean((0, 1)).abs()), "before the mean"),
+    (lambda a, keep: units(a, keep, lambda x: x.abs().amax((0, 1))), "one outlier decides"),
+    (lambda a, keep: units(a, keep + 1), "you return 6"),
+    (lambda a, keep: range(keep), "you keep [0, 1, 2, 3, 4]; it should be"),
+    (lambda a, keep: "the best", "it is a list of numbers"),
+    (lambda a, keep: ..., "returns nothing"),
+]
+
+ULD = [
+    (uld, "well done"),
+    (lambda z_s, z_t: uld(z_s, z_t, sort=lambda p: p), "the probabilities are not sorted"),
+    (lambda z_s, z_t: uld(z_s, z_t, sort=lambda p: p.sort().values), "sort them downwards"),
+    (lambda z_s, z_t: uld(z_s, z_t, end=min(z_s.shape[-1], z_t.shape[-1])), "the longer list"),
+    (lambda z_s, z_t: uld(z_s, z_t, of=lambda z: z), "you compare logits"),
+    (lambda z_s, z_t: uld(z_s, z_t, power=2), "take absolute values"),
+    (lambda z_s, z_t: 4 * uld(z_s, z_t), "it grows with the number of tokens"),
+    (lambda z_s, z_t: uld(z_s, z_t) / 9, "it is divided by the vocabulary too"),
+]
+
 
 TABLES = {
     teacher.check_count: COUNT,
@@ -374,6 +431,9 @@ TABLES = {
     its_own_words.check_mask: MASK,
     its_own_words.check_skewed_kl: SKEWED,
     its_own_words.check_reward_loss: REWARD,
+    inside_the_teacher.check_cosine: COSINE,
+    inside_the_teacher.check_units: UNITS,
+    inside_the_teacher.check_uld: ULD,
 }
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgba
+from transformers import MambaConfig, MambaForCausalLM
 
 import willows_kd as kd
 from willows_kd import widgets
@@ -263,6 +264,18 @@ def test_words_are_not_broken_across_lines():
     assert [column for _, column, _ in places] == [0, 3, 6, 0, 2, 4]
 
 
+def test_attention_is_a_map_a_model_with_the_share_of_the_first_token(tokenizer):
+    looks_back = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]])
+    ids = torch.tensor([300, 301, 302])
+    figure = kd.plot_attention({"teacher": looks_back, "student": torch.eye(3)}, ids, tokenizer)
+    assert title(figure) == "teacher: 30% to the first token"
+    assert title(figure, 1) == "student: 0% to the first token"
+    drawn = [axes.images[0].get_array() for axes in figure.axes[:2]]
+    assert np.array_equal(drawn[0], looks_back) and np.array_equal(drawn[1], np.eye(3))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == rows(figure)
+    assert len(kd.plot_attention({"alone": looks_back}, ids, tokenizer).axes) == 2  # and a scale
+
+
 # -- widgets ---------------------------------------------------------------------------
 
 
@@ -282,6 +295,32 @@ def test_the_token_slider_moves_through_the_text(teacher, make_gpt2, tokenizer, 
     box = kd.explore_tokens(teacher, make_gpt2(2, seed=1), tokenizer, "The Mole was here")
     box.children[0].value = 3
     assert len(shown) == 2 and title(shown[0]) != title(shown[1])
+
+
+def test_attention_sliders_show_the_layer_that_was_copied(make_gpt2, tokenizer, monkeypatch):
+    shown, teacher = [], make_gpt2(4)
+    monkeypatch.setattr(widgets, "plot_attention", lambda maps, ids, _: maps)
+    monkeypatch.setattr(widgets, "display", shown.append)
+    student = kd.student_from_teacher(teacher, 2)
+    usual = teacher.config._attn_implementation
+    layer, head, _ = kd.explore_attention(teacher, student, tokenizer, "The Mole").children
+    layer.value, head.value = 2, 2
+    assert [list(maps) for maps in shown[:2]] == [
+        ["teacher, layer 1", "student, layer 1"],
+        ["teacher, layer 4", "student, layer 2"],
+    ]
+    first, second = shown[0].values()  # both read the embeddings, with the same weights
+    assert torch.allclose(first, second) and torch.allclose(first.sum(-1), torch.ones(()))
+    assert not torch.equal(*(maps["teacher, layer 4"] for maps in shown[1:]))
+    assert teacher.config._attn_implementation == usual
+
+
+def test_a_model_without_attention_has_no_maps(tokenizer, teacher):
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1)
+    )
+    with pytest.raises(kd.InputError, match="mamba family have no attention maps"):
+        kd.explore_attention(teacher, mamba, tokenizer, "The Mole")
 
 
 def test_the_prompt_box_writes_again_and_escapes(teacher, tokenizer):

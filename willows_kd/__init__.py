@@ -74,8 +74,9 @@ PUBLIC_NAMES = {
         "plot_divergence",
         "plot_exposure",
         "plot_writing",
+        "plot_attention",
     ],
-    "widgets": ["explore_temperature", "explore_tokens", "prompt_box"],
+    "widgets": ["explore_temperature", "explore_tokens", "explore_attention", "prompt_box"],
     "errors": ["InputError"],
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names}

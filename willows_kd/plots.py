@@ -18,6 +18,8 @@ from willows_kd.models import layer_stack
 from willows_kd.soft_labels import entropy, soften, top_k
 from willows_kd.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
 
+SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
+
 # -- what several figures share --------------------------------------------------------
 
 
@@ -690,9 +692,7 @@ def plot_divergence(tokens: Sequence[str], values: Sequence[float]) -> Figure:
     top = max(max(values), 1e-9)
     places = wrap_words([token.replace("\n", " ") for token in tokens], columns)
     rows = places[-1][0] + 1
-    shades = ScalarMappable(
-        Normalize(0, top), LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
-    )
+    shades = ScalarMappable(Normalize(0, top), SHADES)
     with figure(width=9.0, height=1.3 + 0.3 * rows) as (fig, ax):
         for (y, x, text), value in zip(places, values, strict=True):
             ax.barh(y, len(text), left=x, height=0.9, color=shades.to_rgba(value))
@@ -776,4 +776,31 @@ def plot_writing(table: pd.DataFrame, reference: str = "teacher") -> Figure:
         fig.legend(loc="outside lower center", ncols=2)
         if reference in means.index.unique(0):
             ax.set_title(f"Between likely and varied; the {reference} is the dashed line")
+    return fig
+
+
+# -- 06: inside the teacher ------------------------------------------------------------
+
+
+def plot_attention(maps: dict[str, torch.Tensor], ids: torch.Tensor, tokenizer) -> Figure:
+    """Which tokens a head looks back at from each position, one map a model, side by side.
+
+    Args:
+        maps: by name, the attention weights of one head, shape (tokens, tokens): row i is
+            what position i takes from each token.
+        ids: the text, shape (tokens,), at least two tokens.
+        tokenizer: for the labels.
+    """
+    labels = [show_token(tokenizer, i) for i in ids.tolist()]
+    side = 2.0 + 0.16 * len(labels)
+    with figure(len(maps), width=0.8 + side * len(maps), height=side) as (fig, axes):
+        for ax, (name, weights) in zip(np.atleast_1d(axes), maps.items(), strict=True):
+            weights = weights.detach().float().cpu().numpy()
+            image = ax.imshow(weights, cmap=SHADES, vmin=0, vmax=1)
+            ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+            ax.set_yticks(range(len(labels)), labels, fontsize=8)
+            ax.grid(visible=False)
+            ax.set(xlabel="looks at", ylabel="from")
+            ax.set_title(f"{name}: {weights[1:, 0].mean():.0%} to the first token", fontsize=9)
+        fig.colorbar(image, ax=axes, label="share of the attention", shrink=0.6)
     return fig

@@ -13,7 +13,8 @@ from IPython.display import display
 from willows_kd.cost import eval_mode
 from willows_kd.errors import require
 from willows_kd.generation import complete
-from willows_kd.plots import plot_soft_labels, plot_token_view
+from willows_kd.models import evenly_spaced
+from willows_kd.plots import plot_attention, plot_soft_labels, plot_token_view
 
 
 def explore_temperature(model, tokenizer, prompts: list[str], temperatures=(0.5, 8.0)):
@@ -36,8 +37,7 @@ def explore_temperature(model, tokenizer, prompts: list[str], temperatures=(0.5,
 
 def explore_tokens(teacher, student, tokenizer, text: str):
     """Teacher and student side by side, one position of a text at a time."""
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    require(ids.shape[1] > 1, f"the text {text!r} is too short; give one of at least two tokens")
+    ids = ids_of(tokenizer, text)
     both = [all_logits(model, ids) for model in (teacher, student)]
     controls = {
         "position": ipywidgets.IntSlider(
@@ -49,6 +49,32 @@ def explore_tokens(teacher, student, tokenizer, text: str):
         before = tokenizer.decode(ids[0, max(0, position - 8) : position].tolist())
         views = [logits[position - 1] for logits in both]
         display(plot_token_view(*views, tokenizer, before.replace("\n", " ")))
+
+    return explorer(show, controls)
+
+
+def explore_attention(teacher, student, tokenizer, text: str):
+    """Attention maps of teacher and student side by side, one layer and head at a time.
+
+    Beside a layer of the student stands that of the teacher at the same share of its depth,
+    from which `student_from_teacher` copies it.
+    """
+    ids = ids_of(tokenizer, text)
+    of_teacher, of_student = (attention_maps(model, ids) for model in (teacher, student))
+    partners = evenly_spaced(len(of_teacher), len(of_student))
+    heads = min(len(of_teacher[0]), len(of_student[0]))
+    controls = {
+        name: ipywidgets.IntSlider(1, min=1, max=top, description=name, continuous_update=False)
+        for name, top in (("layer", len(of_student)), ("head", heads))
+    }
+
+    def show(layer, head):
+        partner = partners[layer - 1]
+        maps = {
+            f"teacher, layer {partner + 1}": of_teacher[partner][head - 1],
+            f"student, layer {layer}": of_student[layer - 1][head - 1],
+        }
+        display(plot_attention(maps, ids[0], tokenizer))
 
     return explorer(show, controls)
 
@@ -79,6 +105,13 @@ def explorer(show, controls: dict):
     return ipywidgets.VBox([*controls.values(), out])
 
 
+def ids_of(tokenizer, text: str) -> torch.Tensor:
+    """The token ids of a text, shape (1, tokens), at least two of them."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    require(ids.shape[1] > 1, f"the text {text!r} is too short; give one of at least two tokens")
+    return ids
+
+
 def next_token_logits(model, tokenizer, prompt: str) -> torch.Tensor:
     """Logits of the token after a prompt, shape (vocabulary,)."""
     return all_logits(model, tokenizer(prompt, return_tensors="pt")["input_ids"])[-1]
@@ -89,3 +122,22 @@ def all_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """Logits at each position of one text, shape (tokens, vocabulary), on the CPU."""
     with eval_mode(model):
         return model(ids.to(model.device)).logits[0].float().cpu()
+
+
+@torch.inference_mode()
+def attention_maps(model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Each layer's attention weights for one text, shape (heads, tokens, tokens), on the CPU.
+
+    Raises:
+        InputError: the model has none to show.
+    """
+    usual = model.config._attn_implementation
+    with eval_mode(model):
+        model.set_attn_implementation("eager")  # faster kernels do not keep the weights
+        try:
+            found = model(ids.to(model.device), output_attentions=True).get("attentions")
+        finally:
+            model.set_attn_implementation(usual)
+    kind = model.config.model_type
+    require(found, f"models of the {kind} family have no attention maps; give one of another")
+    return [weights[0].float().cpu() for weights in found]
