@@ -76,6 +76,7 @@ def complete(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
+            use_cache=True,  # whatever the model is set to for training
             streamer=streamer,
             **(sampling if temperature else {"do_sample": False}),
         )
