@@ -132,14 +132,47 @@ BAD = {
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 0),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", -1),
     ),
+    "a prompt to write on from is token ids": (
+        "give token ids of shape (prompts, length)",
+        lambda t: kd.write_text(t.teacher, "The Mole", 3),
+        lambda t: kd.write_text(t.teacher, [[1, 2]], 3),
+        lambda t: kd.write_text(t.teacher, t.ids[0], 3),
+        lambda t: kd.write_text(t.teacher, t.ids.float(), 3),
+        lambda t: kd.write_text(t.teacher, t.ids[:, :0], 3),
+        lambda t: kd.write_text(t.teacher, [], 3),
+    ),
+    "a prompt has ids that the model knows": (
+        "the model knows",
+        lambda t: kd.write_text(t.teacher, t.ids * 0 - 1, 3),
+        lambda t: kd.write_text(t.teacher, t.ids * 0 + 10**6, 3),
+    ),
+    "a text ends where the positions end": (
+        "this model reads 64",
+        lambda t: kd.write_text(t.teacher, t.ids, 64),
+    ),
+    "beams are counted": ("1 for none", lambda t: kd.write_text(t.teacher, t.ids, 3, beams=0)),
+    "blocks are written from blocks": (
+        "give what pack returns",
+        lambda t: kd.write_blocks(t.teacher, t.blocks),
+        lambda t: kd.write_blocks(t.teacher, t.ids[0]),
+        lambda t: kd.write_blocks(t.teacher, t.ids[:, :1]),
+    ),
+    "a text is judged with its prompt": (
+        "3 tokens for each",
+        lambda t: kd.text_quality(t.teacher, t.teacher, t.ids, t.ids[:, :2]),
+        lambda t: kd.text_quality(t.teacher, t.teacher, t.ids, t.blocks.train[:2]),
+    ),
     "a sampling temperature is not negative": (
         "at least 0",
+        lambda t: kd.write_text(t.teacher, t.ids, 3, math.nan),
+        lambda t: kd.write_text(t.teacher, t.ids, 3, "hot"),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, -1),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.nan),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.inf),
     ),
     "a seed fits torch": (
-        "from 0 to 2**64 - 1",
+        "from 0 to 2**63 - 1",
+        lambda t: kd.write_text(t.teacher, t.ids, 3, seed=-1),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, seed=2**70),
     ),
     "sampling among k": (

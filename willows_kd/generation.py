@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import numbers
 import warnings
 from pathlib import Path
 
@@ -53,12 +54,9 @@ def complete(
     require(
         is_integer(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed"
     )
-    require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
+    check_sampling(temperature, seed)
     require(
         is_integer(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens"
-    )
-    require(
-        is_integer(seed, 0) and seed < 2**64, f"seed is {seed!r}; it must be from 0 to 2**64 - 1"
     )
     prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
     ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
@@ -110,14 +108,14 @@ def write_text(
         the tokens written, without the prompts, shape (prompts, new_tokens).
 
     Raises:
-        InputError: a prompt has no token, or text and prompt are longer than the model reads.
+        InputError: these are no prompts for this model, or text and prompt together are longer
+            than it reads.
     """
     require_model(model, "model")
     require(is_integer(new_tokens), f"new_tokens is {new_tokens!r}; at least 1 is needed")
-    require(0 <= temperature < math.inf, f"temperature is {temperature}; it must be at least 0")
+    check_sampling(temperature, seed)
     require(is_integer(beams), f"beams is {beams!r}; it must be a whole number, 1 for none")
-    lengths = [len(prompt) for prompt in prompts]
-    require(lengths and min(lengths), "each prompt needs at least one token, and one prompt at all")
+    lengths = check_prompts(model, prompts)
     longest, given = max_positions(model.config), max(lengths) + new_tokens
     fits = f"prompt and text have {given} tokens together; this model reads {longest}"
     require(longest is None or given <= longest, fits)
@@ -129,6 +127,30 @@ def write_text(
         drawn = None if draws is None else draws[some]
         written.append(continued(model, prompts[some], new_tokens, drawn, temperature, beams))
     return torch.cat(written)
+
+
+def check_prompts(model, prompts) -> list[int]:
+    """Require prompts of token ids that a model knows; returns their lengths."""
+    rows = list(prompts) if isinstance(prompts, torch.Tensor | list | tuple) else []
+    are_ids = all(
+        isinstance(row, torch.Tensor) and row.ndim == 1 and not row.is_floating_point() and len(row)
+        for row in rows
+    )
+    wanted = "give token ids of shape (prompts, length), or a list of rows, of a token at least"
+    require(rows and are_ids, f"prompts are {type_name(prompts)}; {wanted}")
+    known = vocabulary_size(model)
+    least, most = min(row.min().item() for row in rows), max(row.max().item() for row in rows)
+    wrong = f"a token id is {least if least < 0 else most}; the model knows {known}, from 0"
+    require(least >= 0 and most < known, wrong)
+    return [len(row) for row in rows]
+
+
+def check_sampling(temperature: float, seed: int) -> None:
+    """Require a temperature of sampling and a seed that `torch` takes."""
+    number = isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf
+    require(number, f"temperature is {temperature!r}; it must be at least 0")
+    seeds = is_integer(seed, 0) and seed < 2**63
+    require(seeds, f"seed is {seed!r}; it must be from 0 to 2**63 - 1")
 
 
 def uniform_draws(texts: int, tokens: int, seed: int) -> torch.Tensor:
@@ -219,6 +241,8 @@ def write_blocks(
     Raises:
         InputError: as `write_text`.
     """
+    are_blocks = isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and blocks.shape[1] > 1
+    require(are_blocks, f"blocks are {type_name(blocks)}; give what pack returns, such as .train")
     prompts = blocks[:, : prompt_length(blocks.shape[1])].contiguous()
     made = {
         "writer": weights_digest(model),

@@ -734,6 +734,7 @@ def plot_exposure(curves: dict[str, Sequence[float]], window: int = 8) -> Figure
         curves: for each kind of text the mean KL at each token after the prompt, in nats.
         window: tokens that are averaged, so that a trend can be seen.
     """
+    require(curves, "no curves were given; give at least one in a dict, by name")
     with figure() as (fig, ax):
         means = {}
         for i, (name, values) in enumerate(curves.items()):
