@@ -62,6 +62,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 NO_LARGE_FILES = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
+@pytest.mark.slow
 def test_where_no_file_can_grow_the_earlier_output_and_the_checkpoints_stay(job, tmp_path):
     output = tmp_path / "student"
     assert job(output, "--seed", "1").returncode == 0
@@ -107,6 +108,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_the_student_is_saved_keeps_the_checkpoint(
     job, small_disk, tmp_path
 ):

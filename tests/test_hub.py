@@ -113,6 +113,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_is_one_line_and_spoils_nothing(ask):
     names = [f"faults/{fault}" for fault in FAULTS]
     found = ask(*names, "faults/good")
@@ -132,6 +133,7 @@ def test_a_hub_that_hangs_is_given_up(ask):
     assert not Hub.waited_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["html", "cut"])
 def test_what_a_failing_hub_gave_is_not_kept(fault, ask, model_dir, tmp_path):
     name = f"faults/{fault}"
