@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from setuptools import find_namespace_packages
 
 import willows_kd as kd
 
@@ -101,8 +102,10 @@ def test_what_the_package_imports_is_required():
 
 def test_every_folder_of_code_is_packaged():
     folders = {file.parent.relative_to(ROOT) for file in FILES.values()}
-    packages = PYPROJECT["tool"]["setuptools"]["packages"]
-    assert {".".join(folder.parts) for folder in folders} == set(packages)
+    found = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
+    packages = find_namespace_packages(str(ROOT), include=found["include"])
+    assert {".".join(folder.parts) for folder in folders} <= set(packages)
+    assert {name.split(".")[0] for name in packages} == {"willows_kd"}
 
 
 def test_all_that_ships_is_packaged():
