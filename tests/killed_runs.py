@@ -15,18 +15,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from willows_kd import checkpoints, commands  # noqa: F401  the slow imports, before any fork
+from willows_kd import commands, files  # noqa: F401  the slow imports, before any fork
 from willows_kd.cli import main
 
 # when to die at a call of a function: which call, among those with a path that contains a text
 POINTS = {
-    "the cache is empty": ("after", np.lib.format, "open_memmap", "hidden.npy", 1),
-    "the cache is not in its place": ("before", os, "rename", "teachers", 1),
-    "a first checkpoint is half written": ("half of", checkpoints, "save_file", "step_", 1),
-    "a checkpoint is half written": ("half of", checkpoints, "save_file", "step_", 3),
+    "a shard of the cache is half written": ("half of", files, "save_file", "teachers", 2),
+    "a shard is not in its place": ("before", os, "replace", "teachers", 1),
+    "a shard is in its place": ("after", os, "replace", "teachers", 1),
+    "a first checkpoint is half written": ("half of", files, "save_file", "step_", 1),
+    "a checkpoint is half written": ("half of", files, "save_file", "step_", 3),
     "a checkpoint is not on the disk": ("before", os, "fsync", "step_", 3),
     "a checkpoint has no name": ("before", os, "replace", "step_", 3),
     "older checkpoints are still there": ("after", os, "replace", "step_", 3),

@@ -20,6 +20,7 @@ from torch import nn
 
 import willows_kd as kd
 from willows_kd import checkpoints as checkpoints_file
+from willows_kd import files
 from willows_kd.checkpoints import LOCK, Checkpoints
 from willows_kd.errors import WriteError
 
@@ -327,9 +328,9 @@ def test_where_a_checkpoint_cannot_be_written_training_goes_on(
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save_file = checkpoints_file.save_file
+    save_file = files.save_file
     monkeypatch.setattr(
-        checkpoints_file, "save_file", lambda *a: full() if "00004" in str(a[1]) else save_file(*a)
+        files, "save_file", lambda *a: full() if "00004" in str(a[1]) else save_file(*a)
     )
     with pytest.raises(SystemExit):
         run(teacher, copy.deepcopy(student), blocks, folder, on_step=killed(5))

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from willows_kd.errors import InputError, WriteError
 from willows_kd.files import (
@@ -14,6 +14,8 @@ from willows_kd.files import (
     cache_folder,
     checksum,
     clean_up_interrupted_writes,
+    load_tensors,
+    save_tensors,
 )
 
 FAILURES = [
@@ -108,19 +110,34 @@ def test_the_directory_may_be_the_current_one(tmp_path, monkeypatch):
 
 
 def test_the_checksum_sees_names_types_shapes_and_bytes():
-    a = np.arange(6, dtype=np.int32)
+    a = torch.arange(6, dtype=torch.int32)
     others = [
         {"b": a},
-        {"a": a.view(np.uint32)},
+        {"a": a.view(torch.uint32)},
         {"a": a.reshape(2, 3)},
-        {"a": a[::-1]},
+        {"a": a.flip(0)},
         {"a": a, "b": a[:0]},
-        {"a": torch.arange(6, dtype=torch.int32)},
         {"a": torch.ones(3, dtype=torch.bfloat16)},
         {"a": torch.ones((), dtype=torch.bfloat16)},
     ]
-    assert len({checksum(arrays) for arrays in [{"a": a}, *others]}) == 9
-    assert checksum({"a": a, "b": a[:1]}) == checksum({"b": a[:1].copy(), "a": a.copy()})
+    assert len({checksum(tensors) for tensors in [{"a": a}, *others]}) == 8
+    assert checksum({"a": a, "b": a[::2]}) == checksum({"b": a[::2].clone(), "a": a.clone()})
+
+
+def test_tensors_are_read_as_they_were_written_and_damaged_ones_not_at_all(tmp_path):
+    file = tmp_path / "tensors"
+    tensors = {"a": torch.arange(6).to(torch.uint16), "b": torch.ones(2, dtype=torch.bfloat16)}
+    assert load_tensors(file) is None
+    save_tensors(file, tensors, {"seed": 1})
+    found = load_tensors(file)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        assert load_tensors(file) is None
+    save_file(tensors, file)  # without a checksum
+    assert load_tensors(file) is None
 
 
 def test_the_cache_is_the_users_own(monkeypatch, tmp_path):

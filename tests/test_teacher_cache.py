@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
-import json
+import errno
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import willows_kd as kd
+from willows_kd import files as files_module
+from willows_kd import teacher_cache
 from willows_kd.distillation import DistillationLoss
 from willows_kd.files import cache_folder
 from willows_kd.models import weights_digest
-from willows_kd.teacher_cache import RECORD, Kept, TeacherCache, blocks_to_cache, digest
+from willows_kd.teacher_cache import Kept, TeacherCache, blocks_to_cache, digest
 
 
 @pytest.fixture
@@ -40,8 +43,14 @@ def train(teacher, blocks, student, **changes):
     return student, kd.distill(teacher, student, blocks, config)
 
 
-def files(folder, name="*.npy"):
-    return sorted(folder.glob(f"*/{name}"))
+def files(folder):
+    return sorted(folder.glob("*/*"))
+
+
+@pytest.fixture
+def shards_of_8(monkeypatch):
+    """A cache of the test's blocks in four files or five."""
+    monkeypatch.setattr(teacher_cache, "SHARD", 8)
 
 
 # -- the same answers ------------------------------------------------------------------
@@ -165,8 +174,6 @@ def test_samples_are_small_the_same_each_time_and_of_the_training_blocks_only(
     ids = blocks.train[3:5]
     assert torch.equal(again(ids).logits, cache(ids).logits)
     assert cache(ids).logits.exp().sum(-1).numpy() == pytest.approx(1)
-    [record] = files(folder, RECORD)
-    assert json.loads(record.read_text())["samples"] == 5
     with pytest.raises(kd.InputError, match="samples of the training blocks only, so ask the"):
         kd.quality(kd.student_from_teacher(teacher), blocks.validation, teacher=cache)
 
@@ -250,52 +257,63 @@ def test_another_question_gets_another_cache(teacher, blocks, folder, what):
 
 
 @pytest.mark.parametrize("samples", [None, 5])
-@pytest.mark.parametrize("damage", ["flip a bit", "cut", "no record", "bad record"])
-def test_a_damaged_cache_is_noticed_and_made_again(teacher, blocks, folder, damage, samples):
+@pytest.mark.parametrize("damage", ["flip a bit", "cut", "gone"])
+def test_a_damaged_shard_is_noticed_and_made_again_alone(
+    teacher, blocks, folder, shards_of_8, damage, samples
+):
     first = kd.cache_teacher(teacher, blocks, samples=samples, folder=folder)
     with torch.no_grad():
-        wanted = first(blocks.train[:3]).logits
-    [file], [record] = files(folder), files(folder, RECORD)
+        wanted = first(blocks.train).logits
+    file = files(folder)[1]
     whole = file.read_bytes()
+    before = {other: other.stat().st_mtime_ns for other in files(folder) if other != file}
     if damage == "flip a bit":
         file.write_bytes(whole[:-7] + bytes([whole[-7] ^ 16]) + whole[-6:])
     elif damage == "cut":
         file.write_bytes(whole[: len(whole) // 2])
-    elif damage == "no record":
-        record.unlink()
     else:
-        record.write_text(record.read_text()[:30])
+        file.unlink()
     cache = kd.cache_teacher(teacher, blocks, samples=samples, folder=folder)
     assert file.read_bytes() == whole
+    assert {other: other.stat().st_mtime_ns for other in before} == before
     with torch.no_grad():
-        assert torch.equal(cache(blocks.train[:3]).logits, wanted)
+        assert torch.equal(cache(blocks.train).logits, wanted)
 
 
 def test_what_a_killed_run_left_is_removed(teacher, blocks, folder):
     ids = blocks_to_cache(blocks, teacher.config.vocab_size, Kept())
     place = folder / digest(weights_digest(teacher), ids, Kept())
-    left = place.with_name(f".{place.name}.12345.partial")
+    left = place / ".000000.safetensors.12345.partial"
     left.mkdir(parents=True)
-    (left / "hidden.npy").write_bytes(b"half")
+    (left / "000000.safetensors").write_bytes(b"half")
+    (place / "000000.lock").touch()
     kd.cache_teacher(teacher, blocks, folder=folder)
-    assert list(folder.iterdir()) == [place]
+    assert [file.name for file in files(folder)] == ["000000.safetensors", "000001.safetensors"]
 
 
-def test_interrupted_while_writing_it_leaves_nothing(teacher, blocks, folder):
+@pytest.mark.parametrize("kept", [{}, {"top_k": 3}, {"samples": 3}], ids=str)
+def test_a_stopped_run_goes_on_where_it_stopped_with_the_same_bits(
+    teacher, blocks, folder, tmp_path, shards_of_8, kept
+):
+    kd.cache_teacher(teacher, blocks, folder=folder, **kept)
+    whole = [file.read_bytes() for file in files(folder)]
     passes = []
 
-    def stop(*_):
-        passes.append(1)
-        if len(passes) == 4:
+    def stop(_module, args):
+        passes.extend(args[0] if len(args[0]) > 1 else [])
+        if len(passes) == 3 * 8:
             raise KeyboardInterrupt
 
-    hook = teacher.transformer.register_forward_hook(stop)
+    again = tmp_path / "again"
+    teacher.transformer.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        kd.cache_teacher(teacher, blocks, folder=folder)
-    hook.remove()
-    assert files(folder, "*") == []
-    kd.cache_teacher(teacher, blocks, folder=folder)
-    assert len(files(folder)) == 1
+        kd.cache_teacher(teacher, blocks, folder=again, **kept)
+    assert [file.read_bytes() for file in files(again) if file.suffix != ".lock"] == whole[:2]
+    passes.clear()
+    teacher.transformer._forward_pre_hooks.clear()
+    teacher.transformer.register_forward_pre_hook(stop)
+    kd.cache_teacher(teacher, blocks, folder=again, **kept)
+    assert [file.read_bytes() for file in files(again)] == whole
 
 
 def test_where_nothing_can_be_written_the_teacher_is_asked_and_a_warning_says_so(
@@ -307,10 +325,41 @@ def test_where_nothing_can_be_written_the_teacher_is_asked_and_a_warning_says_so
     assert found is teacher
 
 
+def test_a_disk_without_room_is_noticed_before_the_teacher_is_asked(
+    teacher, blocks, folder, monkeypatch
+):
+    full = shutil._ntuple_diskusage(2_000, 1_000, 1_000)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: full)
+    teacher.transformer.register_forward_pre_hook(lambda _m, args: assert_one_block(args))
+    with pytest.warns(UserWarning, match="it takes 0.1 MB, and 0.0 MB are free"):
+        assert kd.cache_teacher(teacher, blocks, folder=folder) is teacher
+
+
+def test_a_disk_that_fills_up_keeps_the_shards_that_were_written(
+    teacher, blocks, folder, shards_of_8, monkeypatch
+):
+    save_file = files_module.save_file
+
+    def full(tensors, path, *more):
+        save_file(tensors, path, *more)
+        if path.name > "000002":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files_module, "save_file", full)
+    with pytest.warns(UserWarning, match="asked each time: .*: No space left on device"):
+        assert kd.cache_teacher(teacher, blocks, folder=folder) is teacher
+    written = [file for file in files(folder) if file.suffix != ".lock"]
+    assert [file.name for file in written] == ["000000.safetensors", "000001.safetensors"]
+    before = [file.stat().st_mtime_ns for file in written]
+    monkeypatch.undo()
+    monkeypatch.setattr(teacher_cache, "SHARD", 8)
+    assert isinstance(kd.cache_teacher(teacher, blocks, folder=folder), TeacherCache)
+    assert [file.stat().st_mtime_ns for file in written] == before
+
+
 def test_by_default_it_lies_in_the_users_cache(teacher, blocks):
     kd.cache_teacher(teacher, blocks)
-    [record] = files(cache_folder() / "teachers", RECORD)
-    assert json.loads(record.read_text())["dtype"] == "float32"
+    assert files(cache_folder() / "teachers")
 
 
 # -- what cannot be --------------------------------------------------------------------

@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,11 +24,11 @@ from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, require
 from willows_kd.files import (
-    atomic_file,
-    checksum,
+    load_tensors,
     missing_folders,
     remove_empty,
     remove_partial_writes,
+    save_tensors,
     write_errors,
 )
 from willows_kd.models import weights_digest
@@ -98,8 +96,8 @@ class Checkpoints:
     def newest(self) -> "Checkpoint | None":
         """The newest checkpoint that is intact, if there is one."""
         for file in self.files():
-            with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
-                return Checkpoint(file)
+            if tensors := load_tensors(file):
+                return Checkpoint(file, tensors)
         return None
 
     def due(self) -> bool:
@@ -117,8 +115,7 @@ class Checkpoints:
         record = json.dumps({"run": run, "history": history}, default=np.generic.item).encode()
         tensors[RECORD] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
         path = self.folder / f"step_{len(history):08d}.safetensors"
-        with atomic_file(path) as partial:
-            save_file(tensors, partial, {"crc32": str(checksum(tensors))})
+        save_tensors(path, tensors)
         kept = [file for file in self.files() if file <= path][:KEPT]
         for other in set(self.files()) - set(kept):  # older ones, and later ones of another run
             with contextlib.suppress(OSError):
@@ -166,17 +163,9 @@ class NoCheckpoints:
 class Checkpoint:
     """A checkpoint that was read and found intact."""
 
-    def __init__(self, file: Path):
-        """Read a file and check it.
-
-        Raises:
-            OSError, SafetensorError, ValueError, KeyError, TypeError: it is damaged.
-        """
-        self.file = file
-        with safe_open(file, "pt") as opened:
-            self.tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if checksum(self.tensors) != int(opened.metadata()["crc32"]):
-                raise ValueError("damaged")
+    def __init__(self, file: Path, tensors: dict[str, torch.Tensor]):
+        """Take what a file holds."""
+        self.file, self.tensors = file, tensors
         record = json.loads(self.tensors.pop(RECORD).numpy().tobytes())
         self.run, self.history = record["run"], record["history"]
 

@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from willows_kd.errors import InputError, WriteError
 
@@ -149,12 +149,32 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from error
 
 
-def checksum(arrays: Mapping[str, np.ndarray | torch.Tensor]) -> int:
-    """CRC-32 of the names, types, shapes and bytes of arrays, or of tensors on the CPU."""
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping = {}) -> None:
+    """Write tensors on the CPU as a safetensors file with its checksum, whole or not at all.
+
+    Raises:
+        WriteError: it cannot be written. An earlier file of that name stays.
+    """
+    with atomic_file(path) as partial:
+        told = {name: str(value) for name, value in metadata.items()}
+        save_file(tensors, partial, told | {"crc32": str(checksum(tensors))})
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor] | None:
+    """What `save_tensors` wrote, memory-mapped; None if it is not there or damaged."""
+    damaged = OSError, SafetensorError, ValueError, KeyError, TypeError
+    with contextlib.suppress(*damaged), safe_open(path, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if checksum(tensors) == int(opened.metadata()["crc32"]):
+            return tensors
+    return None
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    """CRC-32 of the names, dtypes, shapes and bytes of tensors on the CPU."""
     value = 0
-    for name, array in sorted(arrays.items()):
-        value = zlib.crc32(f"{name} {array.dtype} {tuple(array.shape)}".encode(), value)
-        if isinstance(array, torch.Tensor):  # as bytes, since NumPy has no bfloat16
-            array = array.reshape(-1).view(torch.uint8).numpy()
-        value = zlib.crc32(np.ascontiguousarray(array), value)
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        # as bytes, since NumPy has no bfloat16
+        value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy(), value)
     return value

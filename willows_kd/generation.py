@@ -1,22 +1,18 @@
 """Text that a model writes: a prompt's continuation to read, or many as token ids to train on."""
 
-import contextlib
 import hashlib
 import json
 import math
 import numbers
 import warnings
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
 from willows_kd.errors import WriteError, is_integer, require, type_name
-from willows_kd.files import atomic_file, cache_folder, checksum
+from willows_kd.files import cache_folder, load_tensors, save_tensors
 from willows_kd.models import (
     distributed_state,
     eval_mode,
@@ -252,32 +248,14 @@ def write_blocks(
     name = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
     file = cache_folder() / "texts" / f"{name}.safetensors"
     with distributed_state().local_main_process_first():
-        written = read_blocks(file)
-        if written is None:
+        if kept := load_tensors(file):
+            written = kept["blocks"].long()
+        else:
             new_tokens = blocks.shape[1] - prompts.shape[1]
             text = write_text(model, prompts, new_tokens, temperature, seed, beams).cpu()
             written = torch.cat([prompts, text], dim=1)
             try:
-                save_blocks(file, written, made)
+                save_tensors(file, {"blocks": written.int()}, made)
             except WriteError as error:
                 warnings.warn(f"the text is not kept for another run: {error}", stacklevel=2)
     return written
-
-
-def save_blocks(file: Path, blocks: torch.Tensor, made: dict) -> None:
-    """Write blocks with what they were made by, whole or not at all."""
-    tensors = {"blocks": blocks.int()}
-    metadata = {name: str(value) for name, value in made.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as partial:
-        save_file(tensors, partial, metadata | {"crc32": str(checksum(tensors))})
-
-
-def read_blocks(file: Path) -> torch.Tensor | None:
-    """Blocks as they were written; None if they are not there or damaged."""
-    damaged = OSError, SafetensorError, ValueError, KeyError, TypeError
-    with contextlib.suppress(*damaged), safe_open(file, "pt") as opened:
-        tensors = {"blocks": opened.get_tensor("blocks")}
-        if checksum(tensors) == int(opened.metadata()["crc32"]):
-            return tensors["blocks"].long()
-    return None

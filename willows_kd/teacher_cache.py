@@ -4,19 +4,23 @@ It keeps the final hidden states, 768 numbers per token for GPT-2, whose logits 
 The logits are these times the output weights, so soft labels at any temperature cost one
 matrix product and no pass through the teacher's layers. Smaller, but not exact: the likeliest
 tokens only, or tokens drawn from the teacher's distribution.
+
+It lies in shards, files of a few blocks each. Every process that wants the cache helps to
+make it, on any machine that sees its folder, and a run that is stopped goes on after
+the last shard.
 """
 
 import contextlib
 import hashlib
 import json
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -25,10 +29,10 @@ from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, is_integer, require, type_name
 from willows_kd.evaluation import windows
 from willows_kd.files import (
-    atomic_directory,
     cache_folder,
-    checksum,
-    clean_up_interrupted_writes,
+    load_tensors,
+    remove_partial_writes,
+    save_tensors,
     write_errors,
 )
 from willows_kd.losses import forward_kl
@@ -43,7 +47,7 @@ from willows_kd.models import (
 )
 
 BATCH_SIZE = 8  # blocks per pass through the teacher: as in training, for the same rounding
-RECORD = "cache.json"
+SHARD = 32  # blocks in a file, a multiple of BATCH_SIZE
 DTYPES = ("float32", "float16")
 
 
@@ -66,8 +70,9 @@ def cache_teacher(
     """Run a teacher once over the training and validation blocks, and keep its outputs.
 
     The cache is found again by a digest of the teacher's weights and config, of the blocks'
-    token ids and of the arguments: a stale cache is never used, and a damaged one is made
-    again. It stays until its folder is deleted.
+    token ids and of the arguments: a stale cache is never used, and what is damaged or missing
+    of it is made again. Several processes share the work; the cache has the same bits whatever
+    their number. It stays until its folder is deleted.
 
     Args:
         teacher: a causal language model.
@@ -97,18 +102,12 @@ def cache_teacher(
     folder = Path(folder) if folder else cache_folder() / "teachers"
     weights = weights_digest(teacher)
     place = folder / digest(weights, ids, kept)
-    shapes = layout(teacher, ids, kept)
-    with distributed_state().local_main_process_first():
-        if not is_intact(place, shapes):
-            nbytes = sum(np.dtype(form).itemsize * np.prod(s) for s, form in shapes.values())
-            size = f"{nbytes / 1e6:,.1f} MB"
-            print(f"Caching the teacher's outputs: {size} in {with_tilde(folder)}")
-            try:
-                write(place, teacher, ids, shapes, kept)
-            except WriteError as error:
-                warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
-                return teacher
-    cache = TeacherCache(teacher, ids, place, shapes, kept)
+    try:
+        shards = find_or_make(place, teacher, ids, kept)
+    except WriteError as error:
+        warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
+        return teacher
+    cache = TeacherCache(teacher, ids, shards, kept)
     exact = kept == Kept()
     cache.digest = weights if exact else place.name  # whether it may stand in for the teacher
     if not exact:
@@ -123,7 +122,7 @@ def with_tilde(path: Path) -> str:
 
 
 class TeacherCache(nn.Module):
-    """Stands in for its teacher: answers from a file, for the blocks it was made for.
+    """Stands in for its teacher: answers from files, for the blocks it was made for.
 
     It has the parts of a `transformers` model that the losses and `quality` use.
 
@@ -132,14 +131,13 @@ class TeacherCache(nn.Module):
             forward KL at T = 1 can use the answers, and only for training blocks.
     """
 
-    def __init__(self, teacher, ids: torch.Tensor, place: Path, shapes: dict, kept: Kept):
-        """Open the files in `place`, memory-mapped."""
+    def __init__(self, teacher, ids: torch.Tensor, shards: list[dict], kept: Kept):
+        """Stand in for a teacher with its outputs for the blocks `ids`, shard by shard."""
         super().__init__()
         self.config, self.top_k, self.samples = teacher.config, kept.top_k, kept.samples
-        files = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in shapes}
         self.head = teacher.get_output_embeddings()
-        self.base_model = CachedHiddenStates(ids, files, self.head.weight.dtype)
-        self.nbytes = sum(file.nbytes for file in files.values())
+        self.base_model = CachedHiddenStates(ids, shards, self.head.weight.dtype)
+        self.nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
 
     @property
     def device(self) -> torch.device:
@@ -157,35 +155,35 @@ class TeacherCache(nn.Module):
             InputError: a block is not among those that the cache was made for.
         """
         if self.samples:
-            drawn = self.base_model.read("samples", ids).long()
+            drawn = self.base_model.read("samples", ids, torch.long)
             counts = torch.zeros(*ids.shape, self.config.vocab_size, device=ids.device)
             counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
             return CausalLMOutput(logits=counts.div_(self.samples).log_())
         if not self.top_k:
             return CausalLMOutput(logits=self.head(self.base_model(ids).last_hidden_state))
-        tokens, values = (self.base_model.read(name, ids) for name in ("tokens", "values"))
-        values = values.float()
+        tokens = self.base_model.read("tokens", ids, torch.long)
+        values = self.base_model.read("values", ids, torch.float32)
         others = self.config.vocab_size - self.top_k
         rest = -torch.expm1(values.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7))
         logits = (rest / others).log().expand(*values.shape[:-1], self.config.vocab_size)
-        return CausalLMOutput(logits=logits.scatter(-1, tokens.long(), values))
+        return CausalLMOutput(logits=logits.scatter(-1, tokens, values))
 
 
 class CachedHiddenStates(nn.Module):
     """Looks up the rows of a block by its token ids."""
 
-    def __init__(self, ids: torch.Tensor, files: dict[str, np.ndarray], dtype: torch.dtype):
+    def __init__(self, ids: torch.Tensor, shards: list[dict], dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
         self.rows = {block.tobytes(): row for row, block in enumerate(ids.numpy())}
-        self.files = files
+        self.shards = shards
 
     def forward(self, ids: torch.Tensor, use_cache: bool = False) -> BaseModelOutput:
         """Final hidden states, shape (blocks, block_size, width), in the teacher's dtype."""
-        return BaseModelOutput(last_hidden_state=self.read("hidden", ids).to(self.dtype))
+        return BaseModelOutput(last_hidden_state=self.read("hidden", ids, self.dtype))
 
-    def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of a file that belong to some blocks, on their device."""
+    def read(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What is kept under a name for some blocks, on their device."""
         try:
             rows = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
         except KeyError:
@@ -193,7 +191,8 @@ class CachedHiddenStates(nn.Module):
             if name == "samples":
                 advice = "it holds samples of the training blocks only, so ask the teacher itself"
             raise InputError(f"the teacher's cache was made for other blocks; {advice}") from None
-        return torch.from_numpy(self.files[name][rows]).to(ids.device)
+        found = [self.shards[row // SHARD][name][row % SHARD].to(dtype) for row in rows]
+        return torch.stack(found).to(ids.device)
 
 
 def check(teacher, blocks: Blocks, kept: Kept) -> None:
@@ -236,98 +235,94 @@ def blocks_to_cache(blocks: Blocks, vocabulary: int, kept: Kept) -> torch.Tensor
 
 
 def digest(weights: str, ids: torch.Tensor, kept: Kept) -> str:
-    """A name that changes with anything that the answers depend on."""
-    parts = [weights, kept.dtype, kept.top_k, tuple(ids.shape)]
-    parts += [kept.samples] if kept.samples else []  # not None: older caches keep their names
-    made = hashlib.sha256(json.dumps(parts).encode())
+    """A name that changes with anything that the answers, or their files, depend on."""
+    made = hashlib.sha256(json.dumps([weights, *kept, tuple(ids.shape), SHARD]).encode())
     made.update(ids.numpy().tobytes())
     return made.hexdigest()[:24]
 
 
-def layout(teacher, ids: torch.Tensor, kept: Kept) -> dict:
-    """The files of a cache: the shape and dtype of each, by name."""
-    dtype, top_k, samples = kept
-    if samples:  # in the fewest bytes that hold a token id
-        smallest = np.min_scalar_type(teacher.config.vocab_size - 1)
-        return {"samples": ((*ids.shape, samples), smallest)}
-    if top_k:
-        shape = *ids.shape, top_k
-        return {"values": (shape, dtype), "tokens": (shape, "int32")}
-    return {"hidden": ((*ids.shape, teacher.get_output_embeddings().in_features), dtype)}
-
-
-def is_intact(place: Path, shapes: dict) -> bool:
-    """Whether a cache exists, is complete, and is as it was written."""
-    try:
-        sums = json.loads((place / RECORD).read_text())["checksums"]
-        for name, (shape, dtype) in shapes.items():
-            file = np.load(place / f"{name}.npy", mmap_mode="r")
-            if file.shape != shape or file.dtype != dtype or checksum({name: file}) != sums[name]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
-
-
-def write(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: Kept) -> None:
-    """Ask the teacher, and write a cache, whole or not at all.
-
-    It waits for another run that is writing the same cache, and removes what a killed one
-    left.
+def find_or_make(place: Path, teacher, ids: torch.Tensor, kept: Kept) -> list[dict]:
+    """The shards of a cache, memory-mapped; those that are missing or damaged are made.
 
     Raises:
-        WriteError: the place cannot be written.
+        WriteError: one cannot be written, or the disk has no room for all. Those that were
+            written stay.
     """
-    lock = place.with_name(f".{place.name}.lock")
-    with write_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            try:
-                clean_up_interrupted_writes(place)
-                if not is_intact(place, shapes):
-                    fill(place, teacher, ids, shapes, kept)
-            finally:
-                with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                    lock.unlink()
+    parts = ids.split(SHARD)
+    files = [place / f"{i:06d}.safetensors" for i in range(len(parts))]
+    shards = [load_tensors(file) for file in files]
+    missing = [i for i, shard in enumerate(shards) if shard is None]
+    if missing:
+        size = bytes_per_token(teacher, kept) * sum(parts[i].numel() for i in missing) / 1e6
+        with write_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(place).free / 1e6
+            if size > room:
+                raise OSError(f"it takes {size:,.1f} MB, and {room:,.1f} MB are free")
+            if distributed_state().is_local_main_process:
+                where = with_tilde(place.parent)
+                print(f"Caching the teacher's outputs: {size:,.1f} MB in {where}")
+            make(files, shards, missing, lambda i: outputs(teacher, parts[i], kept, seed=i))
+    remove_partial_writes(place, "*")  # by killed runs: all shards are there
+    return shards
 
 
-def fill(place: Path, teacher, ids: torch.Tensor, shapes: dict, kept: Kept) -> None:
-    """Write the teacher's outputs, a few blocks at a time."""
-    with atomic_directory(place) as partial:
-        files = {
-            name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
-            for name, (shape, dtype) in shapes.items()
-        }
-        starts = tqdm(range(0, len(ids), BATCH_SIZE), unit="pass", leave=False)
-        outputs = teacher_outputs(teacher, ids, kept)
-        for start, output in zip(starts, outputs, strict=True):
-            for name, tensor in output.items():
-                files[name][start : start + len(tensor)] = tensor.cpu().numpy()
-        record = kept._asdict() | {"tokens": ids.numel()}
-        record["checksums"] = {name: checksum({name: file}) for name, file in files.items()}
-        while files:  # close them: Windows moves no folder whose files are open
-            files.popitem()[1].flush()
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+def make(files: list[Path], shards: list, missing: list[int], outputs: Callable) -> None:
+    """Make the missing shards, in place, together with whatever processes make them, too.
+
+    They divide the work by locks: each process makes first what no other is making, and at
+    the end waits for what the others are making, or makes it if they were killed.
+    """
+    speaks = distributed_state().is_local_main_process
+    with tqdm(total=len(missing), unit="shard", leave=False, disable=not speaks) as bar:
+        for timeout in (0, -1):
+            for i in [i for i in missing if shards[i] is None]:
+                lock = files[i].with_suffix(".lock")
+                with contextlib.suppress(Timeout), FileLock(lock, timeout=timeout):
+                    if load_tensors(files[i]) is None:
+                        save_tensors(files[i], outputs(i))
+                    shards[i] = load_tensors(files[i])
+                    bar.update()
+                    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                        lock.unlink()
+
+
+def smallest_dtype(vocabulary: int) -> torch.dtype:
+    """The one of fewest bytes that holds a token id."""
+    dtypes = torch.uint8, torch.uint16, torch.int32
+    return next(dtype for dtype in dtypes if torch.iinfo(dtype).max >= vocabulary - 1)
+
+
+def bytes_per_token(teacher, kept: Kept) -> int:
+    """The size of what is kept."""
+    number = getattr(torch, kept.dtype).itemsize
+    if kept.samples:
+        return kept.samples * smallest_dtype(teacher.config.vocab_size).itemsize
+    if kept.top_k:
+        return kept.top_k * (number + torch.int32.itemsize)
+    return teacher.get_output_embeddings().in_features * number
 
 
 @torch.no_grad()
-def teacher_outputs(teacher, ids: torch.Tensor, kept: Kept) -> Iterator[dict[str, torch.Tensor]]:
-    """A teacher's outputs for the blocks, a few blocks at a time."""
-    generator = torch.Generator(teacher.device).manual_seed(0)
+def outputs(teacher, ids: torch.Tensor, kept: Kept, seed: int) -> dict[str, torch.Tensor]:
+    """What is kept of a teacher's outputs for a shard of blocks."""
+    generator = torch.Generator(teacher.device).manual_seed(seed)
+    dtype, found = getattr(torch, kept.dtype), []
     with eval_mode(teacher):
-        for part in ids.split(BATCH_SIZE):
-            part = part.to(teacher.device)
+        for part in ids.to(teacher.device).split(BATCH_SIZE):
             if not (kept.top_k or kept.samples):
-                yield {"hidden": hidden_states(teacher, part).float()}
+                found.append({"hidden": hidden_states(teacher, part).to("cpu", dtype)})
                 continue
             log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
             if kept.top_k:
                 values, tokens = log_p.topk(kept.top_k, dim=-1)
-                yield {"values": values, "tokens": tokens.int()}
+                found.append({"values": values.to("cpu", dtype), "tokens": tokens.int().cpu()})
             else:
                 p = log_p.exp_().flatten(0, -2)
                 drawn = p.multinomial(kept.samples, replacement=True, generator=generator)
-                yield {"samples": drawn.view(*part.shape, -1)}
+                drawn = drawn.view(*part.shape, -1).cpu()
+                found.append({"samples": drawn.to(smallest_dtype(teacher.config.vocab_size))})
+    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 
 @torch.no_grad()
