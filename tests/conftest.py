@@ -94,3 +94,23 @@ def model_dir(teacher, tokenizer, tmp_path):
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def shake(model, seed: int = 1):
+    """Noise on every weight, so that no bias is 0, no norm 1 and no two layers are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def ids():
+    """Some token ids."""
+    return torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model.eval()(ids).logits

@@ -1,7 +1,6 @@
 """Loading, making and saving models: what works, and what is refused in one line."""
 
 import copy
-import itertools
 import json
 import logging
 import pickle
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,12 +23,12 @@ from transformers import (
     LlamaConfig,
     MptConfig,
     OPTConfig,
-    Qwen3MoeConfig,
     XGLMConfig,
     pipeline,
 )
 
 import willows_kd as kd
+from conftest import logits, shake
 from willows_kd import models
 from willows_kd.errors import WriteError
 from willows_kd.files import SETTINGS_FILE
@@ -41,7 +39,6 @@ from willows_kd.models import (
     check_context,
     check_same_tokenizer,
     common_vocabulary,
-    evenly_spaced,
     load_tokenizer,
 )
 
@@ -110,246 +107,6 @@ def test_a_bundled_history_has_the_rows_that_distill_returned(
 def test_an_unknown_bundled_model_is_refused_with_the_names_there_are(load):
     with pytest.raises(kd.InputError, match="'pupil'; there are base, teacher, student, student_h"):
         load("pupil")
-
-
-# -- which layers a student takes ------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("depth", "layers", "kept"),
-    [
-        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilGPT2's choice
-        (6, 3, [0, 2, 5]),
-        (4, 2, [0, 3]),
-        (12, 1, [0]),
-        (1, 1, [0]),
-        (5, 5, [0, 1, 2, 3, 4]),
-    ],
-)
-def test_the_kept_layers_are_evenly_spaced(depth, layers, kept):
-    assert evenly_spaced(depth, layers) == kept
-
-
-def test_the_first_and_the_last_layer_are_kept_and_no_gap_is_left():
-    for depth, layers in itertools.combinations_with_replacement(range(2, 49), 2):
-        kept = evenly_spaced(layers, depth)
-        gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
-        assert (kept[0], kept[-1], len(kept)) == (0, layers - 1, depth)
-        assert min(gaps) >= 1
-        assert max(gaps) - min(gaps) <= 1
-
-
-# -- a student of some of the teacher's layers -----------------------------------------
-
-
-def shake(model, seed: int = 1):
-    """Noise on every weight, so that no bias is 0, no norm 1 and no two layers are alike."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    return model
-
-
-@pytest.fixture
-def ids():
-    """Some token ids."""
-    return torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model.eval()(ids).logits
-
-
-def test_a_student_is_its_teacher_without_the_other_layers(teacher, ids):
-    student = kd.student_from_teacher(shake(teacher), 2)
-    with torch.no_grad():  # a layer whose weights are all 0 adds nothing to what passes it
-        for weight in teacher.transformer.h[1:3].parameters():
-            weight.zero_()
-    assert student.config.num_hidden_layers == 2
-    torch.testing.assert_close(logits(student, ids), logits(teacher, ids))
-
-
-def test_a_layer_that_would_become_another_kind_is_refused(monkeypatch):
-    config = Qwen3MoeConfig(**MIXED)
-    teacher = AutoModelForCausalLM.from_config(config)
-    monkeypatch.setattr(models, "setting_of_layers", lambda name, value, depth, kept: value)
-    monkeypatch.setattr(models, "skipped_layers", None)  # seen without a forward pass
-    expected = (
-        r"no student of layers \[0, 3\] of this qwen3_moe teacher:.* mlp of layer 3 .*Sparse.*MLP"
-    )
-    with pytest.raises(kd.InputError, match=expected):
-        kd.student_from_teacher(teacher, 2)
-
-
-def test_a_layer_that_depends_on_more_than_its_weights_is_refused(teacher, monkeypatch):
-    """As if attention of each layer were scaled by something that is written nowhere."""
-    shake(teacher)
-    teacher.transformer.h[3].register_forward_hook(
-        lambda layer, args, output: output + output.roll(1, -1)
-    )
-    with pytest.raises(kd.InputError, match="logits differ by .* depends on its number, or"):
-        kd.student_from_teacher(teacher, 2)
-
-
-def test_attention_scaled_by_the_layers_number_is_allowed_and_said(make_gpt2):
-    teacher = make_gpt2(scale_attn_by_inverse_layer_idx=True)
-    with pytest.warns(UserWarning, match="scale_attn_by_inverse_layer_idx"):
-        kd.student_from_teacher(teacher, 2)
-
-
-def test_the_proof_leaves_the_teacher_whole(teacher, ids):
-    before = logits(shake(teacher), ids)
-    kd.student_from_teacher(teacher, 2)
-    assert torch.equal(logits(teacher, ids), before)
-
-
-def test_a_student_writes_the_same_with_and_without_its_cache(teacher, ids):
-    student = kd.student_from_teacher(shake(teacher), 2).eval()
-    settings = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
-    mask = torch.ones_like(ids)
-    cached, plain = (
-        student.generate(ids, attention_mask=mask, use_cache=cache, **settings)
-        for cache in (True, False)
-    )
-    assert torch.equal(cached, plain)
-
-
-def test_a_teacher_is_as_before_when_a_student_was_made_of_it(teacher):
-    weights = {k: v.clone() for k, v in teacher.state_dict().items()}
-    config = teacher.config.to_dict()
-    kd.student_from_teacher(teacher, 2)
-    assert teacher.config.to_dict() == config
-    assert all(torch.equal(v, weights[k]) for k, v in teacher.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("init", "kept"), [("spaced", [0, 3]), ("first", [0, 1]), ([1, 2], [1, 2])]
-)
-def test_a_student_has_its_teachers_weights_and_its_own_storage(init, kept, teacher):
-    shake(teacher)
-    student = kd.student_from_teacher(teacher, 2, init)
-    pairs = zip(student.transformer.h, [teacher.transformer.h[i] for i in kept], strict=True)
-    for mine, theirs in [*pairs, (student.transformer.ln_f, teacher.transformer.ln_f)]:
-        assert all(map(torch.equal, mine.parameters(), theirs.parameters()))
-    assert torch.equal(student.transformer.wte.weight, teacher.transformer.wte.weight)
-    assert torch.equal(student.transformer.wpe.weight, teacher.transformer.wpe.weight)
-    storages = [
-        {p.untyped_storage().data_ptr() for p in m.parameters()} for m in (student, teacher)
-    ]
-    assert not storages[0] & storages[1]
-
-
-def test_a_students_head_is_still_its_embedding(teacher):
-    student = kd.student_from_teacher(teacher)
-    assert student.lm_head.weight is student.transformer.wte.weight
-
-
-@pytest.mark.parametrize(("depth", "half"), [(1, 1), (4, 2), (5, 2)])
-def test_a_student_has_half_of_the_layers_unless_told_otherwise(depth, half, make_gpt2):
-    assert kd.student_from_teacher(make_gpt2(depth)).config.n_layer == half
-
-
-def test_a_random_student_follows_from_its_seed_and_copies_nothing(teacher):
-    first, again, other = (
-        kd.student_from_teacher(teacher, 2, "random", seed).transformer.wte.weight
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert not torch.equal(first, teacher.transformer.wte.weight)
-
-
-@pytest.mark.parametrize("init", ["spaced", "random"])
-def test_making_a_student_draws_none_of_the_callers_random_numbers(init, teacher):
-    state = torch.get_rng_state()
-    kd.student_from_teacher(teacher, 2, init)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_student_of_a_frozen_teacher_can_be_trained(teacher):
-    student = kd.student_from_teacher(teacher.requires_grad_(False))
-    assert all(p.requires_grad for p in student.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_student_of_a_half_precision_teacher_is_float32(dtype, teacher):
-    student = kd.student_from_teacher(teacher.to(dtype), 2)
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
-    assert torch.equal(student.transformer.wte.weight.to(dtype), teacher.transformer.wte.weight)
-
-
-@pytest.mark.parametrize("layers", [0, 5, 2.0, True])
-def test_a_student_of_impossible_depth_is_refused(layers, teacher):
-    with pytest.raises(kd.InputError, match=f"layers is {layers}; .* 1 to 4"):
-        kd.student_from_teacher(teacher, layers)
-
-
-@pytest.mark.parametrize("init", ["last", None, 2])
-def test_an_unknown_init_is_refused(init, teacher):
-    with pytest.raises(
-        kd.InputError, match=f"{init!r}; it must be spaced, first, random or a list"
-    ):
-        kd.student_from_teacher(teacher, 2, init)
-
-
-@pytest.mark.parametrize("init", [[], [2, 1], [1, 1], [0, 4], [-1, 2], [0.0, 2], "012"])
-def test_layer_numbers_that_are_none_are_refused(init, teacher):
-    with pytest.raises(kd.InputError, match="init is"):
-        kd.student_from_teacher(teacher, init=init)
-
-
-def test_layers_may_be_named_by_numpy_and_must_agree_with_how_many(teacher):
-    student = kd.student_from_teacher(teacher, np.int64(3), np.array([0, 2, 3]))
-    assert student.config.n_layer == 3
-    with pytest.raises(kd.InputError, match="as many as layers, 2"):
-        kd.student_from_teacher(teacher, 2, [0, 1, 3])
-
-
-# -- settings of each layer ------------------------------------------------------------
-
-MIXED = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "mlp_only_layers": [1],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("layer_types", ["a", "b", "c", "d"], ["a", "d"]),
-        ("no_rope_layers", [1, 1, 1, 0, 1, 1], [1, 0]),  # may be longer than the model is deep
-        ("window_sizes", [8, 16, 8, 32], [8, 32]),
-        ("moe_layers", [1, 3], [1]),
-        ("moe_layers", [0, 1, 2, 3], [0, 1]),
-        ("per_layer_config", {"1": "x", "3": "y"}, {1: "y"}),
-        ("eos_token_id", [1, 2, 3, 4], [1, 2, 3, 4]),
-        ("rope_sections", [2, 3, 3], [2, 3, 3]),
-        ("mlp_only_layers", [], []),
-        ("hidden_size", 4, 4),
-    ],
-)
-def test_a_setting_of_each_layer_is_cut_and_another_kept(name, value, expected):
-    assert models.setting_of_layers(name, value, 4, [0, 3]) == expected
-
-
-def test_a_rhythm_of_layers_is_found_again_if_there_is_one():
-    for period, offset in [(2, 0), (2, 1), (3, 2), (8, 4)]:
-        for kept in ([0, 3], [1, 3, 5, 7], [0, 4, 7], [4]):
-            found = models.same_rhythm(period, offset, kept)
-            are = [i % period == offset for i in kept]
-            become = [i % found[0] == found[1] for i in range(len(kept))]
-            assert become == are or found == (period, offset)
 
 
 # -- dropout ---------------------------------------------------------------------------

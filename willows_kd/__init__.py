@@ -16,11 +16,11 @@ PUBLIC_NAMES = {
         "bundled_history",
         "stored_results",
         "load_student",
-        "student_from_teacher",
         "hidden_states",
         "weights_digest",
         "save_model",
     ],
+    "students": ["student_from_teacher"],
     "generation": ["complete", "write_text", "write_blocks", "prompt_length"],
     "soft_labels": ["soften", "entropy", "top_k"],
     "losses": [

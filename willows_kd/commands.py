@@ -24,6 +24,7 @@ from willows_kd.distillation import distill
 from willows_kd.errors import InputError, WriteError
 from willows_kd.evaluation import as_markdown, compare
 from willows_kd.generation import write_blocks
+from willows_kd.students import student_from_teacher
 from willows_kd.teacher_cache import cache_teacher
 
 GPT2_VOCABULARY = 50_257
@@ -288,7 +289,7 @@ def check_student(name: str, block_size: int) -> None:
 def load_or_make_student(options, name: str, teacher, tokenizer, device):
     """The student of that name, checked to share the teacher's vocabulary."""
     if name == "half" or options.layers is not None:
-        return models.student_from_teacher(teacher, options.layers)
+        return student_from_teacher(teacher, options.layers)
     student = models.load_model(name, device)
     small, large = sorted((teacher, student), key=lambda model: model.config.vocab_size)
     heads = teacher.config.vocab_size, student.config.vocab_size

@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from willows_kd.errors import require
 from willows_kd.evaluation import LABELS, with_intervals
-from willows_kd.models import layer_stack
 from willows_kd.soft_labels import entropy, soften, top_k
+from willows_kd.students import layer_stack
 from willows_kd.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
