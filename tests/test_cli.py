@@ -808,6 +808,19 @@ def test_the_checkpoints_are_beside_the_output(given, folder, tmp_path, monkeypa
 # -- other teachers --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_an_adapter_is_merged_and_a_line_says_so(distil, place, tmp_path, capsys, whose):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(place / "teacher")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    option = "--model_dir" if whose == "teacher" else "--student"
+    assert distil(option, str(tmp_path / "adapter")) == 0
+    said = capsys.readouterr().out
+    assert said.count("LoRA") == 1
+    assert f"The {whose}'s LoRA adapter is merged into its weights" in said
+
+
 def test_a_teacher_of_the_llama_family_gives_a_student_of_so_many_layers(
     distil, tokenizer, tmp_path, capsys
 ):

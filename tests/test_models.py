@@ -442,6 +442,17 @@ def test_a_hub_name_without_a_connection_is_refused_after_one_question(name, mon
     assert said() == []
 
 
+def test_a_hub_that_answered_is_asked_once_for_a_name_and_one_that_did_not_again(monkeypatch):
+    models.ask_hub.cache_clear()
+    questions, hub = [], SimpleNamespace(head=lambda address, timeout: questions.append(address))
+    monkeypatch.setattr(models, "get_session", lambda: None)  # no hub yet
+    assert not models.may_ask_hub("owner/name")
+    monkeypatch.setattr(models, "get_session", lambda: hub)
+    assert all(models.may_ask_hub("owner/name") for _ in range(3))
+    [address] = questions
+    assert address.endswith("owner/name/resolve/main/config.json")
+
+
 @pytest.mark.parametrize("block_size", [2, 64])
 def test_blocks_that_fit_the_positions_are_accepted(block_size, model_dir):
     check_context(model_dir, block_size)

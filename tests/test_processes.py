@@ -77,10 +77,16 @@ def test_two_processes_make_the_student_that_one_makes(model_dir, text, tmp_path
     assert said.count("Distilled model saved successfully") == 1
     a, b = (pd.read_csv(folder / "history.csv").set_index("step") for folder in (alone, together))
     assert list(a.tokens) == list(b.tokens)
-    for column in ("loss", "gradient_norm", "validation_perplexity", "validation_kl"):
-        assert a[column].dropna().tolist() == pytest.approx(b[column].dropna().tolist(), rel=1e-3)
-    start = kd.student_from_teacher(kd.load_teacher(model_dir)[0]).state_dict()
     one, two = (load_file(folder / "model.safetensors") for folder in (alone, together))
+    start = kd.student_from_teacher(kd.load_teacher(model_dir)[0]).state_dict()
+    assert_trained_alike(start, one, two, a, b)
+
+
+def assert_trained_alike(start: dict, one: dict, two: dict, history, other_history) -> None:
+    """Two trained students and their histories are the same but for rounding."""
+    for column in ("loss", "gradient_norm", "validation_perplexity", "validation_kl"):
+        values, others = (h[column].dropna().tolist() for h in (history, other_history))
+        assert values == pytest.approx(others, rel=1e-3)
     moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
     apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
     assert moved.norm() > 0
@@ -140,3 +146,55 @@ def test_two_processes_fill_one_cache_with_the_bits_that_one_writes(model_dir, t
     assert all(made)
     assert sorted(made[0] + made[1]) == list(range(len(files)))  # each shard by one of them
     assert files == {f.relative_to(together): f.read_bytes() for f in together.glob("*/*")}
+
+
+SHARD = """
+import json, sys
+from safetensors.torch import save_file
+import willows_kd as kd
+from willows_kd import models
+
+model_dir, output = sys.argv[1:]
+state = models.distributed_state()
+teacher, tokenizer = kd.load_teacher(model_dir, "cpu")
+packed = kd.pack(kd.load_corpus("sample"), tokenizer, 32)
+blocks = kd.Blocks(packed.train[:20], packed.validation[:6], packed.test[:6], packed.remainder)
+student = kd.student_from_teacher(teacher, 1)
+digest = kd.weights_digest(teacher)
+if state.num_processes > 1:
+    held = lambda: sum(getattr(w, "to_local", lambda: w)().numel() for w in layers.parameters())
+    layers = teacher.transformer.h
+    whole = held()
+    kd.shard_teacher(teacher)
+    assert held() == whole / 2
+    try:
+        kd.cache_teacher(teacher, blocks)
+        raise AssertionError("a sharded teacher cannot be cached")
+    except kd.InputError as error:
+        assert "the teacher is sharded" in str(error)
+config = kd.DistillConfig(epochs=2, batch_size=4, hidden_weight=0.5, temperature=2)
+history = kd.distill(teacher, student, blocks, config, checkpoints=output + ".checkpoints")
+assert kd.weights_digest(teacher) == digest
+if state.is_main_process:
+    save_file({name: w for name, w in student.named_parameters()}, output)
+    print(json.dumps(history))
+"""
+
+
+@pytest.mark.processes
+def test_a_teacher_sharded_over_two_processes_makes_the_student_that_it_makes_whole(
+    model_dir, tmp_path
+):
+    script = tmp_path / "shard.py"
+    script.write_text(SHARD)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    said = [start([script, model_dir, alone])]
+    said.append(start(["-m", *TORCHRUN[:-1], script, model_dir, together]))
+    histories = [pd.DataFrame(json.loads(each.splitlines()[-1])) for each in said]
+    before = kd.student_from_teacher(kd.load_teacher(model_dir)[0], 1).state_dict()
+    assert_trained_alike(before, load_file(alone), load_file(together), *histories)
+
+
+def test_one_process_has_nothing_to_shard(teacher):
+    with pytest.raises(kd.InputError, match="there is one process, .*torchrun"):
+        kd.shard_teacher(teacher)

@@ -36,7 +36,7 @@ PUBLIC_NAMES = {
         "shift",
     ],
     "config": ["DistillConfig"],
-    "distillation": ["distill", "steps_of_epoch", "parameter_groups"],
+    "distillation": ["distill", "shard_teacher", "steps_of_epoch", "parameter_groups"],
     "checkpoints": ["Checkpoints"],
     "chunked_loss": ["chunked_distillation_loss"],
     "teacher_cache": ["cache_teacher"],

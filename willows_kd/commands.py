@@ -132,6 +132,9 @@ def prepare(options) -> Job:
     student_name = choose_student(options, tokenizer)
     print(f"🔍 Loading student model ({student_name})...")
     student = load_or_make_student(options, student_name, teacher, tokenizer, device)
+    for whose, name in (("teacher", teacher_name), ("student", student_name)):
+        if models.adapter_base(name):
+            print(f"ℹ️ The {whose}'s LoRA adapter is merged into its weights")
     check_savable(student)
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
     corpus = corpus or read_corpus(options)

@@ -36,6 +36,7 @@ from willows_kd.stopping import (
     graceful_interrupt,
     is_half_precision,
 )
+from willows_kd.students import layer_stack
 from willows_kd.teacher_cache import TeacherCache
 
 LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss")
@@ -211,6 +212,35 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
 def asks_teacher(config: DistillConfig) -> bool:
     """Whether the loss depends on the teacher."""
     return config.alpha < 1 or config.hidden_weight > 0
+
+
+def shard_teacher(teacher):
+    """Divide a teacher that fits no single device among the processes of a run, in place.
+
+    Each process holds its share of every layer, and gathers one layer at a time while it
+    computes (fully sharded data parallel: Zhao et al. 2023); embeddings and output weights
+    are whole in each. The layers go to the process's device one by one, so load the teacher
+    on the CPU, and make the student from it first. From then on it answers only if all
+    processes ask at once, as they do in `distill`.
+
+    Returns:
+        the teacher.
+
+    Raises:
+        InputError: there is only one process, or the teacher has no list of layers.
+    """
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
+    require_model(teacher, "teacher")
+    state = distributed_state()
+    require(
+        state.num_processes > 1,
+        "there is one process, and nothing to divide a teacher among; start several: "
+        "torchrun --nproc_per_node N script.py",
+    )
+    for layer in teacher.get_submodule(layer_stack(teacher)):
+        fully_shard(layer, reshard_after_forward=True)
+    return teacher.to(state.device)
 
 
 class DistillationLoss(nn.Module):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import json
 import logging
@@ -181,7 +182,8 @@ def load_merged(base: str, adapter, device=None) -> PreTrainedModel:
     require(found, f"{adapter} holds no adapter weights (no adapter_model.safetensors)")
     model = load_model(base, device)
     with loading_errors_as_input_errors(adapter, "cannot be loaded"), quiet_transformers():
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return merged.requires_grad_(True)  # PEFT froze the base model
 
 
 def adapter_base(name_or_path) -> str | None:
@@ -281,10 +283,16 @@ def may_ask_hub(name_or_path) -> bool:
     if Path(name_or_path).exists():
         return False
     try:
-        get_session().head(huggingface_hub.hf_hub_url(str(name_or_path), "config.json"), timeout=5)
+        ask_hub(str(name_or_path))
     except Exception:  # whatever the HTTP client calls it, there is no hub
         return False
     return True
+
+
+@functools.lru_cache  # an answer is kept, and an error is not: the hub may come back
+def ask_hub(name: str) -> None:
+    """Ask the hub for a name; whatever it answers, it is there."""
+    get_session().head(huggingface_hub.hf_hub_url(name, "config.json"), timeout=5)
 
 
 @contextlib.contextmanager
@@ -482,6 +490,8 @@ def weights_digest(model) -> str:
     made = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         made.update(name.encode())
+        if hasattr(tensor, "full_tensor"):  # a share of one, of a sharded teacher
+            tensor = tensor.full_tensor()
         made.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return made.hexdigest()[:24]
 

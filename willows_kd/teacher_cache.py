@@ -200,6 +200,11 @@ def check(teacher, blocks: Blocks, kept: Kept) -> None:
     require_model(teacher, "teacher")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
     check_positions(teacher, blocks.train, "teacher")
+    require(
+        not any(hasattr(weight, "full_tensor") for weight in teacher.parameters()),
+        "the teacher is sharded, and answers only if all processes ask at once, while a cache is "
+        "made by each on its own; give distill the teacher itself",
+    )
     dtype, top_k, samples = kept
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
