@@ -16,21 +16,26 @@ TEXTS = {"book": 0.0, "teacher": 0.0, "student": 1.0, "mix": 0.5}  # the share t
 
 EXIT_CODES = """\
 exit codes:
-  0    the student is trained, saved and compared
-  1    the student is saved but could not be compared, or the output was closed early
+  0    done
+  1    the output was closed early; distill: the student is saved but could not be compared
   2    something that was given cannot be used
   3    a file could not be written, such as on a full disk
-  130  stopped by the user; --resume continues
+  130  stopped by the user; distill: --resume continues
 """
 
-OTHER_EXIT_CODES = """\
-exit codes:
-  0    done
-  1    the output was closed early
-  2    something that was given cannot be used
-  3    a file could not be written, such as on a full disk
-  130  stopped by the user
-"""
+SETTINGS = {  # of `DistillConfig`, whose defaults they have
+    "temperature": "softens the distributions of teacher and student alike",
+    "alpha": "weight of the hard labels, from 0 to 1; the soft labels have the rest",
+    "divergence": "how the distance from the soft labels is measured",
+    "beta": "the teacher's weight in jensen_shannon",
+    "skew": "the first distribution's share in the skewed KLs",
+    "hidden_weight": "weight of the distance between final hidden states, added to the loss",
+    "epochs": "passes over the training text",
+    "learning_rate": "the peak, after the warm-up",
+    "batch_size": "blocks in a forward pass",
+    "gradient_accumulation_steps": "forward passes in an optimiser step",
+    "seed": "orders the blocks",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,169 +78,109 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line."""
     parser = Parser(prog="willows-kd", description="Knowledge distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    distill = commands.add_parser(
-        "distill",
-        help="train a smaller student on a teacher's soft labels",
-        description="Train a smaller student on a teacher's soft labels and save it.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(distill)
-    for add_command in (add_generate, add_compare, add_export):
-        command = add_command(commands)
+    for name, about, add_options in (
+        ("distill", "train a smaller student on a teacher's soft labels", add_distill),
+        ("generate", "let a model go on with a prompt", add_generate),
+        ("compare", "compare models in quality, size, memory and speed", add_compare),
+        ("export", "write a model for another runtime", add_export),
+    ):
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(arguments)
 
 
-def new_command(commands, name: str, about: str, model_dir: str, **more) -> Parser:
-    """A command that works on models."""
-    command = commands.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=OTHER_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("model_dir", metavar="DIR", help=model_dir, **more)
-    return command
-
-
-def add_generate(commands) -> Parser:
-    """The command `generate`, with the defaults of `complete`."""
-    parser = new_command(
-        commands,
-        "generate",
-        "let a model go on with a prompt",
-        "a model's directory or hub name, or an export to ONNX",
-    )
+def add_distill(parser: Parser) -> None:
+    """The options of `distill`."""
     add = parser.add_argument
+    add("--model_dir", help="the teacher: a directory or hub name (default: the bundled one)")
+    add_text(parser)
+    output = "./wind_in_the_willows_distilled"
+    add("--output_dir", default=output, help=f"where the student is saved (default: {output})")
+    add(
+        "--student",
+        help="half, for half of the teacher's layers, or a directory or hub name "
+        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
+    )
+    add("--layers", type=int, help="how many of the teacher's layers the student keeps")
+    add(
+        "--text",
+        choices=TEXTS,
+        default="book",
+        help="what the student is trained on: the book (the data set), or what the teacher or the "
+        "student writes from its openings; mix is half book, half student (default: book)",
+    )
+    for name, about in SETTINGS.items():
+        default = getattr(DistillConfig, name)
+        choices = DIVERGENCE_NAMES if name == "divergence" else None
+        about = f"{about} (default: {default})"
+        add(f"--{name}", type=type(default), default=default, choices=choices, help=about)
+    add("--dtype", choices=DTYPES, help=f"of the arithmetic (default: {DistillConfig.dtype})")
+    add("--gradient_checkpointing", action="store_true", help="slower, in less memory")
+    add(
+        "--cache_teacher",
+        action="store_true",
+        help="run the teacher once and keep its hidden states on disk, for this run and later ones",
+    )
+    add(
+        "--checkpoint_minutes",
+        type=float,
+        default=5.0,
+        help="between two checkpoints, besides each epoch's end (default: 5.0)",
+    )
+    add("--resume", action="store_true", help="continue a run that was stopped, if there is one")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an output directory that is not ours, or a run that was stopped",
+    )
+
+
+def add_generate(parser: Parser) -> None:
+    """The options of `generate`, with the defaults of `complete`."""
+    add = parser.add_argument
+    add("model_dir", metavar="DIR", help="a model's directory or hub name, or an export to ONNX")
     add("--prompt", required=True, help="what the text begins with")
     add("--max_new_tokens", type=int, default=60, help="at most so many (default: 60)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     add("--top_k", type=int, default=50, help="draw from so many, 0 for all (default: 50)")
     add("--seed", type=int, default=0, help="for the draws (default: 0)")
-    return parser
 
 
-def add_compare(commands) -> Parser:
-    """The command `compare`."""
-    parser = new_command(
-        commands,
-        "compare",
-        "compare models in quality, size, memory and speed",
-        "directories or hub names, at least two; the others are compared with the first",
-        nargs="+",
-    )
+def add_compare(parser: Parser) -> None:
+    """The options of `compare`."""
     add = parser.add_argument
-    text = "a text (default: The Wind in the Willows; offline, the sample story)"
-    add("--dataset_path", help=text)
-    add("--text_column", help="column of a JSONL, CSV or Parquet data set that holds the text")
-    add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
-    add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
+    models = "directories or hub names, at least two; the others are compared with the first"
+    add("model_dir", metavar="DIR", nargs="+", help=models)
+    add_text(parser)
     add("--output_dir", help="where table and figure are saved (default: nowhere)")
     add("--overwrite", action="store_true", help="replace an output directory that is not empty")
-    return parser
 
 
-def add_export(commands) -> Parser:
-    """The command `export`."""
-    parser = new_command(
-        commands,
-        "export",
-        "write a model for another runtime",
-        "the model: a directory or hub name",
-    )
+def add_export(parser: Parser) -> None:
+    """The options of `export`."""
     add = parser.add_argument
+    add("model_dir", metavar="DIR", help="the model: a directory or hub name")
     add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
     add("--output_dir", required=True, help="where it is saved")
     add("--overwrite", action="store_true", help="replace an output directory that is not empty")
-    return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `distill`, with the defaults of `DistillConfig`."""
-
-    def add(name: str, text: str, default=None, **more) -> None:
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(f"--{name}", help=text + shown, default=default, **more)
-
-    settings = DistillConfig()
-    add("model_dir", "the teacher: a directory or hub name (default: the bundled one)")
-    add("dataset_path", "a text (default: The Wind in the Willows; offline, the sample story)")
-    add("text_column", "column of a JSON Lines or Parquet file that holds the text")
-    add("encoding", "encoding of the text, such as cp1251 (default: found out)")
-    add("output_dir", "where the student is saved", "./wind_in_the_willows_distilled")
-    add(
-        "student",
-        "half, for half of the teacher's layers, or a directory or hub name "
-        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
-    )
-    add("layers", "how many of the teacher's layers the student keeps", type=int)
-    add(
-        "temperature",
-        "softens the distributions of teacher and student alike",
-        settings.temperature,
-        type=float,
-    )
-    add(
-        "alpha",
-        "weight of the hard labels, from 0 to 1; the soft labels have the rest",
-        settings.alpha,
-        type=float,
-    )
-    add(
-        "divergence",
-        "how the distance from the soft labels is measured",
-        settings.divergence,
-        choices=DIVERGENCE_NAMES,
-    )
-    add("beta", "the teacher's weight in jensen_shannon", settings.beta, type=float)
-    add("skew", "the first distribution's share in the skewed KLs", settings.skew, type=float)
-    add(
-        "text",
-        "what the student is trained on: the book (the data set), or what the teacher or the "
-        "student writes from its openings; mix is half book, half student",
-        "book",
-        choices=TEXTS,
-    )
-    add(
-        "hidden_weight",
-        "weight of the distance between final hidden states, added to the loss",
-        settings.hidden_weight,
-        type=float,
-    )
-    add("epochs", "passes over the training text", settings.epochs, type=int)
-    add("learning_rate", "the peak, after the warm-up", settings.learning_rate, type=float)
-    add("batch_size", "blocks in a forward pass", settings.batch_size, type=int)
-    add(
-        "gradient_accumulation_steps",
-        "forward passes in an optimiser step",
-        settings.gradient_accumulation_steps,
-        type=int,
-    )
-    add("block_size", "tokens in a block", 128, type=int)
-    add("seed", "orders the blocks", settings.seed, type=int)
-    add("device", "auto, cpu, cuda, cuda:1, mps ...", "auto")
-    add("dtype", f"of the arithmetic (default: {settings.dtype})", choices=DTYPES)
-    parser.add_argument(
-        "--gradient_checkpointing", action="store_true", help="slower, in less memory"
-    )
-    parser.add_argument(
-        "--cache_teacher",
-        action="store_true",
-        help="run the teacher once and keep its hidden states on disk, for this run and later ones",
-    )
-    add("checkpoint_minutes", "between two checkpoints, besides each epoch's end", 5.0, type=float)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue a run that was stopped, if there is one"
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an output directory that is not ours, or a run that was stopped",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def add_text(parser: Parser) -> None:
+    """The options for a text, how it is cut, and where models read it."""
+    add = parser.add_argument
+    text = "a text (default: The Wind in the Willows; offline, the sample story)"
+    add("--dataset_path", help=text)
+    add("--text_column", help="column of a JSON Lines or Parquet file that holds the text")
+    add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
+    add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:
