@@ -170,11 +170,7 @@ class Checkpoint:
         self.run, self.history = record["run"], record["history"]
 
     def check(self, student: nn.Module, run: dict) -> None:
-        """Refuse to resume a run that differs from the checkpoint's.
-
-        Raises:
-            InputError: with what differs.
-        """
+        """Refuse to resume a run that differs from the checkpoint's."""
         found = differences(self.run, run)
         if run["student"] != self.run["student"] and not self.holds(student):
             found.append("the student's weights are neither the run's first nor the checkpoint's")
@@ -207,11 +203,7 @@ class Checkpoint:
 
 
 def resume_run(accelerator, checkpoints: Checkpoints, student, optimizer, run: dict) -> list[dict]:
-    """Restore student and optimiser from the newest checkpoint, if any; returns its history.
-
-    Raises:
-        InputError: it belongs to another run, or differs between machines.
-    """
+    """Restore student and optimiser from the newest checkpoint, if any; returns its history."""
     found = checkpoints.newest()
     history = []
     if found:

@@ -184,11 +184,7 @@ def add_text(parser: Parser) -> None:
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:
-    """The settings among the options.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
+    """The settings among the options."""
     names = {field.name for field in dataclasses.fields(DistillConfig)}
     given = {k: v for k, v in vars(options).items() if k in names and v is not None}
     return DistillConfig(**given, student_text=TEXTS[options.text])

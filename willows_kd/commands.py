@@ -34,12 +34,7 @@ OK, FAILED, CANNOT_WRITE, STOPPED = 0, 1, 3, 130
 
 
 def distill_to_directory(options, config: DistillConfig) -> int:
-    """Run the whole job, with checkpoints beside the output directory, and return the exit code.
-
-    Raises:
-        InputError: something that was given cannot be used, or (`WriteError`) the student
-            cannot be written. Nothing was written.
-    """
+    """Run the whole job, with checkpoints beside the output directory, and return the exit code."""
     main_process = models.distributed_state().is_main_process
     if not main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks for all
@@ -106,11 +101,7 @@ def prepare_train_save(options, config: DistillConfig, checkpoints: Checkpoints)
 
 
 def prepare(options) -> Job:
-    """Check and load everything, what is quickest to check first.
-
-    Raises:
-        InputError: something that was given cannot be used.
-    """
+    """Check and load everything, what is quickest to check first."""
     device = find_device(options.device)
     check_inputs_stay(options.output_dir, options.model_dir, options.student, options.dataset_path)
     bundled = options.model_dir is None
@@ -205,11 +196,7 @@ def try_to_compare(job: Job, untrained) -> tuple[pd.DataFrame | None, str, int]:
 
 
 def save(job: Job, options, config: DistillConfig, history: list[dict], table) -> None:
-    """Write the output directory: the student, its settings, its history and a model card.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write the output directory: the student, its settings, its history and a model card."""
     settings = {
         **job.names,
         "corpus": job.corpus.provenance,
@@ -230,11 +217,7 @@ def save(job: Job, options, config: DistillConfig, history: list[dict], table) -
 
 
 def check_inputs_stay(output_dir: str, *inputs: str | None) -> None:
-    """Refuse an output directory that would replace what the run reads.
-
-    Raises:
-        InputError: a model or the text lies in the output directory.
-    """
+    """Refuse an output directory that would replace what the run reads."""
     output = Path(output_dir).resolve()
     for given in inputs:
         path = Path(given).resolve() if given else None
@@ -256,11 +239,7 @@ def find_device(name: str) -> torch.device:
 
 
 def choose_student(options, tokenizer) -> str:
-    """What to call the student that is to be loaded or made.
-
-    Raises:
-        InputError: it is not there, or its tokenizer is not the teacher's.
-    """
+    """What to call the student that is to be loaded or made."""
     if options.layers is not None:
         return f"{options.layers} of the teacher's layers"
     size = len(tokenizer)
@@ -278,11 +257,7 @@ def choose_student(options, tokenizer) -> str:
 
 
 def check_student(name: str, block_size: int) -> None:
-    """Refuse a student that is not there, or takes no blocks of this length.
-
-    Raises:
-        InputError: with what to do instead.
-    """
+    """Refuse a student that is not there, or takes no blocks of this length."""
     try:
         models.check_context(name, block_size)
     except models.HubError as error:
@@ -305,11 +280,7 @@ def load_or_make_student(options, name: str, teacher, tokenizer, device):
 
 
 def check_savable(student) -> None:
-    """Try to save a student before it is trained, rather than after hours.
-
-    Raises:
-        InputError: `transformers` cannot save it.
-    """
+    """Try to save a student before it is trained, rather than after hours."""
     try:
         size_on_disk(student)
     except OSError:  # no room for temporary files: the output directory may have it

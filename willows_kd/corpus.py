@@ -179,9 +179,6 @@ def known(encoding: str) -> str:
 def decode(raw: bytes, name: str = "the text", encoding: str | None = None) -> str:
     """Bytes to text, by an encoding or else as UTF-8, UTF-16 (with or without a BOM) or cp1252.
 
-    Raises:
-        InputError: the bytes are not text in this encoding.
-
     Warns:
         UserWarning: text that was taken for cp1252 hardly looks like it.
     """
@@ -244,9 +241,6 @@ def parse_book(raw: str, title: str, provenance: str) -> Corpus:
 
     What stands before the first chapter is dropped if its prose is short (a title
     page, a table of contents) and kept as a chapter of its own if it is long.
-
-    Raises:
-        InputError: nothing is left to learn from.
 
     Warns:
         UserWarning: a text as long as a book has no chapter headings.

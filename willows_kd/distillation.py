@@ -163,11 +163,7 @@ def distill(
 
 
 def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
-    """Require models, blocks and settings that fit together, before anything is done.
-
-    Raises:
-        InputError: with what would be accepted.
-    """
+    """Require models, blocks and settings that fit together, before anything is done."""
     require_model(teacher, "teacher")
     require_model(student, "student")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
@@ -252,11 +248,7 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(self, teacher, student, config: DistillConfig, ids: torch.Tensor):
-        """Choose the way that suits these models; `ids` are a few blocks to try them on.
-
-        Raises:
-            InputError: they share no vocabulary, or one has no logits.
-        """
+        """Choose the way that suits these models; `ids` are a few blocks to try them on."""
         super().__init__()
         self.student, self.config = student, config
         self.vocabulary = common_vocabulary(teacher, student)

@@ -72,11 +72,7 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
 
 
 def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
-    """Require blocks of token ids that a model knows, no longer than it can read.
-
-    Raises:
-        InputError: with what is accepted.
-    """
+    """Require blocks of token ids that a model knows, no longer than it can read."""
     require_model(model, name)
     require(
         isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and blocks[:, 1:].numel() > 0,

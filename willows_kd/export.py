@@ -127,11 +127,7 @@ def exporting_errors_as_input_errors(model: str, to: str):
 
 
 def write_onnx(model, tokenizer, file: Path) -> dict[str, float]:
-    """Write a model with its config and tokenizer; returns how far it is from PyTorch's.
-
-    Raises:
-        InputError: further than rounding explains.
-    """
+    """Write a model with its config and tokenizer; returns how far it is from PyTorch's."""
     for part in (model.config, model.generation_config, tokenizer):
         part.save_pretrained(file.parent)
     text = own_text(model)
@@ -146,9 +142,6 @@ def write_int8(model, tokenizer, file: Path) -> dict[str, float]:
     """`write_onnx`, then quantize, and measure again.
 
     Each weight matrix has one scale; activations are scaled as they come ("dynamic").
-
-    Raises:
-        InputError: only few of the weights could be quantized.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -302,11 +295,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 
 
 def write_gguf(model, tokenizer, file: Path) -> dict:
-    """Write a GPT-2 with its tokenizer for llama.cpp, and read the weights back.
-
-    Raises:
-        InputError: it is no GPT-2, or differs from what llama.cpp takes a GPT-2 to be.
-    """
+    """Write a GPT-2 with its tokenizer for llama.cpp, and read the weights back."""
     import gguf
 
     config, parts = model.config, json.loads(tokenizer.backend_tokenizer.to_str())

@@ -124,11 +124,7 @@ def remove_partial_writes(folder: Path, names: str) -> None:
 
 
 def check_output(directory: Path, overwrite: bool = False) -> None:
-    """Refuse an output directory that is a file, cannot be written or holds other files.
-
-    Raises:
-        InputError: with what is wrong. Nothing was written.
-    """
+    """Refuse an output directory that is a file, cannot be written or holds other files."""
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory to write to")

@@ -25,9 +25,6 @@ LAYOUTS = {  # GPT-2's and Llama's names of the maps into heads or units and, la
 def layout(model: PreTrainedModel, part: str) -> tuple[list[dict[str, nn.Module]], int]:
     """By name, each layer's maps into its heads or units and, last, out of them; and how many
     heads (groups, if grouped) or units these are.
-
-    Raises:
-        InputError: they are not laid out in a way that is known.
     """
     config = model.config.get_text_config(decoder=True)
     for names in LAYOUTS[part]:
@@ -48,11 +45,7 @@ def layout(model: PreTrainedModel, part: str) -> tuple[list[dict[str, nn.Module]
 
 
 def parts_to_keep(teacher: PreTrainedModel, **given) -> dict[str, torch.Tensor]:
-    """Which heads and units stay, shape (layers, kept), rising; nothing for a part left whole.
-
-    Raises:
-        InputError: the teacher's family cannot be pruned so, or these are no such numbers.
-    """
+    """Which heads and units stay, shape (layers, kept), rising; nothing for a part left whole."""
     kept = {}
     for part, numbers in given.items():
         if numbers is None:

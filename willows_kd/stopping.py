@@ -20,9 +20,6 @@ def check_finite(row: dict, teacher, student, ids: torch.Tensor) -> None:
         row: of the history, with `step`, `loss` and `gradient_norm`.
         teacher, student: the models; no teacher if it is not asked.
         ids: the token ids of the step, to look for the cause with.
-
-    Raises:
-        InputError: the loss or the gradient is not finite, with the likely cause.
     """
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(row[name]):

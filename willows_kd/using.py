@@ -79,11 +79,7 @@ def compare(options) -> int:
 
 
 def table_of(loaded: dict[str, tuple], corpus, block_size: int) -> pd.DataFrame:
-    """The table of `compare` for models and their tokenizers; by vocabulary if there are several.
-
-    Raises:
-        InputError: the text is too short for a block.
-    """
+    """The table of `compare` for models with tokenizers, which may be of several vocabularies."""
     groups: list[tuple] = []
     for name, (model, tokenizer) in loaded.items():
         fits = (group for other, group in groups if same_vocabulary(other, tokenizer))

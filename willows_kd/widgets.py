@@ -126,11 +126,7 @@ def all_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def attention_maps(model, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Each layer's attention weights for one text, shape (heads, tokens, tokens), on the CPU.
-
-    Raises:
-        InputError: the model has none to show.
-    """
+    """Each layer's attention weights for one text, shape (heads, tokens, tokens), on the CPU."""
     usual = model.config._attn_implementation
     with eval_mode(model):
         model.set_attn_implementation("eager")  # faster kernels do not keep the weights
