@@ -121,31 +121,22 @@ def check_find_temperature(my_temperature: Callable) -> bool:
     if len(set(found)) == 1:
         return not_yet(f"whatever entropy is asked for, you return {found[0]:g}. Search for it")
 
-    def worst(temperature_of: Callable, unit: float = 1.0) -> tuple:
-        """The largest error in nats if the numbers are read so, and what belongs to it."""
-        reached = [
-            entropy(soften(z, temperature_of(t))).item() / unit
-            for (z, _), t in zip(cases, found, strict=True)
-        ]
-        return max(
-            (abs(r - nats), nats, t, r)
-            for r, (_, nats), t in zip(reached, cases, found, strict=True)
-        )
+    def error(temperatures: list[float], unit: float = 1.0) -> float:
+        """The largest error in nats if the temperatures, and the unit, are these."""
+        pairs = zip(cases, temperatures, strict=True)
+        return max(abs(entropy(soften(z, t)).item() / unit - nats) for (z, nats), t in pairs)
 
-    error, nats, t, reached = worst(lambda t: t)
-    if error < 1e-3:
+    if error(found) < 1e-3:
         return well_done("every entropy is hit to a thousandth of a nat")
-    if worst(lambda t: t, math.log(2))[0] < 1e-3:
-        hint = "You measure in bits: use the natural logarithm, or kd.entropy"
-    elif worst(lambda t: 1 / t)[0] < 1e-3:
-        hint = "Your T multiplies the logits; it must divide them"
-    elif error < 0.15:
-        hint = "That is near: halve the interval more often"
-    else:
-        hint = "Entropy rises with T: if it is too low in the middle of the interval, the lower "
-        hint += "end moves up to the middle. Begin with 0.01 to 100"
+    if error(found, unit=math.log(2)) < 1e-3:
+        return not_yet("you measure in bits: use the natural logarithm, or kd.entropy")
+    if error([1 / t for t in found]) < 1e-3:
+        return not_yet("your T multiplies the logits; it must divide them")
+    if error(found) < 0.15:
+        return not_yet("that is near: halve the interval more often")
     return not_yet(
-        f"asked for {nats} nats you return T = {t:.4g}, which gives {reached:.4f}. {hint}"
+        "entropy rises with T: if it is too low in the middle of the interval, the lower end "
+        "moves up to the middle. Begin with 0.01 to 100"
     )
 
 
