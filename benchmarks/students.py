@@ -35,7 +35,8 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "students.md").write_text(text, encoding="utf-8")
     table.to_csv(options.output_dir / "students.csv")
-    kd.plot_comparison(table).savefig(options.output_dir / "students.png")
+    figure = kd.plot_tradeoff(table, untrained=["untrained student"])
+    figure.savefig(options.output_dir / "students.png")
 
 
 def finding(table, models: dict, blocks: kd.Blocks) -> str:

@@ -66,7 +66,6 @@ PUBLIC_NAMES = {
         "plot_history",
         "plot_progress",
         "plot_transfer",
-        "plot_comparison",
         "plot_latency",
         "plot_sweep",
         "plot_tradeoff",

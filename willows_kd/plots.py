@@ -130,14 +130,14 @@ def parameter_parts(model) -> dict[str, int]:
     return parts
 
 
-def plot_split(parts: dict[str, Sequence[str]], down: int = 12) -> Figure:
+def plot_split(parts: dict[str, Sequence[str]]) -> Figure:
     """Which lines of a book are for training and which are held out, one strip a way to split.
 
     Args:
         parts: for each way, the part (train, validation or test) of each line, in the
-            order of the book.
-        down: lines in a column of a strip, which is read downwards, then rightwards.
+            order of the book. A strip is read downwards, then rightwards.
     """
+    down = 12  # lines in a column
     colours = {"train": COLOURS[0], "validation": COLOURS[3], "test": COLOURS[1]}
     swatches = [Patch(color=colour, label=part) for part, colour in colours.items()]
     with figure(height=1.2 + 0.8 * len(parts)) as (fig, ax):
@@ -185,22 +185,18 @@ def plot_perplexities(measured: dict[str, dict[str, float]]) -> Figure:
 
 
 def plot_soft_labels(
-    logits: torch.Tensor,
-    tokenizer,
-    temperature: float = 1.0,
-    written: int | None = None,
-    k: int = 10,
+    logits: torch.Tensor, tokenizer, temperature: float = 1.0, written: int | None = None
 ) -> Figure:
-    """The likeliest next tokens at one position, as bars, and the share of all others.
+    """The ten likeliest next tokens at one position, as bars, and the share of all others.
 
     Args:
         logits: of one position, shape (vocabulary,).
         temperature: softens them; if it is not 1, outlines show T = 1.
         written: the id of the token that the text really has: the hard label. If it is
-            not among the `k`, it has a bar of its own, with its place in the order.
+            not among the ten, it has a bar of its own, with its place in the order.
     """
     logits = logits.detach().float().cpu()
-    tokens = top_k(logits, k).tokens.tolist()
+    tokens = top_k(logits, 10).tokens.tolist()
     if written is not None and written not in tokens:
         tokens.append(written)
     soft, plain = (soften(logits, t)[tokens].tolist() for t in (temperature, 1.0))
@@ -212,7 +208,7 @@ def plot_soft_labels(
         if written in tokens:
             row, place = tokens.index(written), (logits > logits[written]).sum().item() + 1
             bars[row].set(facecolor=COLOURS[3], hatch="//", edgecolor="black")
-            names[row] = f"written{f' (no. {place:,})' if place > k else ''}: {names[row]}"
+            names[row] = f"written{f' (no. {place:,})' if place > 10 else ''}: {names[row]}"
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over an outline's edge
         for row, value in enumerate(soft):
             number = f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
@@ -319,23 +315,23 @@ def plot_two_peaks(x: np.ndarray, teacher: np.ndarray, students: dict[str, np.nd
 
 
 def plot_pull(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, label: int, tokenizer, k: int = 10
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, label: int, tokenizer
 ) -> Figure:
     """What one position teaches: how far each label pulls the student's logits, at T = 1.
 
-    The pull is minus the gradient of the loss with respect to the logits: 1 - q for the
-    hard label's token and -q for all others, but p - q for soft labels, with p for the
-    teacher's probabilities and q for the student's.
+    Shown are the label's token and the ten that soft labels pull hardest. The pull is minus
+    the gradient of the loss with respect to the logits: 1 - q for the hard label's token and
+    -q for all others, but p - q for soft labels, with p for the teacher's probabilities and q
+    for the student's.
 
     Args:
         student_logits, teacher_logits: of one position, shape (vocabulary,).
         label: the id of the token that the text really has.
-        k: how many of the tokens that soft labels pull hardest are shown, with the label.
     """
     q, p = (soften(z.detach().cpu()) for z in (student_logits, teacher_logits))
     hard, soft = -q.clone(), p - q
     hard[label] += 1
-    others = [i for i in soft.abs().topk(k).indices.tolist() if i != label]
+    others = [i for i in soft.abs().topk(10).indices.tolist() if i != label]
     tokens = [label, *sorted(others, key=lambda i: -soft[i])]
     names = [f"written: {show_token(tokenizer, label)}"]
     names += [show_token(tokenizer, i) for i in tokens[1:]]
@@ -501,30 +497,6 @@ def plot_transfer(table: pd.DataFrame) -> Figure:
 # -- 04: evaluation --------------------------------------------------------------------
 
 
-def plot_comparison(table: pd.DataFrame, teacher: str = "teacher") -> Figure:
-    """The perplexity of each model of a `compare` table, against the teacher's.
-
-    Intervals are drawn if the table has them. The title names the student that comes
-    nearest to the teacher, its perplexity and its size as shares of the teacher's.
-    """
-    perplexity, spans = table["perplexity"], {}
-    if "± perplexity" in table:
-        halves = table["± perplexity"].fillna(0)
-        spans = {name: (perplexity[name] - h, perplexity[name] + h) for name, h in halves.items()}
-    best = perplexity.drop(index=teacher).idxmin()
-    with figure(height=1.0 + 0.5 * len(table)) as (fig, ax):
-        ax.axvline(perplexity[teacher], color=COLOURS[0], linestyle="--", marker="", linewidth=1)
-        dots(ax, perplexity.to_dict(), ".1f", {teacher: COLOURS[0]}, spans)
-        ax.margins(x=0.1)
-        ax.set_xlabel("perplexity on held-out text (lower is better)")
-        ratio = table.loc[best] / table.loc[teacher]
-        ax.set_title(
-            f"{best}: {ratio['perplexity']:.2f} × the teacher's perplexity, "
-            f"{ratio['parameters']:.0%} of its size"
-        )
-    return fig
-
-
 def plot_latency(measured: pd.DataFrame) -> Figure:
     """Time of a forward pass against its tokens: lower is faster, a flat line is free work.
 
@@ -644,25 +616,18 @@ def plot_tradeoff(
 
 
 def plot_token_view(
-    teacher_logits: torch.Tensor,
-    student_logits: torch.Tensor,
-    tokenizer,
-    context: str = "",
-    k: int = 6,
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, tokenizer, context: str = ""
 ) -> Figure:
     """Teacher and student side by side at one position: what each would say next.
 
-    The rows are the `k` likeliest tokens of each, and all others together.
+    The rows are the six likeliest tokens of each, and all others together.
 
     Args:
         teacher_logits, student_logits: of one position, shape (vocabulary,).
         context: the text before, shown above.
     """
     p, q = (soften(z.detach().cpu()) for z in (teacher_logits, student_logits))
-    likeliest = {
-        *top_k(teacher_logits, k).tokens.tolist(),
-        *top_k(student_logits, k).tokens.tolist(),
-    }
+    likeliest = {i for x in (p, q) for i in x.topk(6).indices.tolist()}
     tokens = sorted(likeliest, key=lambda i: -p[i])
     names = [*(show_token(tokenizer, i) for i in tokens), "all others"]
     series = {
@@ -727,14 +692,15 @@ def wrap_words(tokens: Sequence[str], columns: int) -> list[tuple[int, int, str]
 # -- 05: its own words -----------------------------------------------------------------
 
 
-def plot_exposure(curves: dict[str, Sequence[float]], window: int = 8) -> Figure:
+def plot_exposure(curves: dict[str, Sequence[float]]) -> Figure:
     """KL from the teacher as a text moves on from its prompt, one line a kind of text.
 
     Args:
-        curves: for each kind of text the mean KL at each token after the prompt, in nats.
-        window: tokens that are averaged, so that a trend can be seen.
+        curves: for each kind of text the mean KL at each token after the prompt, in nats;
+            drawn as means of eight tokens, so that a trend can be seen.
     """
     require(curves, "no curves were given; give at least one in a dict, by name")
+    window = 8
     with figure() as (fig, ax):
         means = {}
         for i, (name, values) in enumerate(curves.items()):
@@ -751,23 +717,23 @@ def plot_exposure(curves: dict[str, Sequence[float]], window: int = 8) -> Figure
     return fig
 
 
-def plot_writing(table: pd.DataFrame, reference: str = "teacher") -> Figure:
+def plot_writing(table: pd.DataFrame) -> Figure:
     """How likely and how varied each writer's text is, a line a writer over sampling temperature.
 
     Args:
         table: columns way, sampling (temperature), teacher_nats and distinct, such as from
-            `text_quality`; rows of the same way and temperature are averaged.
-        reference: the way that is drawn as what the others are held against.
+            `text_quality`; rows of the same way and temperature are averaged. What the
+            others are held against is the way "teacher".
     """
     means = table.groupby(["way", "sampling"], sort=False)[["distinct", "teacher_nats"]].mean()
     with figure(height=4.6) as (fig, ax):
         ways = means.index.unique(0)
-        looks = {way: line_look(i) for i, way in enumerate(ways.drop(reference, errors="ignore"))}
+        looks = {way: line_look(i) for i, way in enumerate(ways.drop("teacher", errors="ignore"))}
         for way in ways:
             rows = means.loc[way].sort_index()
             look = looks.get(way, {"color": QUIET, "linestyle": "--", "marker": "*"})
             ax.plot(rows["distinct"], rows["teacher_nats"], label=way, **look)
-            if way == reference:
+            if way == "teacher":
                 for sampling, row in rows.iterrows():
                     place = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 9}
                     ax.annotate(f"T = {sampling:g}", row, color=QUIET, **place)
@@ -775,8 +741,8 @@ def plot_writing(table: pd.DataFrame, reference: str = "teacher") -> Figure:
         ax.set_xlabel("different ones among all runs of three tokens (varied is right)")
         ax.set_ylabel("nats per token under the teacher (likely is down)")
         fig.legend(loc="outside lower center", ncols=2)
-        if reference in means.index.unique(0):
-            ax.set_title(f"Between likely and varied; the {reference} is the dashed line")
+        if "teacher" in ways:
+            ax.set_title("Between likely and varied; the teacher is the dashed line")
     return fig
 
 
