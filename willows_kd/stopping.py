@@ -14,7 +14,7 @@ from willows_kd.errors import InputError
 
 
 def check_finite(row: dict, teacher, student, ids: torch.Tensor) -> None:
-    """Stop before a step that would spoil the student.
+    """Stop before a step that would spoil the student, with the likely cause.
 
     Args:
         row: of the history, with `step`, `loss` and `gradient_norm`.
@@ -29,31 +29,28 @@ def check_finite(row: dict, teacher, student, ids: torch.Tensor) -> None:
             )
 
 
-@torch.no_grad()
 def likely_cause(teacher, student, ids: torch.Tensor) -> str:
     """Why a loss is not finite, and what to do: the first of the usual causes that applies."""
     if teacher is not None and any(is_half_precision(p) for p in teacher.parameters()):
         return "the teacher's weights are in half precision, which may overflow: teacher.float()"
-    infinite = {
-        name
-        for name, model in (("student", student), ("teacher", teacher))
-        if model is not None
-        and any(
-            model(block[None].to(student.device), use_cache=False).logits.isinf().any()
-            for block in ids
-        )
-    }
-    if "student" in infinite:
+    if has_infinite_logits(student, ids):
         return (
             "the student's logits hold infinities, and a token with logit -inf that the teacher "
             "or the text can have makes the loss infinite; give it finite logits"
         )
-    if "teacher" in infinite:
+    if teacher is not None and has_infinite_logits(teacher, ids):
         return (
             "the teacher's logits hold infinities; +inf has no softmax, and -inf makes reverse_kl "
             "infinite, where forward_kl and jensen_shannon are finite"
         )
     return "lower the learning rate, or the temperature if it is high"
+
+
+@torch.no_grad()
+def has_infinite_logits(model, ids: torch.Tensor) -> bool:
+    """Whether a model answers some blocks with infinities."""
+    blocks = ids.to(model.device).split(1)
+    return any(model(block, use_cache=False).logits.isinf().any() for block in blocks)
 
 
 def is_half_precision(tensor: torch.Tensor) -> bool:
