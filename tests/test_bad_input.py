@@ -304,10 +304,6 @@ BAD = {
         lambda t: kd.compare([t.teacher], t.blocks, t.tokenizer),
     ),
     "there is a model": ("at least one", lambda t: kd.compare({}, t.blocks, t.tokenizer)),
-    "a split is held out": (
-        "must be test or validation",
-        lambda t: kd.compare({"teacher": t.teacher}, t.blocks, t.tokenizer, split="tests"),
-    ),
     "words in a row": ("at least 1", lambda t: kd.verbatim("a b", "a b", 0)),
     "costs are measured on ids": (
         "(batch, tokens)",

@@ -409,31 +409,15 @@ def test_models_that_cannot_read_the_blocks_are_refused_by_name(
         kd.compare({"teacher": model, "small": short}, blocks, tokenizer)
 
 
-def test_a_model_is_one_row_and_a_function_the_mean_of_its_seeds(
-    model, make_gpt2, blocks, tokenizer
-):
-    asked = []
-
-    def make(seed):
-        asked.append(seed)
-        return make_gpt2(layers=1, seed=seed, initializer_range=0.3, n_positions=128)
-
-    table = kd.compare({"teacher": model, "student": make}, blocks, tokenizer, seeds=(4, 5, 6))
-    assert asked == [4, 5, 6]
+def test_a_model_is_one_row_compared_with_the_first(model, make_gpt2, blocks, tokenizer):
+    student = make_gpt2(layers=1, seed=4, initializer_range=0.3, n_positions=128)
+    table = kd.compare({"teacher": model, "student": student}, blocks, tokenizer)
     assert table.index.tolist() == ["teacher", "student"]
-    measured = [*QUALITY, "verbatim"]
-    spreads = [f"± {name}" for name in measured]
-    assert set(table.columns) == {*COSTS, *measured, *spreads}
-    assert table.loc["teacher", spreads].isna().all()
-    assert table.loc["student"].notna().all()
-
-    expected = kd.quality(model, blocks.test, tokenizer, model)
-    assert table.loc["teacher", QUALITY].to_dict() == expected
-    found = [kd.quality(make(seed), blocks.test, tokenizer, model) for seed in (4, 5, 6)]
-    for name in QUALITY:
-        assert table.loc["student", name] == pytest.approx(
-            statistics.mean(row[name] for row in found)
-        )
+    assert set(table.columns) == {*COSTS, *QUALITY, "verbatim"}
+    assert table.notna().all(axis=None)
+    for name, each in (("teacher", model), ("student", student)):
+        expected = kd.quality(each, blocks.test, tokenizer, model)
+        assert table.loc[name, QUALITY].to_dict() == expected
 
 
 @pytest.fixture
@@ -458,20 +442,6 @@ def test_the_costs_in_the_table_are_those_of_the_model(model, blocks, tokenizer)
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_first_model_is_the_teacher_unless_another_is_named(model, teacher, blocks, tokenizer):
-    models = {"first": model, "second": teacher}
-    by_default = kd.compare(models, blocks, tokenizer)
-    by_name = kd.compare(models, blocks, tokenizer, teacher=teacher)
-    assert (by_default["kl_to_teacher"] == 0).tolist() == [True, False]
-    assert (by_name["kl_to_teacher"] == 0).tolist() == [False, True]
-    of_seeds = kd.compare(
-        {"first": lambda seed: [model, teacher][seed]}, blocks, tokenizer, None, (0, 1)
-    )
-    kl = kd.quality(teacher, blocks.test, teacher=model)["kl_to_teacher"]
-    assert of_seeds.loc["first", "kl_to_teacher"] == pytest.approx(kl / 2)
-
-
-@pytest.mark.usefixtures("quick")
 def test_verbatim_in_the_table_is_the_mean_over_samples_of_the_split(
     model, blocks, tokenizer, monkeypatch
 ):
@@ -486,14 +456,6 @@ def test_verbatim_in_the_table_is_the_mean_over_samples_of_the_split(
     assert table.loc["model", "verbatim"] == pytest.approx(1 / 3)
     openings = tokenizer.batch_decode(blocks.test[[0, 2, 5], :12])
     assert asked == [(opening, seed) for seed, opening in enumerate(openings)]
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_quality_is_measured_on_the_split_that_was_asked_for(model, blocks, tokenizer, split):
-    table = kd.compare({"model": model}, blocks, tokenizer, split=split)
-    expected = kd.quality(model, getattr(blocks, split))
-    assert table.loc["model", "perplexity"] == expected["perplexity"]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -529,21 +491,21 @@ def test_an_interval_is_students(repeats, t):
 
 @pytest.fixture
 def table():
-    """A table as `compare` gives it, with a student of several seeds."""
+    """A table as `compare` gives it."""
     rows = {
         "teacher": {"perplexity": 12.345, "parameters": 2_345_678, "token_ms": 1.5},
-        "student": {"perplexity": 45.678, "± perplexity": 0.5, "parameters": 123, "token_ms": 0.25},
+        "student": {"perplexity": 45.678, "parameters": 123, "token_ms": 0.25},
     }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def test_a_table_is_markdown_with_a_column_a_model(table):
     assert kd.as_markdown(table).split("\n") == [
-        "|                         | teacher | student      |",
-        "| ----------------------- | ------- | ------------ |",
-        "| perplexity              | 12.3    | 45.7 ± 0.500 |",
-        "| parameters              | 2.35 M  | 123.0        |",
-        "| generating a token (ms) | 1.50    | 0.250        |",
+        "|                         | teacher | student |",
+        "| ----------------------- | ------- | ------- |",
+        "| perplexity              | 12.3    | 45.7    |",
+        "| parameters              | 2.35 M  | 123.0   |",
+        "| generating a token (ms) | 1.50    | 0.250   |",
     ]
 
 
@@ -565,13 +527,8 @@ def test_a_number_has_the_digits_that_matter():
         123.45: "123.5",
         999.9: "999.9",
         1000.0: "1,000",
-        99_999: "99,999",
-        100_000: "1.0 × 10⁵",
-        1_754_000: "1.8 × 10⁶",
-        -3.14e12: "-3.1 × 10¹²",
+        1_754_000: "1,754,000",
         math.nan: "-",
-        math.inf: "∞",
-        -math.inf: "-∞",
     }
     assert [number(value) for value in shown] == list(shown.values())
 

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -276,8 +276,6 @@ def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> d
 # 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal's is close
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
-SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
 LABELS = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
@@ -293,61 +291,38 @@ LABELS = {
 }
 
 
-def compare(
-    models: dict[str, nn.Module | Callable[[int], nn.Module]],
-    blocks: Blocks,
-    tokenizer,
-    teacher=None,
-    seeds: Sequence[int] = (0,),
-    split: str = "test",
-) -> pd.DataFrame:
-    """One row a model: how good, how large, how fast, on this machine.
+def compare(models: dict[str, nn.Module], blocks: Blocks, tokenizer) -> pd.DataFrame:
+    """One row a model: how good on the test text, how large, how fast, on this machine.
 
     Args:
-        models: by name; a model, or a function that makes one from a seed. What a
-            function makes is measured for every seed and reported as the mean, with
-            the half width of its 95 % interval (Student's t) in a column `± name`.
-        blocks: the packed corpus; quality is measured on its `split`.
+        models: by name; the first one is the teacher that all are compared with.
+        blocks: the packed corpus.
         tokenizer: the one that packed it.
-        teacher: what the models are compared with; the first model where None.
-        seeds: for the functions.
-        split: "test", or "validation" while choices are still to be made.
     """
     given = isinstance(models, dict) and models
     require(given, f"models are {type_name(models)}; give at least one in a dict, by name")
-    require(split in ("test", "validation"), f"split is {split!r}; it must be test or validation")
-    made = {
-        name: [model] if isinstance(model, nn.Module) else [model(seed) for seed in seeds]
-        for name, model in models.items()
-    }
-    teacher = teacher or next(iter(made.values()))[0]
-    held_out = getattr(blocks, split)
-    for name, group in [("teacher", [teacher]), *made.items()]:
-        for model in group:
-            check_blocks(model, held_out, name)
+    for name, model in models.items():
+        check_blocks(model, blocks.test, name)
+    teacher = next(iter(models.values()))
     training_text = tokenizer.decode(blocks.train.flatten())
-    speed = latency({name: group[0] for name, group in made.items()}, held_out[:1])
+    speed = latency(models, blocks.test[:1])
     rows = {}
-    for name, group in made.items():
-        measured = []
-        for model in group:
-            row = quality(model, held_out, tokenizer, teacher)
-            row["verbatim"] = statistics.mean(
-                verbatim(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
-                for seed, prompt in enumerate(prompts(held_out, tokenizer))
-            )
-            measured.append(row)
+    for name, model in models.items():
         rows[name] = {
-            "parameters": group[0].num_parameters(),
-            "disk_mb": size_on_disk(group[0]) / 1e6,
-            "memory_mb": peak_memory(group[0], held_out[:1]) / 1e6,
+            "parameters": model.num_parameters(),
+            "disk_mb": size_on_disk(model) / 1e6,
+            "memory_mb": peak_memory(model, blocks.test[:1]) / 1e6,
             "forward_ms": speed[name]["forward"] * 1e3,
             "token_ms": speed[name]["per_token"] * 1e3,
-            **with_intervals(measured),
+            **quality(model, blocks.test, tokenizer, teacher),
+            "verbatim": statistics.mean(
+                verbatim(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
+                for seed, prompt in enumerate(prompts(blocks.test, tokenizer))
+            ),
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.attrs["threads"] = torch.get_num_threads()
-    table.attrs["machine"] = f"{os.cpu_count()} cores, device {next(iter(made.values()))[0].device}"
+    table.attrs["machine"] = f"{os.cpu_count()} cores, device {teacher.device}"
     return table
 
 
@@ -373,17 +348,9 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A table from `compare` for a terminal, a model card or a README: one column a model."""
     lines = [["", *map(str, table.index)]]
     for column, label in LABELS.items():
-        if column not in table:
-            continue
-        spreads = table.get(f"± {column}", pd.Series(float("nan"), table.index))
-        cells = zip(table[column], spreads, strict=True)
-        count = column == "parameters"
-        lines.append(
-            [
-                label,
-                *(number(v, count) + ("" if pd.isna(s) else f" ± {number(s)}") for v, s in cells),
-            ]
-        )
+        if column in table:
+            count = column == "parameters"
+            lines.append([label, *(number(value, count) for value in table[column])])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
@@ -391,19 +358,10 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def number(value: float, count: bool = False) -> str:
-    """A number with the digits that matter: 0.532, 9.14, 67.3, 1,254, 1.8 × 10⁶.
-
-    Args:
-        count: whether it counts something, such as parameters: millions are "4.61 M".
-    """
+    """A number with the digits that matter: 0.532, 9.14, 67.3, 1,254; of a count 4.61 M."""
     size = abs(value)
-    if not math.isfinite(value):
-        return "-" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    if math.isnan(value):
+        return "-"
     if count and size >= 1e5:
         return f"{value / 1e6:,.2f} M"
-    if size >= 1e5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{1 if size >= 10 else 2 if size >= 1 else 3}f}"
+    return f"{value:,.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"

@@ -579,9 +579,8 @@ def plot_tradeoff(
 ) -> Figure:
     """Perplexity against the time of a generated token; a marker's area is the size on disk.
 
-    Intervals of the perplexity are drawn if the table of `compare` has them. Untrained
-    students are left out, since being small and fast is no merit of theirs; if there is
-    no other student, they are hollow. Another measure than the perplexity, such as
+    Untrained students are left out, since being small and fast is no merit of theirs; if
+    there is no other student, they are hollow. Another measure than the perplexity, such as
     "bits_per_byte", is for models whose vocabularies differ.
     """
     trained = table.drop(index=[name for name in untrained if name in table.index])
@@ -597,10 +596,6 @@ def plot_tradeoff(
             look |= {"color": "none" if hollow else COLOURS[i % 5]}
             look |= {"edgecolor": QUIET if hollow else "black"}
             ax.scatter(row["token_ms"], row[measure], s=area[name], **look)
-            spread = row.get(f"± {measure}", math.nan)
-            if not pd.isna(spread):
-                look = {"color": "black", "linestyle": "", "marker": "", "capsize": 4, "zorder": 3}
-                ax.errorbar(row["token_ms"], row[measure], yerr=spread, **look)
         ax.legend(markerscale=0.6, labelspacing=0.9)
         ax.set(xlabel="generating a token (ms)", ylabel=f"{label} on held-out text")
         if table[measure].max() > 5 * table[measure].min():
