@@ -52,6 +52,7 @@ PUBLIC_NAMES = {
         "as_markdown",
     ],
     "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
+    "quantization": ["quantize", "fake_quantize", "quantized", "packed_size", "quantized_share"],
     "export": ["export_model", "load_onnx"],
     "plots": [
         "plot_parts",

@@ -18,6 +18,7 @@ import transformers
 from accelerate import PartialState
 from huggingface_hub.utils import get_session
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from willows_kd.errors import InputError, is_integer, require, type_name
@@ -385,10 +386,30 @@ def quiet_transformers():
 
 
 def merge_adapters(model):
-    """A model with its LoRA adapters merged into its weights: a copy, if it has any."""
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    return copy.deepcopy(model).merge_and_unload()
+    """A model with its LoRA adapters, and parametrizations such as fake quantization, merged
+    into its weights: a copy, if it has any."""
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    if any(map(parametrize.is_parametrized, model.modules())):
+        model = copy.deepcopy(model)
+        for module in filter(parametrize.is_parametrized, list(model.modules())):
+            merge_parametrizations(module)
+    return model
+
+
+@torch.no_grad()
+def merge_parametrizations(module: nn.Module) -> None:
+    """Make a module's parametrized weights, as they are now, its weights; ties stay.
+
+    `parametrize.remove_parametrizations` would change the class, which copies share.
+    """
+    lists = module.parametrizations
+    for name, weight in {name: part() for name, part in lists.items()}.items():
+        lists[name].original.copy_(weight)
+    module.__class__ = module.__class__.__bases__[0]
+    del module.parametrizations
+    for name, part in lists.items():
+        setattr(module, name, part.original)
 
 
 def require_model(model, name: str) -> None:
@@ -488,7 +509,7 @@ def weights_digest(model) -> str:
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     made = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(merge_adapters(model).state_dict().items()):
         made.update(name.encode())
         if hasattr(tensor, "full_tensor"):  # a share of one, of a sharded teacher
             tensor = tensor.full_tensor()

@@ -1,0 +1,184 @@
+"""Few bits: the rounding is right, reaches every matrix, and can be trained through."""
+
+import copy
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from families import random_teacher
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import willows_kd as kd
+from willows_kd.distillation import DistillationLoss
+from willows_kd.models import has_linear_head, load_model, merge_adapters
+
+MATRIX = torch.tensor([[1.0, -3.0, 0.4], [0.0, 0.0, 0.0], [-70.0, 10.0, 35.0]])
+
+
+@pytest.fixture(scope="module")
+def student():
+    """The bundled student."""
+    return kd.load_bundled("student", "cpu")
+
+
+@pytest.fixture(scope="module")
+def ids():
+    """Two blocks of token ids."""
+    return torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model, ids):
+    """A model's logits."""
+    return model(ids, use_cache=False).logits
+
+
+def test_a_row_becomes_integers_times_its_scale():
+    integers, scale = kd.quantize(MATRIX, bits=3)
+    assert integers.dtype == torch.int8
+    assert integers.tolist() == [[1, -3, 0], [0, 0, 0], [-3, 0, 2]]
+    torch.testing.assert_close(scale, torch.tensor([[1.0], [0.0], [70 / 3]]))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_each_channel_uses_all_its_integers_and_is_off_by_half_a_step(bits, dim):
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(bits))
+    integers, scale = kd.quantize(weight, bits, dim)
+    assert scale.shape == ((20, 1), (1, 30))[dim]
+    assert (integers.abs().amax(dim=1 - dim) == 2 ** (bits - 1) - 1).all()
+    assert ((integers * scale - weight).abs() <= 0.5001 * scale).all()
+
+
+def test_the_gradient_goes_straight_through_the_rounding():
+    weight = MATRIX.clone().requires_grad_()
+    rounded = kd.fake_quantize(weight, bits=3)
+    integers, scale = kd.quantize(MATRIX, bits=3)
+    torch.testing.assert_close(rounded, integers * scale)
+    slope = torch.arange(9.0).reshape(3, 3)
+    (gradient,) = torch.autograd.grad((rounded * slope).sum(), weight)
+    assert torch.equal(gradient, slope)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_matrix_is_rounded_along_its_inputs(family, student, ids):
+    if family == "llama":
+        student = random_teacher("llama")
+        ids = ids % student.config.vocab_size
+    by_hand, before = copy.deepcopy(student), kd.weights_digest(student)
+    rounded = {}
+    for module in by_hand.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            inputs = 0 if isinstance(module, Conv1D) else 1
+            scale = module.weight.data.abs().amax(inputs, keepdim=True) / 7
+            rounded[id(module.weight)] = module.weight, (module.weight / scale).round() * scale
+    for weight, values in rounded.values():
+        weight.data = values.data
+    model = kd.quantized(student, bits=4)
+    torch.testing.assert_close(logits(model, ids), logits(by_hand, ids), rtol=1e-4, atol=1e-4)
+    matrices = [p.numel() for p in student.parameters() if p.ndim == 2]
+    assert kd.quantized_share(model) == sum(matrices) / student.num_parameters()
+    assert kd.weights_digest(student) == before
+
+
+def test_a_tied_head_stays_tied(student):
+    model = kd.quantized(student, bits=4)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert torch.equal(head.weight, embeddings.weight)
+    assert len(list(model.parameters())) == len(list(student.parameters()))
+
+
+def test_fewer_bits_are_smaller_and_further_away(student, blocks):
+    found = []
+    for bits in (8, 4, 3):
+        model = kd.quantized(student, bits)
+        kl = kd.quality(model, blocks.test[:2], teacher=student)["kl_to_teacher"]
+        found.append((kl, kd.packed_size(model)))
+    assert found == sorted(found, key=lambda pair: -pair[1]) == sorted(found)
+    assert found[0][0] < 0.001 < found[1][0]
+
+
+def test_the_packed_size_counts_bits_scales_and_the_rest(student):
+    expected = 0
+    for name, weight in student.named_parameters():
+        channels = weight.shape[1] if ".h." in name and weight.ndim == 2 else len(weight)
+        expected += weight.numel() * 3 / 8 + 4 * channels if weight.ndim == 2 else weight.nbytes
+    assert kd.packed_size(kd.quantized(student, 3)) == expected
+    assert kd.packed_size(student) == 4 * student.num_parameters()
+
+
+def test_what_is_saved_is_a_usual_model_of_rounded_weights(student, tokenizer, ids, tmp_path):
+    model = kd.quantized(student, bits=3)
+    kd.save_model(model, tokenizer, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved", "cpu").eval()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=0, atol=1e-4)
+    assert not any("parametrizations" in name for name in loaded.state_dict())
+    assert kd.quantized_share(model) > 0.99, "saving must not take the rounding out of the model"
+    assert kd.weights_digest(loaded) == kd.weights_digest(model)
+
+
+def test_merging_keeps_the_tie_and_the_copies_apart(student, ids):
+    model = kd.quantized(student, bits=3)
+    other, merged = copy.deepcopy(model), merge_adapters(model)
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert type(merged.lm_head) is nn.Linear
+    torch.testing.assert_close(logits(merged, ids), logits(model, ids))
+    assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+def test_a_digest_tells_bits_apart(student):
+    models = student, kd.quantized(student, 3), kd.quantized(student, 4)
+    assert len(set(map(kd.weights_digest, models))) == 3
+
+
+def test_distillation_repairs_what_the_rounding_broke(teacher, student, blocks):
+    few = replace(blocks, train=blocks.train[:16], validation=blocks.validation[:2])
+    model, before = kd.quantized(student, bits=3), kd.weights_digest(teacher)
+    start = kd.quality(model, few.train, teacher=teacher)["kl_to_teacher"]
+    kd.distill(teacher, model, few, kd.DistillConfig(epochs=3, learning_rate=3e-4))
+    assert kd.quality(model, few.train, teacher=teacher)["kl_to_teacher"] < 0.9 * start
+    assert kd.weights_digest(teacher) == before
+    integers, scale = kd.quantize(model.lm_head.weight.detach(), bits=3)
+    torch.testing.assert_close(integers * scale, model.lm_head.weight.detach())
+
+
+def test_the_chunked_loss_sees_the_rounded_head(teacher, student, blocks):
+    model, config, ids = kd.quantized(student, bits=3), kd.DistillConfig(), blocks.train[:2]
+    assert has_linear_head(model, ids)
+    gradients = []
+    for chunked in (True, False):
+        objective = DistillationLoss(teacher, model, config, ids)
+        objective.chunked = chunked
+        loss = objective(teacher, ids)[0]
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 2.5, "8", None, True])
+def test_bits_that_no_integer_has_are_refused(student, bits):
+    for call in (lambda: kd.quantize(MATRIX, bits), lambda: kd.quantized(student, bits)):
+        with pytest.raises(kd.InputError, match="bits is .* whole number from 2 to 8"):
+            call()
+
+
+def test_what_is_no_matrix_or_no_model_is_refused():
+    with pytest.raises(kd.InputError, match="shape .3,.; quantize takes a matrix"):
+        kd.quantize(torch.ones(3))
+    with pytest.raises(kd.InputError, match="dim is 2"):
+        kd.quantize(MATRIX, dim=2)
+    with pytest.raises(kd.InputError, match="model is a tuple"):
+        kd.quantized((1, 2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="no torchao")
+@pytest.mark.filterwarnings("ignore")
+def test_the_audit_counts_what_torchao_reached():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), Conv1D(8, 8))
+    assert kd.quantized_share(model) == 0
+    quantize_(model, Int8WeightOnlyConfig())
+    assert kd.quantized_share(model) == 64 / (64 + 64 + 8)
