@@ -134,7 +134,7 @@ def test_a_digest_tells_bits_apart(student):
 
 
 def test_distillation_repairs_what_the_rounding_broke(teacher, student, blocks):
-    few = replace(blocks, train=blocks.train[:16], validation=blocks.validation[:2])
+    few = replace(blocks, train=blocks.train[:8], validation=blocks.validation[:1])
     model, before = kd.quantized(student, bits=3), kd.weights_digest(teacher)
     start = kd.quality(model, few.train, teacher=teacher)["kl_to_teacher"]
     kd.distill(teacher, model, few, kd.DistillConfig(epochs=3, learning_rate=3e-4))
