@@ -312,22 +312,23 @@ def bytes_per_token(teacher, kept: Kept) -> int:
 def outputs(teacher, ids: torch.Tensor, kept: Kept, seed: int) -> dict[str, torch.Tensor]:
     """What is kept of a teacher's outputs for a shard of blocks."""
     generator = torch.Generator(teacher.device).manual_seed(seed)
-    dtype, found = getattr(torch, kept.dtype), []
+    found = []
     with eval_mode(teacher):
         for part in ids.to(teacher.device).split(BATCH_SIZE):
             if not (kept.top_k or kept.samples):
-                found.append({"hidden": hidden_states(teacher, part).to("cpu", dtype)})
+                found.append({"hidden": hidden_states(teacher, part).cpu()})
                 continue
             log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
             if kept.top_k:
                 values, tokens = log_p.topk(kept.top_k, dim=-1)
-                found.append({"values": values.to("cpu", dtype), "tokens": tokens.int().cpu()})
+                found.append({"values": values.cpu(), "tokens": tokens.cpu()})
             else:
                 p = log_p.exp_().flatten(0, -2)
                 drawn = p.multinomial(kept.samples, replacement=True, generator=generator)
-                drawn = drawn.view(*part.shape, -1).cpu()
-                found.append({"samples": drawn.to(smallest_dtype(teacher.config.vocab_size))})
-    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+                found.append({"samples": drawn.view(*part.shape, -1).cpu()})
+    number, token = getattr(torch, kept.dtype), smallest_dtype(teacher.config.vocab_size)
+    dtypes = {"hidden": number, "values": number, "tokens": torch.int32, "samples": token}
+    return {name: torch.cat([each[name] for each in found]).to(dtypes[name]) for name in found[0]}
 
 
 @torch.no_grad()
