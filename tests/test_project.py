@@ -73,7 +73,7 @@ def test_the_conda_environment_installs_the_project_and_nothing_else():
     assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
     assert names == ["python", "pip"]
     assert pip == {"pip": ["-e .[lab,test]"]}
-    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "export", "site", "dev"}
+    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "export", "demo", "site", "dev"}
 
 
 def test_conda_and_pip_ask_for_the_same_python():
@@ -96,7 +96,8 @@ def test_what_the_package_imports_is_required():
     # these come with transformers, matplotlib and ipywidgets, which could not do without them
     required |= {"huggingface_hub", "safetensors", "numpy", "cycler", "IPython"}
     required |= {"peft"}  # optional: imported only if an adapter is loaded
-    required |= {requirement.split(">=")[0] for requirement in GROUPS["export"]}  # or exported
+    for extra in ("export", "demo"):  # or exported, or shown
+        required |= {requirement.split(">=")[0] for requirement in GROUPS[extra]}
     assert {name: outside(name) - required for name in FILES if outside(name) - required} == {}
 
 

@@ -16,7 +16,7 @@ from willows_kd import commands, evaluation, files
 from willows_kd.cli import parse
 from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
-COMMANDS = ("generate", "compare", "export")
+COMMANDS = ("generate", "compare", "export", "demo")
 
 
 @pytest.fixture(scope="module")

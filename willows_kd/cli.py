@@ -83,6 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("generate", "let a model go on with a prompt", add_generate),
         ("compare", "compare models in quality, size, memory and speed", add_compare),
         ("export", "write a model for another runtime", add_export),
+        ("demo", "talk to teacher and student in a local web page", add_demo),
     ):
         command = commands.add_parser(
             name,
@@ -172,6 +173,15 @@ def add_export(parser: Parser) -> None:
     add("--overwrite", action="store_true", help="replace an output directory that is not empty")
 
 
+def add_demo(parser: Parser) -> None:
+    """The options of `demo`."""
+    add = parser.add_argument
+    models = "the teacher, then students (default: the bundled teacher and student)"
+    add("model_dir", metavar="DIR", nargs="*", help=models)
+    add("--port", type=int, default=7860, help="on this machine alone (default: 7860)")
+    add_device(parser)
+
+
 def add_text(parser: Parser) -> None:
     """The options for a text, how it is cut, and where models read it."""
     add = parser.add_argument
@@ -180,7 +190,13 @@ def add_text(parser: Parser) -> None:
     add("--text_column", help="column of a JSON Lines or Parquet file that holds the text")
     add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
     add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
+    add_device(parser)
+
+
+def add_device(parser: Parser) -> None:
+    """The option for where models run."""
+    about = "auto, cpu, cuda, cuda:1, mps ... (default: auto)"
+    parser.add_argument("--device", default="auto", help=about)
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:

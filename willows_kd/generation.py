@@ -55,9 +55,8 @@ def complete(
         is_integer(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens"
     )
     prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
-    ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)[
-        "input_ids"
-    ]
+    given = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", verbose=False)
+    ids = given["input_ids"].to(model.device)
     if positions := max_positions(model.config):
         ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
         max_new_tokens = min(max_new_tokens, positions - ids.shape[1])

@@ -1,4 +1,4 @@
-"""What `willows-kd generate`, `compare` and `export` do with a model that is trained."""
+"""What `willows-kd generate`, `compare`, `export` and `demo` do with a model that is trained."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pandas as pd
 from transformers import TextStreamer
 
 from willows_kd import commands, evaluation, files, models
+from willows_kd.demo import check_page, serve
 from willows_kd.errors import InputError, require
 from willows_kd.export import export_model, load_onnx
 from willows_kd.generation import complete
@@ -48,12 +49,29 @@ def export(options) -> int:
     return commands.OK
 
 
+def demo(options) -> int:
+    """Show a page in which models go on with a prompt, side by side."""
+    folders = options.model_dir or [str(models.bundled(name)) for name in ("teacher", "student")]
+    names = names_of(folders)
+    check_page(options.port)
+    device = commands.find_device(options.device)
+    teacher, tokenizer = models.load_teacher(folders[0], device)
+    students = [models.load_student(name, tokenizer, device).eval() for name in folders[1:]]
+    serve(dict(zip(names, [teacher, *students], strict=True)), tokenizer, options.port)
+    return commands.OK
+
+
+def names_of(folders: list[str]) -> list[str]:
+    """What to call some models: the last part of their paths, or all of it if two are alike."""
+    require(len(set(folders)) == len(folders), "a model is given twice; give each once")
+    names = [Path(folder).name for folder in folders]
+    return names if len(set(names)) == len(names) else folders
+
+
 def compare(options) -> int:
     """Print the table of some models, and save it with its figure."""
-    names = [Path(name).name for name in options.model_dir]
-    if len(set(names)) < len(names):
-        names = options.model_dir
-    require(len(set(names)) == len(names) > 1, "give at least two models, each once")
+    names = names_of(options.model_dir)
+    require(len(names) > 1, "give at least two models, each once")
     if options.output_dir is not None:
         output = Path(options.output_dir)
         commands.check_inputs_stay(options.output_dir, *options.model_dir, options.dataset_path)

@@ -1,0 +1,180 @@
+"""The page of `willows-kd demo`: models go on with one prompt, side by side.
+
+Each text of the others is shaded by the KL divergence from the first model, the teacher. What a
+model or a user wrote reaches the page only through `html.escape`.
+"""
+
+import html
+import importlib.util
+import math
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+
+from willows_kd.cost import size_on_disk
+from willows_kd.errors import InputError, require
+from willows_kd.evaluation import token_scores
+from willows_kd.generation import complete
+
+HOST = "127.0.0.1"
+NEW_TOKENS = 60
+ABOUT = """# Teacher and student, side by side
+They write one after the other, so that each has the machine to itself. A student's token is shaded
+by how far its distribution was from that of the first model: the KL divergence, in nats;
+point at a token for the number."""
+CSS = """
+.model { border-top: 2px solid var(--border-color-primary); padding-top: .6em; min-height: 9em }
+.model h3 { margin: 0 } .model small, .model .prompt { opacity: .65 }
+.model p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; font-size: 1.05em }
+"""
+
+
+def check_page(port: int) -> None:
+    """Require gradio, and a port on which a page can be opened."""
+    found = importlib.util.find_spec("gradio")
+    require(found, 'demo needs gradio; pip install "willows-kd[demo]"')
+    require(0 < port < 65536, f"--port is {port}; it must be from 1 to 65535")
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError as error:
+        reason = f"port {port} cannot be used ({error.strerror}); give another with --port"
+        raise InputError(reason) from error
+
+
+def serve(models: dict[str, torch.nn.Module], tokenizer, port: int) -> None:
+    """Show the page of some models, the teacher first, until Ctrl-C."""
+    import gradio as gr
+
+    system = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    page = make_page(models, tokenizer)
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    os.environ["no_proxy"] = f"{excepted},{HOST}"  # gradio looks whether its page answers
+    page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        theme=system,  # its fonts are the machine's own: none is fetched
+        css=CSS,
+        footer_links=[],
+        prevent_thread_lock=True,
+    )
+    print(f"🌐 http://{HOST}:{port} shows {', '.join(models)}; Ctrl-C ends it", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
+
+
+def make_page(models: dict[str, torch.nn.Module], tokenizer):
+    """The page as gradio's `Blocks`. It asks nobody but this machine."""
+    import gradio as gr
+
+    teacher = next(iter(models.values()))
+    heads = {name: heading(name, model) for name, model in models.items()}
+
+    def answer(prompt: str, temperature: float, seed: int):
+        shown = {name: column(head) for name, head in heads.items()}
+        try:
+            for name, model in models.items():
+                arguments = heads[name], teacher, model, tokenizer, prompt, temperature, seed
+                for now in columns(*arguments):
+                    shown[name] = now
+                    yield list(shown.values())
+        except InputError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+    with gr.Blocks(title="willows-kd", analytics_enabled=False) as page:
+        gr.Markdown(ABOUT)
+        prompt = gr.Textbox("The Mole had been", label="prompt", lines=2, max_lines=8)
+        with gr.Row():
+            heat = gr.Slider(0, 2, 0.8, step=0.1, label="temperature (0: the likeliest token)")
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**31)
+        button = gr.Button("Write", variant="primary")
+        with gr.Row():
+            outputs = [gr.HTML(column(head), min_width=300) for head in heads.values()]
+        # one at a time: a second browser sees its place in the queue
+        gr.on(
+            [button.click, prompt.submit],
+            answer,
+            [prompt, heat, seed],
+            outputs,
+            concurrency_limit=1,
+            trigger_mode="once",
+        )
+    return page
+
+
+def columns(head: str, teacher, model, tokenizer, prompt: str, *settings) -> Iterator[str]:
+    """What one model's column shows, token by token; a student's is shaded at the end."""
+    facts, parts, start = [""], [], time.perf_counter()
+    for prompt_ids, new_ids in written(model, tokenizer, prompt, *settings):
+        if not parts:
+            parts.append(text_of(tokenizer, prompt_ids))
+            lost = len(tokenizer(prompt, verbose=False)["input_ids"]) - len(prompt_ids)
+            facts += [f"too long: the prompt's first {lost} tokens were cut off"] * (lost > 0)
+        parts.append(text_of(tokenizer, prompt_ids + new_ids)[len("".join(parts)) :])
+        facts[0] = f"{len(new_ids) / (time.perf_counter() - start):.0f} tokens/s"
+        yield column(head, facts, parts, [0.0] * len(new_ids))
+    if model is not teacher:
+        ids = torch.tensor([prompt_ids + new_ids], device=model.device)
+        kl = token_scores(model, teacher, ids)["kl"][0, len(prompt_ids) - 1 :].tolist()
+        facts.append(f"{sum(kl) / len(kl):.2f} nats from the teacher")
+        yield column(head, facts, parts, kl)
+
+
+def written(model, tokenizer, prompt, temperature, seed) -> Iterator[tuple[list, list]]:
+    """The prompt's ids, as the model reads them, and those written so far, at each new one."""
+    arrived: queue.SimpleQueue = queue.SimpleQueue()
+    streamer = SimpleNamespace(put=arrived.put, end=lambda: None)
+
+    def write():
+        try:
+            complete(model, tokenizer, prompt, NEW_TOKENS, temperature, seed, streamer=streamer)
+            arrived.put(None)
+        except BaseException as error:  # is raised where it is seen
+            arrived.put(error)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    ids: list[list[int]] = []
+    try:
+        while (new := arrived.get()) is not None:
+            if isinstance(new, BaseException):
+                raise new
+            ids.append(new.flatten().tolist())
+            if len(ids) > 1:
+                yield ids[0], sum(ids[1:], [])
+    finally:
+        writer.join()  # a page that was left waits for its model, for the next one's sake
+
+
+def text_of(tokenizer, ids: list[int]) -> str:
+    """The text of some ids, without a last character that further tokens have yet to spell."""
+    return tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
+def heading(name: str, model) -> str:
+    """A model's name and size."""
+    size = f"{model.num_parameters() / 1e6:.1f} M parameters · {size_on_disk(model) / 1e6:.1f} MB"
+    return f"<h3>{html.escape(name)}</h3><small>{size}</small>"
+
+
+def column(head: str, facts=(), parts=("",), kl=()) -> str:
+    """A model's column: what it is, the prompt, and its tokens, each as dark as its KL is large."""
+    prompt, *tokens = (html.escape(part) for part in parts)
+    shaded = [
+        f'<span style="background: rgba(209, 73, 91, {1 - math.exp(-2 * nats):.2f})" '
+        f'title="{nats:.2f} nats">{token}</span>'
+        for token, nats in zip(tokens, kl, strict=True)
+    ]
+    facts = f"<small>{' · '.join(facts)}</small>" if facts else ""
+    text = f'<span class="prompt">{prompt}</span>{"".join(shaded)}'
+    return f'<div class="model">{head}<br>{facts}<p>{text}</p></div>'
