@@ -179,6 +179,28 @@ BAD = {
         "0 for all tokens",
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, top_k=-1),
     ),
+    "a text is drafted from one prompt": (
+        "give token ids of shape (prompts, length)",
+        lambda t: kd.speculative_decode(t.teacher, t.student, "The Mole", 3),
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids, 3),
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0, :0], 3),
+    ),
+    "so many tokens are drafted": (
+        "at least 1",
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=0),
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=2.5),
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 0),
+    ),
+    "a drafted text ends where the positions end": (
+        "the teacher reads 64",
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 64),
+    ),
+    "acceptance is a share": ("between 0 and 1", lambda t: kd.expected_tokens(1.2, 4)),
+    "a draft model has a cost": ("they are positive", lambda t: kd.expected_speedup(0.5, 4, -1)),
+    "a pass has tokens before it": (
+        "give numbers from 1",
+        lambda t: kd.pass_seconds({"teacher": t.teacher}, t.ids, [t.ids.shape[1]]),
+    ),
     "a model is saved in a directory": (
         "is a file; give a directory",
         lambda t: kd.save_model(t.student, t.tokenizer, t.file()),

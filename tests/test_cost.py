@@ -7,6 +7,7 @@ from torch import nn
 import willows_kd as kd
 from willows_kd import cost
 from willows_kd.cost import MemoryWatch, continue_greedily
+from willows_kd.models import CACHE
 
 KILOBYTE = 250  # float32 elements
 
@@ -178,3 +179,18 @@ def test_continuing_greedily_generates_exactly_so_many_tokens(make_gpt2, blocks)
     assert sizes[1:] == 11 * [1]
     long = prompt.repeat(1, 1 + model.config.max_position_embeddings // 10)
     assert continue_greedily(model, long, 12).shape[1] == model.config.max_position_embeddings
+
+
+def test_a_pass_over_new_tokens_reads_these_after_the_cached_ones(make_gpt2, monkeypatch, blocks):
+    model = make_gpt2(1)
+    read, forward = [], model.forward
+
+    def counted(ids, **settings):
+        read.append((settings[CACHE].get_seq_length(), ids.shape[1]))
+        return forward(ids, **settings)
+
+    monkeypatch.setattr(model, "forward", counted)
+    found = kd.pass_seconds({"model": model}, blocks.train[:1, :20], (1, 5), repeats=2)
+    assert read == [(0, 15), (15, 1), (15, 5)] * 3
+    assert list(found) == ["model"] and len(found["model"]) == 2
+    assert min(found["model"]) > 0

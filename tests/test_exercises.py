@@ -16,6 +16,7 @@ from willows_kd.exercises import (
     inside_the_teacher,
     its_own_words,
     soft_labels,
+    student_at_work,
     teacher,
 )
 from willows_kd.exercises.teacher import COUNTED, count
@@ -414,6 +415,53 @@ ULD = [
     (lambda z_s, z_t: uld(z_s, z_t) / 9, "it is divided by the vocabulary too"),
 ]
 
+# -- 07 --------------------------------------------------------------------------------
+
+
+def emitted(
+    p,
+    q,
+    token,
+    u,
+    ratio=lambda p, q: p / q,
+    residual=lambda p, q: (p - q).clamp(min=0),
+    norm=True,
+):
+    if u < ratio(p[token], q[token]):
+        return F.one_hot(torch.tensor(token), len(p)).double()
+    left = residual(p, q)
+    return left / left.sum() if norm else left
+
+
+EMITTED = [
+    (emitted, "well done"),
+    (lambda *a: emitted(*a).tolist(), "well done"),
+    (lambda *a: emitted(*a, residual=lambda p, q: p), "and not from p"),
+    (lambda *a: emitted(*a, norm=False), "divide it by its sum"),
+    (lambda *a: emitted(*a, residual=lambda p, q: (q - p).clamp(min=0)), "too much of"),
+    (lambda *a: emitted(*a, residual=lambda p, q: (p - q).abs()), "take absolute values nowhere"),
+    (lambda *a: emitted(*a, ratio=lambda p, q: 1), "a rejected token is replaced"),
+    (lambda *a: emitted(*a, ratio=lambda p, q: q / p), "the token is accepted"),
+    (lambda *a: emitted(*a, ratio=lambda p, q: p), "the token is accepted"),
+    (lambda p, q, token, u: p, "the token is accepted"),
+    (lambda *a: emitted(*a, residual=lambda p, q: q), "you return [0.2"),
+    (lambda *a: emitted(*a)[None], "it should be (5,)"),
+    (lambda *a: "the token", "it is a distribution"),
+    (lambda *a: ..., "returns nothing"),
+]
+
+TOKENS = [
+    (lambda a, k: (1 - a ** (k + 1)) / (1 - a), "well done"),
+    (lambda a, k: sum(a**i for i in range(k + 1)), "well done"),
+    (lambda a, k: sum(a**i for i in range(1, k + 1)), "comes with every pass"),
+    (lambda a, k: (1 - a**k) / (1 - a), "one term too early"),
+    (lambda a, k: k * a + 1, "only if all before it were accepted"),
+    (lambda a, k: k * a, "leave the teacher's own token out"),
+    (lambda a, k: 1 / (1 - a), "endless drafting"),
+    (lambda a, k: a**k, "the chance that all are accepted"),
+    (lambda a, k: 0.0, "Write it first"),
+]
+
 
 TABLES = {
     teacher.check_count: COUNT,
@@ -434,6 +482,8 @@ TABLES = {
     inside_the_teacher.check_cosine: COSINE,
     inside_the_teacher.check_units: UNITS,
     inside_the_teacher.check_uld: ULD,
+    student_at_work.check_emitted: EMITTED,
+    student_at_work.check_tokens: TOKENS,
 }
 
 

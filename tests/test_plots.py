@@ -268,6 +268,31 @@ def test_attention_is_a_map_a_model_with_the_share_of_the_first_token(tokenizer)
     assert len(kd.plot_attention({"alone": looks_back}, ids, tokenizer).axes) == 2  # and a scale
 
 
+def test_acceptance_lies_near_the_diagonal_and_says_how_near():
+    figure = kd.plot_acceptance({"before": (0.5, 0.52), "distilled": (0.8, 0.79)})
+    diagonal, *points = figure.axes[0].get_lines()
+    assert diagonal.get_xydata() == pytest.approx(np.array([[0.45, 0.45], [0.85, 0.85]]))
+    assert [point.get_xydata().tolist() for point in points] == [[[0.5, 0.52]], [[0.8, 0.79]]]
+    assert legend(figure.axes[0])[1:] == ["before: 0.500, 0.520", "distilled: 0.800, 0.790"]
+    assert title(figure) == (
+        "distilled: 79% accepted; from its logits each share is known to within 0.020"
+    )
+
+
+def test_speedup_draws_the_formula_and_what_was_measured():
+    figure = kd.plot_speedup(0.5, 0.5, [1, 2], measured=[0.9, 0.7], checks=[1.0, 2.0])
+    one, *lines = [line.get_ydata() for line in figure.axes[0].get_lines()]
+    assert list(one) == [1, 1]
+    assert np.array(lines) == pytest.approx(
+        np.array([[1.5 / 1.5, 1.75 / 2], [1.5 / 1.5, 1.75 / 3], [0.9, 0.7]])
+    )
+    assert title(figure).startswith(
+        "50% accepted: at best 0.90 times the teacher's speed, at k = 1"
+    )
+    alone = kd.plot_speedup(0.5, 0.0, [1, 2])
+    assert "at best 1.75" in title(alone) and len(alone.axes[0].get_lines()) == 2
+
+
 # -- widgets ---------------------------------------------------------------------------
 
 
@@ -305,6 +330,16 @@ def test_attention_sliders_show_the_layer_that_was_copied(make_gpt2, tokenizer, 
     assert torch.allclose(first, second) and torch.allclose(first.sum(-1), torch.ones(()))
     assert not torch.equal(*(maps["teacher, layer 4"] for maps in shown[1:]))
     assert teacher.config._attn_implementation == usual
+
+
+def test_the_speed_up_sliders_begin_at_what_was_measured(monkeypatch):
+    shown = []
+    monkeypatch.setattr(widgets, "display", shown.append)
+    acceptance, cost, _ = kd.explore_speedup(0.8, 0.6, [1, 2, 4]).children
+    cost.value = 0.0
+    acceptance.value = 1.0
+    assert [title(figure)[:13] for figure in shown] == ["80% accepted:"] * 2 + ["100% accepted"]
+    assert "at best 5.00" in title(shown[-1])
 
 
 def test_a_model_without_attention_has_no_maps(tokenizer, teacher):

@@ -51,9 +51,10 @@ PUBLIC_NAMES = {
         "compare",
         "as_markdown",
     ],
-    "cost": ["latency", "peak_memory", "size_on_disk", "MemoryWatch"],
+    "cost": ["latency", "pass_seconds", "peak_memory", "size_on_disk", "MemoryWatch"],
     "quantization": ["quantize", "fake_quantize", "quantized", "packed_size", "quantized_share"],
     "export": ["export_model", "load_onnx"],
+    "speculative": ["speculative_decode", "expected_tokens", "expected_speedup"],
     "plots": [
         "plot_parts",
         "plot_split",
@@ -75,8 +76,16 @@ PUBLIC_NAMES = {
         "plot_exposure",
         "plot_writing",
         "plot_attention",
+        "plot_acceptance",
+        "plot_speedup",
     ],
-    "widgets": ["explore_temperature", "explore_tokens", "explore_attention", "prompt_box"],
+    "widgets": [
+        "explore_temperature",
+        "explore_tokens",
+        "explore_attention",
+        "explore_speedup",
+        "prompt_box",
+    ],
     "errors": ["InputError"],
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names}

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.models import eval_mode, max_positions, merge_adapters, quiet_transformers
+from willows_kd.models import CACHE, eval_mode, max_positions, merge_adapters, quiet_transformers
 
 
 def size_on_disk(model) -> int:
@@ -105,6 +106,35 @@ def latency(
         name: {what: statistics.median(values) for what, values in found.items()}
         for name, found in seconds.items()
     }
+
+
+def pass_seconds(
+    models: dict[str, nn.Module], ids: torch.Tensor, new_tokens=(1,), repeats: int = 15
+) -> dict[str, list[float]]:
+    """Seconds of one forward pass over so many new tokens, with what is before them cached.
+
+    The models take turns, and the median of the repeats is reported, as in `latency`.
+
+    Args:
+        models: by name.
+        ids: shape (batch, tokens); its last ones, as many as ever needed, are the new tokens.
+        new_tokens: numbers of tokens, one value of the result for each.
+        repeats: rounds that count.
+    """
+    check_ids(ids)
+    fits = all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
+    require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
+    before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
+    seconds = {name: [[] for _ in new_tokens] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            cached = {CACHE: DynamicCache(), "use_cache": True}
+            timed(lambda m=model, c=cached: m(before.to(m.device), **c), model)
+            for count, found in zip(new_tokens, seconds[name], strict=True):
+                some = new[:, :count].to(model.device)
+                found.append(timed(lambda m=model, x=some, c=cached: m(x, **c), model))
+                cached[CACHE].crop(-count)
+    return {name: [statistics.median(f[1:]) for f in found] for name, found in seconds.items()}
 
 
 def check_ids(ids: torch.Tensor) -> None:

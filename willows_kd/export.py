@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -29,6 +28,7 @@ from willows_kd.files import atomic_directory, check_output
 from willows_kd.generation import write_text
 from willows_kd.losses import kl
 from willows_kd.models import (
+    CACHE,
     loading_errors_as_input_errors,
     max_positions,
     merge_adapters,
@@ -37,8 +37,6 @@ from willows_kd.models import (
 )
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
-# what `transformers` calls a model's cache: past_key_values, in later versions cache
-CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
 LEAST_INT8 = 0.5  # of all weights: with fewer, the file is int8 only by name
 # GPT-2's settings that llama.cpp takes for granted
 OF_LLAMA_CPP = {

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ from huggingface_hub.utils import get_session
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from willows_kd.errors import InputError, is_integer, require, type_name
 from willows_kd.files import atomic_directory, check_output
@@ -29,6 +31,8 @@ BUNDLED_TEACHER = ASSETS / "teacher"
 BUNDLED = ("base", "teacher", "student", "student_hard_labels")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
+# what `transformers` calls a model's cache: past_key_values, in later versions cache
+CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
 
 
 class HubError(InputError):

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from willows_kd.errors import require
 from willows_kd.evaluation import LABELS, with_intervals
 from willows_kd.soft_labels import entropy, soften, top_k
+from willows_kd.speculative import expected_speedup
 from willows_kd.students import layer_stack
 from willows_kd.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
 
@@ -765,4 +766,69 @@ def plot_attention(maps: dict[str, torch.Tensor], ids: torch.Tensor, tokenizer) 
             ax.set(xlabel="looks at", ylabel="from")
             ax.set_title(f"{name}: {weights[1:, 0].mean():.0%} to the first token", fontsize=9)
         fig.colorbar(image, ax=axes, label="share of the attention", shrink=0.6)
+    return fig
+
+
+# -- 07: a student at work -------------------------------------------------------------
+
+
+def plot_acceptance(measured: dict[str, tuple[float, float]]) -> Figure:
+    """Accepted drafts of several students: from logits and by decoding, on one diagonal.
+
+    Args:
+        measured: by name, 1 - total variation from logits, and the share accepted.
+    """
+    require(measured, "nothing was measured; give at least one student in a dict, by name")
+    with figure(height=4.2) as (fig, ax):
+        both = [value for pair in measured.values() for value in pair]
+        ends = [max(0, min(both) - 0.05), min(1, max(both) + 0.05)]
+        ax.plot(ends, ends, color=QUIET, linestyle="--", marker="", label="equal")
+        for i, (name, (expected, found)) in enumerate(measured.items()):
+            look = {"color": COLOURS[i % 5], "marker": MARKERS[i % 5], "linestyle": ""}
+            ax.plot(expected, found, label=f"{name}: {expected:.3f}, {found:.3f}", **look)
+        ax.set(xlabel="1 − total variation, from logits", ylabel="accepted, by decoding")
+        ax.legend()
+        best = max(measured, key=lambda name: measured[name][1])
+        gap = max(abs(expected - found) for expected, found in measured.values())
+        ax.set_title(
+            f"{best}: {percent(measured[best][1])} accepted; from its logits each share is known "
+            f"to within {gap:.3f}"
+        )
+    return fig
+
+
+def plot_speedup(
+    acceptance: float, cost: float, ks: Sequence[int], measured=None, checks=None
+) -> Figure:
+    """Speed-up by the number of drafted tokens: by formula, and as the clock has it.
+
+    Args:
+        acceptance: the share of drafted tokens that the teacher accepts.
+        cost: seconds of a draft model's token, the teacher's being 1.
+        ks: numbers of drafted tokens.
+        measured: the speed-up by the clock for each k.
+        checks: for each k the seconds of a pass over k + 1 tokens, the teacher's token being 1.
+    """
+    formula = [expected_speedup(acceptance, k, cost) for k in ks]
+    lines = {f"formula, cost ratio {cost:.2f}": formula}
+    if checks is not None:
+        both = zip(ks, checks, strict=True)
+        with_checks = [expected_speedup(acceptance, k, cost, check) for k, check in both]
+        lines["formula with the measured check"] = with_checks
+    if measured is not None:
+        lines["by the clock"] = measured
+    with figure() as (fig, ax):
+        ax.axhline(1, color=QUIET, linewidth=1, linestyle="-", marker="", label="teacher alone")
+        for i, (name, values) in enumerate(lines.items()):
+            ax.plot(ks, values, label=name, marker=MARKERS[i], **line_look(i))
+        ax.set(xlabel="drafted tokens k", ylabel="speed, the teacher's own being 1")
+        ax.set_ylim(bottom=0)
+        ax.set_xticks(ks)
+        ax.legend()
+        shown, values = list(lines.items())[-1]
+        best = int(np.argmax(values))
+        ax.set_title(
+            f"{percent(acceptance)} accepted: at best {values[best]:.2f} times the teacher's "
+            f"speed, at k = {ks[best]} ({shown})"
+        )
     return fig

@@ -5,6 +5,7 @@ nothing still shows it. They need no more than ipywidgets 7.7.
 """
 
 import html
+from collections.abc import Sequence
 
 import ipywidgets
 import torch
@@ -13,7 +14,7 @@ from IPython.display import display
 from willows_kd.cost import eval_mode
 from willows_kd.errors import require
 from willows_kd.generation import complete
-from willows_kd.plots import plot_attention, plot_soft_labels, plot_token_view
+from willows_kd.plots import plot_attention, plot_soft_labels, plot_speedup, plot_token_view
 from willows_kd.students import evenly_spaced
 
 
@@ -75,6 +76,21 @@ def explore_attention(teacher, student, tokenizer, text: str):
             f"student, layer {layer}": of_student[layer - 1][head - 1],
         }
         display(plot_attention(maps, ids[0], tokenizer))
+
+    return explorer(show, controls)
+
+
+def explore_speedup(acceptance: float, cost: float, ks: Sequence[int]):
+    """Speed-up by the number of drafted tokens, with acceptance and cost ratio on sliders."""
+    controls = {
+        name: ipywidgets.FloatSlider(
+            value, min=0, max=1, step=0.01, description=name, continuous_update=False
+        )
+        for name, value in (("acceptance", acceptance), ("cost ratio", cost))
+    }
+
+    def show(**chosen):
+        display(plot_speedup(chosen["acceptance"], chosen["cost ratio"], ks))
 
     return explorer(show, controls)
 

@@ -1,0 +1,208 @@
+"""Speculative decoding writes what the teacher would, and the test of that can fail."""
+
+import pytest
+import torch
+
+import willows_kd as kd
+from willows_kd import speculative
+
+
+@pytest.fixture
+def pair(make_gpt2):
+    """A teacher and a draft model with opinions of their own."""
+    return make_gpt2(3, initializer_range=0.15), make_gpt2(2, seed=1, initializer_range=0.15)
+
+
+PROMPT = torch.tensor([5, 300, 41, 7])
+
+
+# -- greedy: the teacher's own text ----------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("new_tokens", [1, 2, 17, 60])  # 60: to the last position
+def test_greedy_text_is_the_teachers_own(k, new_tokens, pair):
+    alone = kd.write_text(pair[0], PROMPT[None], new_tokens, temperature=0)[0]
+    for draft in (pair[1], pair[0]):
+        found = kd.speculative_decode(pair[0], draft, PROMPT, new_tokens, k, temperature=0)
+        assert torch.equal(found.tokens, alone)
+        assert sum(found.accepted) + len(found.accepted) == new_tokens
+        assert all(a <= d <= k for a, d in zip(found.accepted, found.drafted, strict=True))
+    # all that the teacher drafts for itself is accepted
+    assert found.accepted == found.drafted
+    assert len(found.accepted) == -(-new_tokens // (k + 1))
+
+
+@pytest.mark.parametrize("name", ["student", "student_hard_labels"])
+def test_greedy_text_of_the_bundled_teacher(name, blocks):
+    teacher, draft = kd.load_bundled(device="cpu"), kd.load_bundled(name, device="cpu")
+    for prompt in blocks.test[:2, :12]:
+        alone = kd.write_text(teacher, prompt[None], 30, temperature=0)[0]
+        found = kd.speculative_decode(teacher, draft, prompt, 30, temperature=0)
+        assert torch.equal(found.tokens, alone)
+        assert 0.3 < found.acceptance < 1
+
+
+def test_the_end_of_text_is_never_drawn(make_gpt2):
+    teacher = make_gpt2(2, initializer_range=0.15)
+    (likeliest,) = kd.write_text(teacher, PROMPT[None], 1, temperature=0)[0].tolist()
+    teacher.config.eos_token_id = teacher.generation_config.eos_token_id = likeliest
+    alone = kd.write_text(teacher, PROMPT[None], 12, temperature=0)[0]
+    draft = make_gpt2(2, seed=1)
+    assert torch.equal(kd.speculative_decode(teacher, draft, PROMPT, 12, 4, 0).tokens, alone)
+    drawn = kd.speculative_decode(teacher, draft, PROMPT, 40, temperature=1.0).tokens
+    assert likeliest not in alone and likeliest not in drawn
+    teacher.config.eos_token_id = None  # then there is none to leave out
+    assert kd.speculative_decode(teacher, draft, PROMPT, 1, 4, 0).tokens.tolist() == [likeliest]
+
+
+def test_each_token_is_read_once(pair, monkeypatch):
+    read = {id(model): 0 for model in pair}
+
+    def counted(model, forward):
+        def count(ids, **settings):
+            read[id(model)] += ids.shape[1]
+            return forward(ids, **settings)
+
+        return count
+
+    for model in pair:
+        monkeypatch.setattr(model, "forward", counted(model, model.forward))
+    found = kd.speculative_decode(*pair, PROMPT, 20, 3)
+    calls, drafted = len(found.accepted), sum(found.drafted)
+    assert read[id(pair[0])] == len(PROMPT) + calls - 1 + drafted
+    assert read[id(pair[1])] <= len(PROMPT) + calls - 1 + drafted
+
+
+def test_modes_and_random_numbers_stay(pair):
+    pair[0].train()
+    state = torch.get_rng_state()
+    first, again, other = (
+        kd.speculative_decode(*pair, PROMPT, 9, seed=s).tokens for s in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert pair[0].training and torch.equal(torch.get_rng_state(), state)
+
+
+# -- sampling: the teacher's own distribution ------------------------------------------
+
+VOCABULARY, DRAWS, K = 4, 1500, 2
+
+
+class Table:
+    """Stands for `Reader`: the next token depends on the last one alone, as a table says."""
+
+    def __init__(self, table, temperature, never):
+        self.p, self.length = table, 0
+
+    def next(self, text):
+        new, self.length = text[self.length :], len(text)
+        return self.p[new]
+
+    def forget_beyond(self, length):
+        self.length = min(self.length, length)
+
+
+def chi_squared(texts: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far counts of three tokens are from what is expected, in spreads of the statistic."""
+    cells = (texts * VOCABULARY ** torch.arange(3)).sum(-1)
+    counts = torch.bincount(cells, minlength=VOCABULARY**3)
+    mean = len(texts) * expected.permute(2, 1, 0).flatten()
+    assert mean.min() > 4
+    freedom = len(mean) - 1
+    return (((counts - mean) ** 2 / mean).sum().item() - freedom) / (2 * freedom) ** 0.5
+
+
+def from_tables(monkeypatch, pair) -> float:
+    """`chi_squared` of the first three tokens of texts that two tables write together."""
+    generator = torch.Generator().manual_seed(3)
+    p, q = torch.rand(2, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64) + 0.25
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    tables = iter([p, q] * DRAWS)
+    monkeypatch.setattr(speculative, "Reader", lambda model, *a: Table(next(tables), *a))
+    texts = [
+        kd.speculative_decode(*pair, torch.tensor([1]), 4, K, seed=seed).tokens
+        for seed in range(DRAWS)
+    ]
+    expected = p[1][:, None, None] * p[:, :, None] * p[None]
+    return chi_squared(torch.stack(texts)[:, :3], expected)
+
+
+def always_accept(p, q, drafted, generator):
+    return len(drafted), speculative.draw(p[-1], generator)
+
+
+def from_p_not_the_residual(p, q, drafted, generator):
+    accepted, token = right(p, q, drafted, generator)
+    if accepted < len(drafted):
+        token = speculative.draw(p[accepted], generator)
+    return accepted, token
+
+
+def bonus_from_the_draft(p, q, drafted, generator):
+    accepted, token = right(p, q, drafted, generator)
+    if accepted == len(drafted) and q:
+        token = speculative.draw(q[-1], generator)
+    return accepted, token
+
+
+def accept_by_half(p, q, drafted, generator):
+    return right(p, [each * 2 for each in q], drafted, generator)
+
+
+right = speculative.verify
+
+
+def test_the_texts_distribution_is_the_teachers(monkeypatch, pair):
+    assert from_tables(monkeypatch, pair) < 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [always_accept, from_p_not_the_residual, bonus_from_the_draft, accept_by_half]
+)
+def test_a_wrong_rule_gives_another_distribution(wrong, monkeypatch, pair):
+    monkeypatch.setattr(speculative, "verify", wrong)
+    assert from_tables(monkeypatch, pair) > 5
+
+
+def test_models_with_caches_write_the_teachers_distribution(make_gpt2):
+    sizes = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "eos_token_id": None}
+    teacher, draft = (make_gpt2(1, seed=seed, **sizes) for seed in (0, 1))
+    prompt, temperature = torch.tensor([2, 1]), 3.0
+    triples = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * 3)
+    ids = torch.cat([prompt.expand(len(triples), -1), triples], dim=1)
+    with torch.inference_mode():
+        log_p = (teacher(ids).logits[:, 1:-1].double() / temperature).log_softmax(-1)
+    expected = log_p.gather(-1, triples[..., None]).sum((1, 2)).exp()
+    texts = [
+        kd.speculative_decode(teacher, draft, prompt, 3, K, temperature, seed).tokens
+        for seed in range(DRAWS)
+    ]
+    assert chi_squared(torch.stack(texts), expected.reshape([VOCABULARY] * 3)) < 3
+
+
+# -- acceptance and what it brings -----------------------------------------------------
+
+
+def test_acceptance_is_one_minus_total_variation(monkeypatch):
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]).double()
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    drafted = [speculative.draw(q, generator) for _ in range(count)]
+    accepted = sum(speculative.verify(p.expand(2, -1), [q], t, generator)[0] for t in drafted)
+    expected = 1 - kd.total_variation(q.log()[None], p.log()[None]).item()
+    assert accepted / count == pytest.approx(expected, abs=4 * 0.5 / count**0.5)
+
+
+def test_only_tokens_up_to_the_first_rejected_one_were_tested():
+    found = speculative.Speculated(None, drafted=[4, 4, 2, 0], accepted=[4, 1, 0, 0])
+    assert found.acceptance == 5 / (4 + 2 + 1)
+
+
+def test_expected_tokens_and_speedup():
+    assert kd.expected_tokens(0.8, 4) == pytest.approx((1 - 0.8**5) / 0.2)
+    assert kd.expected_tokens(1, 4) == 5
+    assert kd.expected_tokens(0.0, 4) == 1
+    assert kd.expected_speedup(0.8, 4, 0.1) == pytest.approx((1 - 0.8**5) / (0.2 * 1.4))
+    assert kd.expected_speedup(0.8, 4, 0.1, check=2) == pytest.approx((1 - 0.8**5) / (0.2 * 2.4))
+    assert kd.expected_speedup(1, 3, 0) == 4

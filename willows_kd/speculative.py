@@ -1,0 +1,167 @@
+"""Speculative decoding: a student drafts some tokens, its teacher checks them in one pass."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from willows_kd.errors import is_integer, require
+from willows_kd.generation import check_prompts, check_sampling
+from willows_kd.models import CACHE, eval_mode, max_positions, require_model, vocabulary_size
+
+
+class Speculated(NamedTuple):
+    """A text, and what each pass of the teacher brought.
+
+    Attributes:
+        tokens: what was written, without the prompt, shape (new_tokens,).
+        drafted: for each pass of the teacher, how many tokens the draft model proposed.
+        accepted: how many of these were accepted; each pass adds one token of the teacher's.
+    """
+
+    tokens: torch.Tensor
+    drafted: list[int]
+    accepted: list[int]
+
+    @property
+    def tested(self) -> int:
+        """How many drafted tokens were tested: in each pass up to the first that was rejected."""
+        return sum(min(a + 1, d) for a, d in zip(self.accepted, self.drafted, strict=True))
+
+    @property
+    def acceptance(self) -> float:
+        """The share of accepted tokens among those that were tested."""
+        return sum(self.accepted) / max(1, self.tested)
+
+
+@torch.inference_mode()
+def speculative_decode(
+    teacher,
+    draft,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    k: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Speculated:
+    """Continue a prompt by text of the teacher's own distribution, with fewer of its passes.
+
+    Algorithm 1 of Leviathan et al. 2023, with a key-value cache for each model, cut back
+    after a rejection. As in `write_text`, the end-of-text token is never drawn.
+
+    Args:
+        teacher: whose text it is.
+        draft: proposes tokens: a student with the teacher's vocabulary.
+        prompt: token ids, shape (length,), at least one.
+        new_tokens: how many tokens to write.
+        k: how many tokens the draft model proposes before the teacher checks them.
+        temperature: of sampling, for both; 0 takes the teacher's likeliest token each time.
+        seed: for the draws.
+
+    Raises:
+        InputError: these are no models, no prompt, or prompt and text are longer than both read.
+    """
+    for name, value in (("new_tokens", new_tokens), ("k", k)):
+        require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
+    check_sampling(temperature, seed)
+    for name, model in (("teacher", teacher), ("draft", draft)):
+        require_model(model, name)
+        (length,) = check_prompts(model, [prompt])
+        longest, given = max_positions(model.config), length + new_tokens
+        fits = f"prompt and text have {given} tokens together; the {name} reads {longest}"
+        require(longest is None or given <= longest, fits)
+    sizes = [vocabulary_size(model) for model in (teacher, draft)]
+    same = f"teacher and draft give {sizes[0]} and {sizes[1]} logits; their vocabulary must be one"
+    require(sizes[0] == sizes[1], same)
+
+    generator = torch.Generator().manual_seed(seed)
+    never = teacher.config.eos_token_id
+    p_of, q_of = (Reader(model, temperature, never) for model in (teacher, draft))
+    text, found = prompt.cpu(), Speculated(None, [], [])
+    with eval_mode(teacher, draft):
+        while (left := length + new_tokens - len(text)) > 0:
+            known, q = len(text), []
+            for _ in range(min(k, left - 1)):  # the teacher adds the last token
+                q.append(q_of.next(text)[-1])
+                text = torch.cat([text, draw(q[-1], generator)])
+            p = p_of.next(text)[-len(q) - 1 :]
+            accepted, token = verify(p, q, text[known:], generator)
+            text = torch.cat([text[: known + accepted], token])
+            for reader in (p_of, q_of):
+                reader.forget_beyond(known + accepted)
+            found.drafted.append(len(q))
+            found.accepted.append(accepted)
+    return found._replace(tokens=text[length:])
+
+
+def verify(p, q, drafted: torch.Tensor, generator) -> tuple[int, torch.Tensor]:
+    """How many drafted tokens are accepted, and the token that follows them, shape (1,).
+
+    A token is accepted with probability min(1, p/q). The first that is not is replaced by a
+    draw from max(0, p - q), normalised; if all are, one more is drawn from the last p.
+
+    Args:
+        p: the teacher's probabilities, shape (drafted + 1, vocabulary).
+        q: of each drafted token, the draft model's probabilities, shape (vocabulary,).
+        drafted: the proposed tokens, shape (drafted,).
+    """
+    for i, token in enumerate(drafted.tolist()):
+        u = torch.rand((), dtype=p.dtype, generator=generator)
+        if u * q[i][token] >= p[i, token]:
+            return i, draw((p[i] - q[i]).clamp(min=0), generator)
+    return len(drafted), draw(p[-1], generator)
+
+
+def draw(weights: torch.Tensor, generator) -> torch.Tensor:
+    """One token, shape (1,), in proportion to weights, shape (vocabulary,)."""
+    return torch.multinomial(weights, 1, generator=generator)
+
+
+class Reader:
+    """A model that reads each token of a growing text once."""
+
+    def __init__(self, model, temperature: float, never):
+        """Probabilities are softened by a temperature, 0 for the likeliest token alone."""
+        self.model, self.temperature = model, temperature
+        self.never = [] if never is None else never  # a token id or several
+        self.cache = DynamicCache()
+
+    def next(self, text: torch.Tensor) -> torch.Tensor:
+        """Probabilities after each token that is new, in float64, shape (new, vocabulary)."""
+        new = text[None, self.cache.get_seq_length() :].to(self.model.device)
+        logits = self.model(new, **{CACHE: self.cache}, use_cache=True).logits[0]
+        logits = logits.cpu().double()
+        logits[:, self.never] = -torch.inf
+        if self.temperature:
+            return (logits / self.temperature).softmax(-1)
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+
+    def forget_beyond(self, length: int) -> None:
+        """Cut the cache back to the first so many tokens of the text."""
+        self.cache.crop(min(0, length - self.cache.get_seq_length()))
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Tokens for each pass of the teacher, (1 - a^(k+1)) / (1 - a).
+
+    Leviathan et al. 2023, equation (1), if each of k tokens is accepted with probability a.
+    """
+    unit = isinstance(acceptance, float | int) and 0 <= acceptance <= 1
+    require(unit, f"acceptance is {acceptance!r}; it must lie between 0 and 1")
+    require(is_integer(k, 0), f"k is {k!r}; it must be a whole number, at least 0")
+    return float(sum(acceptance**i for i in range(k + 1)))  # the sum holds at a = 1 as well
+
+
+def expected_speedup(acceptance: float, k: int, cost: float, check: float = 1.0) -> float:
+    """How many times as fast as the teacher alone, E / (k c + check) with E `expected_tokens`.
+
+    Leviathan et al. 2023, theorem 3.8, where a check takes as long as one token (check = 1).
+
+    Args:
+        acceptance: the share of drafted tokens that the teacher accepts.
+        k: how many tokens are drafted.
+        cost: seconds of a draft model's token, the teacher's being 1.
+        check: seconds of the teacher's pass over k + 1 tokens, in the same unit.
+    """
+    require(cost >= 0 and check > 0, f"cost is {cost!r} and check {check!r}; they are positive")
+    return expected_tokens(acceptance, k) / (k * cost + check)
