@@ -444,7 +444,7 @@ EMITTED = [
     (lambda *a: emitted(*a, ratio=lambda p, q: q / p), "the token is accepted"),
     (lambda *a: emitted(*a, ratio=lambda p, q: p), "the token is accepted"),
     (lambda p, q, token, u: p, "the token is accepted"),
-    (lambda *a: emitted(*a, residual=lambda p, q: q), "you return [0.2"),
+    (lambda *a: emitted(*a, residual=lambda p, q: q), "you return [0."),
     (lambda *a: emitted(*a)[None], "it should be (5,)"),
     (lambda *a: "the token", "it is a distribution"),
     (lambda *a: ..., "returns nothing"),
