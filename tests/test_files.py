@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from willows_kd.errors import InputError, WriteError
 from willows_kd.files import (
+    SETTINGS_FILE,
     atomic_directory,
     atomic_file,
     cache_folder,
+    check_output,
     checksum,
     clean_up_interrupted_writes,
     load_tensors,
@@ -32,14 +35,17 @@ def write_file(path: Path, text: str) -> None:
 def write_directory(path: Path, text: str) -> None:
     with atomic_directory(path) as partial:
         (partial / "a").write_text(text)
+        (partial / "folder").mkdir()
 
 
 @pytest.mark.parametrize(("error", "expected"), FAILURES, ids=["a full disk", "Ctrl-C"])
 @pytest.mark.parametrize(
     ("write", "call"),
     [
+        (write_file, "mkdir"),
         (write_file, "fsync"),
         (write_file, "replace"),
+        (write_directory, "mkdir"),
         (write_directory, "fsync"),
         (write_directory, "rename"),
     ],
@@ -54,12 +60,12 @@ def test_a_write_that_fails_leaves_what_was_there(
     real, failures = getattr(os, call), [error]
 
     def fail_once(*arguments):  # and then put back what was there
-        if failures:
+        if failures and not str(arguments[-1]).endswith(".replaced"):  # that has been moved aside
             raise failures.pop()
         return real(*arguments)
 
     monkeypatch.setattr(os, call, fail_once)
-    with pytest.raises(expected):
+    with pytest.raises(expected, match=getattr(error, "strerror", None)):
         write(path, "half")
     assert texts(tmp_path) == before
     write(path, "whole")
@@ -77,6 +83,9 @@ def test_the_error_is_one_line_that_names_the_place(tmp_path):
         with pytest.raises(WriteError, match="cannot be written: Not a directory") as raised:
             write(tmp_path / "file" / "below", "")
         assert str(raised.value).startswith(str(tmp_path / "file" / "below"))
+    lines = pytest.raises(WriteError, match="cannot be written: no such type$")
+    with lines, atomic_file(tmp_path / "weights"):
+        raise SafetensorError("no such\n  type")
     assert issubclass(WriteError, InputError)
 
 
@@ -90,13 +99,15 @@ def test_folders_made_for_a_directory_that_failed_are_removed(tmp_path):
 def test_what_a_killed_process_left_is_restored_or_removed(replaced_too, tmp_path):
     work, neighbour = tmp_path / "work[1]", tmp_path / ".work1.00ff.partial"
     neighbour.mkdir()
+    note = tmp_path / ".work[1].note.partial"  # a file, which no write of ours leaves
+    note.touch()
     for name in (".work[1].00ff.replaced", ".work[1].00ff.partial"):
         write_directory(tmp_path / name, "old")
     if replaced_too:
         write_directory(work, "new")
     clean_up_interrupted_writes(work)
     assert (work / "a").read_text() == ("new" if replaced_too else "old")
-    assert sorted(tmp_path.iterdir()) == sorted([work, neighbour])
+    assert sorted(tmp_path.iterdir()) == sorted([work, neighbour, note])
 
 
 def test_the_directory_may_be_the_current_one(tmp_path, monkeypatch):
@@ -107,6 +118,28 @@ def test_the_directory_may_be_the_current_one(tmp_path, monkeypatch):
     write_directory(Path("."), "new")
     assert list(tmp_path.iterdir()) == [tmp_path / "work"]
     assert texts(tmp_path) == ["new"]
+
+
+def test_an_output_directory_is_new_empty_ours_or_to_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, theirs, ours = Path("file"), Path("theirs"), Path("ours")
+    file.touch()
+    for folder, name in ((theirs, "notes"), (ours, SETTINGS_FILE)):
+        folder.mkdir()
+        (folder / name).touch()
+    Path("empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for good in ("new", "new/below", "empty", "ours"):
+        check_output(good)
+    check_output(theirs, overwrite=True)
+    monkeypatch.chdir("empty")
+    check_output(".")
+    monkeypatch.chdir(tmp_path)
+    refused = [(file, "is a file"), ("/", "the root of a disk"), (theirs, "no distillation wrote")]
+    for directory, said in [*refused, (file / "new", "cannot be written: Not a directory")]:
+        with pytest.raises(InputError, match=said):
+            check_output(directory)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_checksum_sees_names_types_shapes_and_bytes():

@@ -136,7 +136,7 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
             f"{directory} holds files that no distillation wrote; "
             "choose another directory, or add --overwrite to replace it"
         )
-    parent = directory.absolute().parent
+    parent = directory.parent
     while not parent.exists():
         parent = parent.parent
     try:
