@@ -122,7 +122,7 @@ def pass_seconds(
         repeats: rounds that count.
     """
     check_ids(ids)
-    fits = all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
+    fits = new_tokens and all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
     require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
     before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
     seconds = {name: [[] for _ in new_tokens] for name in models}

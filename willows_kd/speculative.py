@@ -14,7 +14,7 @@ class Speculated(NamedTuple):
     """A text, and what each pass of the teacher brought.
 
     Attributes:
-        tokens: what was written, without the prompt, shape (new_tokens,).
+        tokens: what was written, without the prompt, shape (new_tokens,), on the CPU.
         drafted: for each pass of the teacher, how many tokens the draft model proposed.
         accepted: how many of these were accepted; each pass adds one token of the teacher's.
     """
