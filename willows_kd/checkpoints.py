@@ -132,7 +132,18 @@ class Checkpoints:
 
     def describe(self, teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
         """What has to be the same for a run to be resumed."""
-        return describe_run(teacher, student, blocks, config)
+        weights = teacher.digest if hasattr(teacher, "digest") else weights_digest(teacher)
+        text = hashlib.sha256()
+        for part in (blocks.train, blocks.validation):
+            text.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
+        return {
+            "settings": json.loads(
+                json.dumps(dataclasses.asdict(config))
+            ),  # as they are read again
+            "teacher": weights,
+            "text": text.hexdigest(),
+            "student": weights_digest(student),
+        }
 
     def clear(self) -> None:
         """Remove all checkpoints."""
@@ -219,20 +230,6 @@ def resume_run(accelerator, checkpoints: Checkpoints, student, optimizer, run: d
     elif accelerator.is_main_process:
         tqdm.write(f"Nothing to resume in {checkpoints.folder}: starting from the beginning")
     return history
-
-
-def describe_run(teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
-    """What must be the same for a run to be resumed."""
-    weights = teacher.digest if hasattr(teacher, "digest") else weights_digest(teacher)
-    text = hashlib.sha256()
-    for part in (blocks.train, blocks.validation):
-        text.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
-    return {
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),  # as they are read again
-        "teacher": weights,
-        "text": text.hexdigest(),
-        "student": weights_digest(student),
-    }
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -242,13 +242,7 @@ def choose_student(options, tokenizer) -> str:
     """What to call the student that is to be loaded or made."""
     if options.layers is not None:
         return f"{options.layers} of the teacher's layers"
-    size = len(tokenizer)
-    if options.student is None and 0 < size - GPT2_VOCABULARY < models.PADDING_LIMIT:
-        print(
-            f"ℹ️ The teacher's tokenizer has {size} tokens and GPT-2's {GPT2_VOCABULARY}, so "
-            "distilgpt2 does not fit: the student is half of the teacher"
-        )
-    name = options.student or ("distilgpt2" if size == GPT2_VOCABULARY else "half")
+    name = options.student or ("distilgpt2" if len(tokenizer) == GPT2_VOCABULARY else "half")
     if name != "half":
         if options.student is None:  # others were checked before the teacher was loaded
             check_student(name, options.block_size)
@@ -305,9 +299,7 @@ def hint_at_bfloat16(options, device: torch.device) -> None:
 
 def read_corpus(options) -> Corpus:
     """The corpus that the options name."""
-    given = {"text_column": options.text_column, "encoding": options.encoding}
-    given = {name: value for name, value in given.items() if value is not None}
-    return load_corpus(options.dataset_path, **given)
+    return load_corpus(options.dataset_path, options.text_column, options.encoding)
 
 
 def pack_without_warning(corpus: Corpus, tokenizer, block_size: int):

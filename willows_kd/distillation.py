@@ -107,7 +107,8 @@ def distill(
         run = checkpoints.describe(teacher, student, blocks, config)
         history = resume_run(accelerator, checkpoints, student, optimizer, run) if resume else []
         objective = accelerator.prepare_model(objective, device_placement=False)
-        bar = stack.enter_context(progress_bar(len(plan), len(history), main_process))
+        shown = {"unit": "step", "leave": False, "disable": not main_process}
+        bar = stack.enter_context(tqdm(total=len(plan), initial=len(history), **shown))
         stack.enter_context(torch.random.fork_rng())  # the caller's random state stays as it is
         stack.enter_context(train_mode(teacher, student, config))
         stack.enter_context(failures_as_input_errors(history, checkpoints))
@@ -367,16 +368,9 @@ def written_by_student(student, vocabulary, ids, step: int, config, accelerator)
     """The text of a step, of which the student has written a share: on-policy distillation.
 
     The writing is data: no gradient goes through it. A process writes only what it will
-    see; which tokens are drawn depends on the seed, the step and the block alone.
-
-    Args:
-        ids: the blocks of the step, shape (blocks, block_size), in random order.
-        vocabulary: how many tokens teacher and student share.
-        step: its number, from 1.
-
-    Returns:
-        the text, shape (blocks, block_size), and what counts of it, shape
-        (blocks, block_size - 1): all of a book's block, of a written one what was written.
+    see; which tokens are drawn depends on the seed, the step and the block alone. Returns
+    the text and what counts of it, shape (blocks, block_size - 1): all of a book's block, of
+    a written one what was written.
     """
     prompt, count = prompt_length(ids.shape[1]), round(config.student_text * len(ids))
     counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
@@ -397,16 +391,8 @@ def micro_batches(ids: torch.Tensor, counted: torch.Tensor | None, config, accel
     """The forward passes of one optimiser step, as far as they are this process's.
 
     Each weighs as much as the tokens that count in it, out of those of the whole step, all
-    processes together: how a step is cut up does not change it.
-
-    Args:
-        ids: the token ids of the step, shape (blocks, block_size).
-        counted: True for each prediction that counts, shape (blocks, block_size - 1); None
-            counts all.
-
-    Yields:
-        token ids, the mask of those that count or None, their weight, and whether they are
-        the last of the step.
+    processes together: how a step is cut up does not change it. Yields token ids, the mask
+    of those that count or None, their weight, and whether they are the last of the step.
     """
     tokens = torch.ones(len(ids)) if counted is None else counted.sum(dim=1)
     batches = torch.arange(len(ids)).split(config.batch_size)
@@ -478,11 +464,6 @@ def parameter_groups(student: nn.Module, config: DistillConfig) -> list[dict]:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-def progress_bar(total: int, done: int, shown: bool) -> tqdm:
-    """A bar over the optimiser steps, for one process of several."""
-    return tqdm(total=total, initial=done, unit="step", leave=False, disable=not shown)
 
 
 def advance(bar: tqdm, row: dict) -> None:

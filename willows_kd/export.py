@@ -161,9 +161,9 @@ def write_int8(model, tokenizer, file: Path) -> dict[str, float]:
     return found | {"int8_share": share}
 
 
-def own_text(model, length: int = 32) -> torch.Tensor:
-    """Two texts that a model writes, shape (2, length): what a proof should be about."""
-    length = min(length, max_positions(model.config) or length)
+def own_text(model) -> torch.Tensor:
+    """Two texts that a model writes, of 32 tokens at most: what a proof should be about."""
+    length = min(32, max_positions(model.config) or 32)
     first = torch.full((2, 1), model.config.bos_token_id or 0)
     return torch.cat([first, write_text(model, first, length - 1)], dim=1)
 
@@ -215,12 +215,7 @@ def export_with_cache(model, ids: torch.Tensor, file: Path) -> None:
 
 @torch.no_grad()
 def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
-    """How far an exported model is from PyTorch's: a prompt, some tokens and one, with the cache.
-
-    Args:
-        model, exported: what is compared.
-        ids: token ids, shape (texts, tokens).
-    """
+    """How far an exported model is from PyTorch's: a prompt, some tokens, one, with the cache."""
     wanted = model(ids, use_cache=False).logits
     half = ids.shape[1] // 2
     cache, parts = None, []

@@ -2,13 +2,11 @@
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import math
 import os
 from pathlib import Path
 
@@ -97,11 +95,8 @@ def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
 
 def bundled_history(name: str = "student") -> list[dict]:
     """How a bundled student was trained: the rows that `distill` returned."""
-    with open(bundled(name) / "history.csv", encoding="utf-8", newline="") as file:
-        return [
-            {key: number_or_none(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    history = pd.read_csv(bundled(name) / "history.csv").astype(object)
+    return history.where(history.notna(), None).to_dict("records")
 
 
 def stored_results(name: str) -> pd.DataFrame:
@@ -125,12 +120,6 @@ def bundled(name: str) -> Path:
     accepted = ", ".join(BUNDLED)
     require(name in BUNDLED, f"no bundled model is called {name!r}; there are {accepted}")
     return ASSETS / name
-
-
-def number_or_none(text: str) -> float | int | None:
-    """A number as CSV holds it; None if it is missing or not a number."""
-    value = float(text or "nan")
-    return None if math.isnan(value) else int(text) if text.isdigit() else value
 
 
 def load_tokenizer(name_or_path):

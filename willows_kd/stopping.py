@@ -14,13 +14,7 @@ from willows_kd.errors import InputError
 
 
 def check_finite(row: dict, teacher, student, ids: torch.Tensor) -> None:
-    """Stop before a step that would spoil the student, with the likely cause.
-
-    Args:
-        row: of the history, with `step`, `loss` and `gradient_norm`.
-        teacher, student: the models; no teacher if it is not asked.
-        ids: the token ids of the step, to look for the cause with.
-    """
+    """Stop before a step that would spoil the student, with the likely cause."""
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(row[name]):
             raise InputError(
