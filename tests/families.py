@@ -20,9 +20,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import willows_kd as kd
+from willows_kd.layers import layer_stack
 from willows_kd.losses import forward_kl
 from willows_kd.models import dropout_set_to, quiet_transformers
-from willows_kd.students import layer_stack
 
 DEPTH, KEPT, VOCABULARY, LARGEST = 4, [0, 3], 96, 1e7
 IDS = torch.arange(1, 17).view(2, 8) * 37 % VOCABULARY

@@ -149,6 +149,7 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
         "🔍 Loading student model (half)...",
         f"📚 Loading dataset from: {place / 'text.txt'}",
         "⚙️ Tokenizing dataset...",
+        "✂️ Layers 0,3 of 4 (spaced): perplexity",
         "🚀 Starting distillation training...",
         f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or chapters)",
         "✅ Epoch 1: Average Loss",
@@ -159,7 +160,7 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
     ]
     assert good_run.code == 0
     for line, begin in zip(good_run.out, expected, strict=False):
-        assert re.sub(r"(?<=Average Loss) \d+\.\d{4}\b.*", "", line) == begin
+        assert re.sub(r"(?<=Average Loss) \d+\.\d{4}\b.*|(?<=perplexity) .*", "", line) == begin
     table = good_run.out[len(expected) : -2]
     assert len(table) > 5
     assert all(re.fullmatch(r"\|( .+ \|){4}", line) for line in table)
@@ -197,7 +198,7 @@ def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place
     settings = settings_of(good_run.folder)
     expected = {
         "teacher": str(place / "teacher"),
-        "student": "half",
+        "student": "layers 0,3 of the teacher's 4",
         "corpus": str(place / "text.txt"),
         "block_size": 32,
         "epochs": 2,
@@ -368,6 +369,10 @@ BAD_INPUTS = [
     ("--block_size 129", "block_size is 129; this model takes 2 to 128"),
     ("--layers 5", "layers is 5; this teacher allows 1 to 4"),
     ("--layers 2 --student {place}/narrow", "leave out --student"),
+    ("--init greedy --student {place}/narrow", "--init makes a student from the teacher"),
+    ("--init last", "'last' is none of auto, spaced, first, influence, contiguous, greedy or"),
+    ("--init 0,4", "init is [0, 4]; layer numbers must rise and lie between 0 and 3"),
+    ("--init 0,3 --layers 3", "be as many as layers, 3"),
     ("--model_dir {place}/missing", "does not exist"),
     ("--model_dir no-such-owner/no-such-model", "model hub"),
     ("--model_dir ''", "model_dir"),

@@ -123,6 +123,23 @@ def test_starts_and_their_numbers():
     assert title(figure) == "Best start: copied, 13.0 × the teacher's perplexity"
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([30, 40, 50], "1.00; the best start ends best"),
+        ([50, 40, 30], "-1.00; the best start ends behind another"),
+    ],
+)
+def test_choices_of_layers_and_whether_start_and_end_agree(ends, expected):
+    init = ["greedy, influence", "", "first"]
+    choices = pd.DataFrame({"start": [90.0, 200.0, 3000.0], "end": ends, "init": init})
+    figure = kd.plot_choices(choices)
+    drawn = [tuple(dot) for dots in figure.axes[0].collections for dot in dots.get_offsets()]
+    assert sorted(drawn) == sorted(zip(choices["start"], ends, strict=True))
+    assert texts(figure) == ["greedy, influence", "first"]
+    assert title(figure) == f"Rank correlation of start and end {expected}"
+
+
 def history(*perplexities):
     """Two steps an epoch, validated at the second."""
     return [

@@ -1,7 +1,5 @@
 """Students of some of a teacher's layers: which ones, that they are right, and what is refused."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -10,34 +8,6 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import willows_kd as kd
 from conftest import logits, shake
 from willows_kd import students
-from willows_kd.students import evenly_spaced
-
-# -- which layers a student takes ------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("depth", "layers", "kept"),
-    [
-        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilGPT2's choice
-        (6, 3, [0, 2, 5]),
-        (4, 2, [0, 3]),
-        (12, 1, [0]),
-        (1, 1, [0]),
-        (5, 5, [0, 1, 2, 3, 4]),
-    ],
-)
-def test_the_kept_layers_are_evenly_spaced(depth, layers, kept):
-    assert evenly_spaced(depth, layers) == kept
-
-
-def test_the_first_and_the_last_layer_are_kept_and_no_gap_is_left():
-    for depth, layers in itertools.combinations_with_replacement(range(2, 49), 2):
-        kept = evenly_spaced(layers, depth)
-        gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
-        assert (kept[0], kept[-1], len(kept)) == (0, layers - 1, depth)
-        assert min(gaps) >= 1
-        assert max(gaps) - min(gaps) <= 1
-
 
 # -- a student of some of the teacher's layers -----------------------------------------
 
@@ -169,7 +139,7 @@ def test_a_student_of_impossible_depth_is_refused(layers, teacher):
 @pytest.mark.parametrize("init", ["last", None, 2])
 def test_an_unknown_init_is_refused(init, teacher):
     with pytest.raises(
-        kd.InputError, match=f"{init!r}; it must be spaced, first, random or a list"
+        kd.InputError, match=f"{init!r}; it must be spaced, first, .* random or a list"
     ):
         kd.student_from_teacher(teacher, 2, init)
 

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 
-from willows_kd.config import DIVERGENCE_NAMES, DTYPES, EXPORT_FORMATS, DistillConfig
+from willows_kd.config import DIVERGENCE_NAMES, DTYPES, EXPORT_FORMATS, INITS, DistillConfig
 from willows_kd.errors import InputError, WriteError
 
 TEXTS = {"book": 0.0, "teacher": 0.0, "student": 1.0, "mix": 0.5}  # the share the student writes
@@ -110,6 +110,9 @@ def add_distill(parser: Parser) -> None:
         "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
     )
     add("--layers", type=int, help="how many of the teacher's layers the student keeps")
+    ways = f"auto, {', '.join(INITS)}, or numbers such as 0,3,5"
+    best = "auto, the best start on a few training blocks"
+    add("--init", type=init_of, help=f"which of them: {ways} (default: {best})")
     add(
         "--text",
         choices=TEXTS,
@@ -197,6 +200,17 @@ def add_device(parser: Parser) -> None:
     """The option for where models run."""
     about = "auto, cpu, cuda, cuda:1, mps ... (default: auto)"
     parser.add_argument("--device", default="auto", help=about)
+
+
+def init_of(text: str) -> str | list[int]:
+    """What `--init` names: a way to choose layers, or their numbers."""
+    if text in ("auto", *INITS):
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        accepted = f"auto, {', '.join(INITS)} or layer numbers such as 0,3,5"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {accepted}") from None
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:

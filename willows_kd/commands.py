@@ -17,17 +17,19 @@ from tqdm.auto import tqdm
 import willows_kd
 from willows_kd import files, models
 from willows_kd.checkpoints import Checkpoints
-from willows_kd.config import DistillConfig
+from willows_kd.config import INITS, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.cost import size_on_disk
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, WriteError
-from willows_kd.evaluation import as_markdown, compare
+from willows_kd.evaluation import as_markdown, compare, number
 from willows_kd.generation import write_blocks
+from willows_kd.layers import choose_layers, depth_of, layers_to_keep, passes_to_choose
 from willows_kd.students import student_from_teacher
 from willows_kd.teacher_cache import cache_teacher
 
 GPT2_VOCABULARY = 50_257
+BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
 
 # exit codes; bad input is 2
 OK, FAILED, CANNOT_WRITE, STOPPED = 0, 1, 3, 130
@@ -107,8 +109,9 @@ def prepare(options) -> Job:
     bundled = options.model_dir is None
     teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
     models.check_context(teacher_name, options.block_size)
-    if options.layers is not None and options.student not in (None, "half"):
-        raise InputError("--layers makes a student from the teacher; leave out --student")
+    for name in ("layers", "init"):
+        if getattr(options, name) is not None and options.student not in (None, "half"):
+            raise InputError(f"--{name} makes a student from the teacher; leave out --student")
     if options.student not in (None, "half"):
         check_student(options.student, options.block_size)
     if options.cache_teacher and options.text in ("student", "mix"):
@@ -122,15 +125,23 @@ def prepare(options) -> Job:
     teacher, tokenizer = models.load_teacher(teacher_name, device)
     student_name = choose_student(options, tokenizer)
     print(f"🔍 Loading student model ({student_name})...")
-    student = load_or_make_student(options, student_name, teacher, tokenizer, device)
+    cut = student_name == "half" or (options.layers, options.init) != (None, None)
+    if cut:
+        numbers = options.init if isinstance(options.init, list) else "spaced"
+        layers_to_keep(teacher, options.layers, numbers)  # refuses bad ones before a text is read
+    else:
+        student = load_student(student_name, teacher, tokenizer, device)
     for whose, name in (("teacher", teacher_name), ("student", student_name)):
         if models.adapter_base(name):
             print(f"ℹ️ The {whose}'s LoRA adapter is merged into its weights")
-    check_savable(student)
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
     corpus = corpus or read_corpus(options)
     print("⚙️ Tokenizing dataset...")
     blocks = pack_without_warning(corpus, tokenizer, options.block_size)
+    if cut:
+        student, kept = cut_student(options, teacher, blocks.train)
+        student_name = f"layers {listed(kept)} of the teacher's {depth_of(teacher)}"
+    check_savable(student)
     if options.text == "teacher":
         print("✍️ The teacher is writing the training text...")
         written = warnings_printed(write_blocks, teacher, blocks.train, seed=options.seed)
@@ -242,6 +253,8 @@ def choose_student(options, tokenizer) -> str:
     """What to call the student that is to be loaded or made."""
     if options.layers is not None:
         return f"{options.layers} of the teacher's layers"
+    if options.init is not None:
+        return "half" if isinstance(options.init, str) else f"layers {listed(options.init)}"
     name = options.student or ("distilgpt2" if len(tokenizer) == GPT2_VOCABULARY else "half")
     if name != "half":
         if options.student is None:  # others were checked before the teacher was loaded
@@ -258,10 +271,40 @@ def check_student(name: str, block_size: int) -> None:
         raise InputError(f"{error}; --student half makes one from the teacher") from error
 
 
-def load_or_make_student(options, name: str, teacher, tokenizer, device):
+def cut_student(options, teacher, blocks: torch.Tensor) -> tuple[torch.nn.Module, list[int]]:
+    """A student of the teacher's layers, and which these are.
+
+    Unless told otherwise, these are the best by measurement on a few training blocks. Ways
+    to choose for which the teacher would read more than an epoch's blocks are left out.
+    """
+    if isinstance(options.init, list):
+        return student_from_teacher(teacher, options.layers, options.init), options.init
+    depth, size = depth_of(teacher), len(layers_to_keep(teacher, options.layers, "spaced"))
+    few = blocks[:: max(1, len(blocks) // BLOCKS_TO_CHOOSE)][:BLOCKS_TO_CHOOSE]
+    affordable = [i for i in INITS if passes_to_choose(i, depth, size) * len(few) <= len(blocks)]
+    inits = affordable if options.init in (None, "auto") else [options.init]
+    table = choose_layers(teacher, size, few, inits)
+    for init, kept in table["layers"].items():
+        try:
+            student = student_from_teacher(teacher, init=kept)
+            break
+        except InputError:  # there are families in which not every layer can be left out
+            if init == table.index[-1]:
+                raise
+    starts = {name: number(value) for name, value in table["perplexity"].items()}
+    start = f"perplexity {starts.pop(init)} at the start"
+    others = ", ".join(f"{name} {value}" for name, value in starts.items())
+    print(f"✂️ Layers {listed(kept)} of {depth} ({init}): {start}{'; ' + others if others else ''}")
+    return student, kept
+
+
+def listed(numbers: list[int]) -> str:
+    """Numbers as `--init` takes them: 0,3,5."""
+    return ",".join(map(str, numbers))
+
+
+def load_student(name: str, teacher, tokenizer, device):
     """The student of that name, checked to share the teacher's vocabulary."""
-    if name == "half" or options.layers is not None:
-        return student_from_teacher(teacher, options.layers)
     student = models.load_model(name, device)
     small, large = sorted((teacher, student), key=lambda model: model.config.vocab_size)
     heads = teacher.config.vocab_size, student.config.vocab_size

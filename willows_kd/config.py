@@ -15,6 +15,7 @@ DIVERGENCE_NAMES = (
     "total_variation",
 )
 DTYPES = ("float32", "bfloat16")
+INITS = ("spaced", "first", "influence", "contiguous", "greedy")
 EXPORT_FORMATS = ("onnx", "onnx-int8", "gguf")
 
 

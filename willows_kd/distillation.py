@@ -19,6 +19,7 @@ from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, require, type_name
 from willows_kd.evaluation import quality
 from willows_kd.generation import continued, prompt_length, uniform_draws
+from willows_kd.layers import layer_stack
 from willows_kd.losses import DIVERGENCES, cosine_distance, hard_label_loss, mix
 from willows_kd.models import (
     check_positions,
@@ -36,7 +37,6 @@ from willows_kd.stopping import (
     graceful_interrupt,
     is_half_precision,
 )
-from willows_kd.students import layer_stack
 from willows_kd.teacher_cache import TeacherCache
 
 LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss")

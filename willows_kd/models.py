@@ -104,7 +104,8 @@ def stored_results(name: str) -> pd.DataFrame:
 
     Args:
         name: "transfer_sets" or "temperatures", by `benchmarks/what_helps.py`; "ways", or
-            "writing" with a row for each sampling temperature, by `benchmarks/ways.py`.
+            "writing" with a row for each sampling temperature, by `benchmarks/ways.py`;
+            "inits", students of other layers, by `benchmarks/inits.py`.
     """
     stored = {file.stem: file for file in sorted((ASSETS / "results").glob("*.csv"))}
     require(name in stored, f"no stored results are called {name!r}; there are {', '.join(stored)}")
@@ -220,8 +221,6 @@ def check_model(name_or_path) -> None:
             f"{path} is a {architectures[0]}; a teacher or student must be a causal language model"
         )
     if not any(path.glob("*.safetensors")):
-        for export in [*path.glob("model.onnx"), *path.glob("model.gguf")]:
-            raise InputError(f"{export} is an export; give the model that it was made from")
         if any(path.glob("*.bin")):
             raise InputError(
                 f"{path} holds only pickled weights, which can run code when loaded; if you trust "

@@ -14,9 +14,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from willows_kd.errors import require
 from willows_kd.evaluation import LABELS, with_intervals
+from willows_kd.layers import layer_stack
 from willows_kd.soft_labels import entropy, soften, top_k
 from willows_kd.speculative import expected_speedup
-from willows_kd.students import layer_stack
 from willows_kd.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
@@ -370,6 +370,31 @@ def plot_starts(perplexities: dict[str, float], teacher: float, guess: float) ->
         best = min(perplexities, key=perplexities.get)
         ratio = perplexities[best] / teacher
         ax.set_title(f"Best start: {best}, {ratio:.1f} × the teacher's perplexity")
+    return fig
+
+
+def plot_choices(choices: pd.DataFrame) -> Figure:
+    """Perplexity of students before and after training, one dot for each choice of layers.
+
+    Args:
+        choices: a row each, with `start`, `end` and `init`, a name or "": those with a name
+            are labelled. Such rows are in `stored_results("inits")`.
+    """
+    with figure() as (fig, ax):
+        named = choices["init"] != ""
+        for chosen, look in ((~named, {"color": QUIET}), (named, {"color": COLOURS[0]})):
+            ax.scatter(choices["start"][chosen], choices["end"][chosen], **look)
+        for row in choices[named].itertuples():
+            place = {"xytext": (7, -10), "textcoords": "offset points", "fontsize": 9}
+            ax.annotate(row.init, (row.start, row.end), **place)
+        ax.set(xscale="log", yscale="log", xlabel="perplexity before training (logarithmic)")
+        ax.set_ylabel("after a short training (logarithmic)")
+        plain_numbers(ax.xaxis)
+        plain_numbers(ax.yaxis)
+        order = choices["start"].rank().corr(choices["end"].rank())  # Spearman's
+        best = choices["start"].idxmin() == choices["end"].idxmin()
+        ends = f"the best start ends {'best' if best else 'behind another'}"
+        ax.set_title(f"Rank correlation of start and end {order:.2f}; {ends}")
     return fig
 
 

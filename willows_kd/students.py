@@ -1,16 +1,23 @@
 """A student of some of its teacher's layers, heads and units, proven equal to what was kept."""
 
-import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from willows_kd.errors import InputError, is_integer, require, type_name
+from willows_kd.errors import is_integer, require
+from willows_kd.layers import (
+    depth_name,
+    depth_of,
+    family_errors_as_input_errors,
+    layer_stack,
+    layers_to_keep,
+    skipped_layers,
+)
 from willows_kd.models import (
     eval_mode,
     merge_adapters,
@@ -28,6 +35,7 @@ def student_from_teacher(
     seed: int = 0,
     heads: Sequence[Sequence[int]] | torch.Tensor | None = None,
     feed_forward: Sequence[Sequence[int]] | torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
 ) -> PreTrainedModel:
     """A student with fewer layers or narrower ones, in float32, on the teacher's vocabulary.
 
@@ -40,16 +48,21 @@ def student_from_teacher(
     Args:
         teacher: any decoder that `transformers` builds from a config.
         layers: how many; None for half of the teacher's.
-        init: ``"spaced"`` copies evenly spaced layers, the first and the last among
-            them, with embeddings and head, as DistilGPT2 was initialised (Sanh et al.
-            2019, section 3); ``"first"`` copies the first layers instead; a list of
-            layer numbers, counted from 0 and rising, copies these; ``"random"`` copies
-            nothing.
+        init: which layers are copied, with embeddings and head. ``"spaced"``: evenly
+            spaced ones, the first and the last among them, as for DistilGPT2 (Sanh et al.
+            2019, section 3). ``"first"``: the first. ``"influence"``: those of greatest
+            `block_influence`. ``"contiguous"``: all but the run of neighbours that is
+            missed least (after Gromov et al. 2024, "The Unreasonable Ineffectiveness of
+            the Deeper Layers"). ``"greedy"``: what is left when the layer that is missed
+            least is dropped, again and again. A list of layer numbers, counted from 0 and
+            rising: these. ``"random"``: none. `choose_layers` compares them.
         seed: for ``"random"``.
         heads, feed_forward: the numbers of the heads and feed-forward units to keep, for
             each layer of the teacher, shape (layers, kept), such as those of greatest
             `importance`; None for all. Grouped heads are numbered by group, and GPT-2's
             heads cannot be pruned: its config ties their size to their number.
+        blocks: a few training blocks of token ids, shape (blocks, block_size), on which
+            influence, contiguous and greedy measure.
 
     Raises:
         InputError: `layers` is not between 1 and the teacher's, `init` is unknown, `heads`
@@ -58,12 +71,12 @@ def student_from_teacher(
     """
     require_model(teacher, "teacher")
     teacher = merge_adapters(teacher)
-    depth = len(teacher.get_submodule(layer_stack(teacher)))
-    kept = layers_to_keep(depth, layers, init)
+    kept = layers_to_keep(teacher, layers, init, blocks)
     parts = parts_to_keep(teacher, heads=heads, feed_forward=feed_forward)
-    with cutting_errors_as_input_errors(teacher.config.model_type, kept):
+    family = teacher.config.model_type
+    with family_errors_as_input_errors(f"no student of layers {kept} of this {family} teacher"):
         teacher = narrowed(teacher, parts)
-        config = config_of_layers(teacher.config, depth, kept)
+        config = config_of_layers(teacher.config, depth_of(teacher), kept)
         student = untrained(config, teacher, torch.float32, seed)
         if not (isinstance(init, str) and init == "random"):
             copy_layers(teacher, student, kept)
@@ -90,49 +103,6 @@ def narrowed(teacher, parts: dict[str, torch.Tensor]) -> PreTrainedModel:
     load_weights(narrow, weights)
     check_student(teacher, narrow, masked(teacher, parts), "the other heads and units")
     return narrow
-
-
-@contextlib.contextmanager
-def cutting_errors_as_input_errors(family: str, kept: list[int]):
-    """Turn whatever a family's code makes of fewer layers into one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type_name(error)
-        raise InputError(
-            f"no student of layers {kept} of this {family} teacher: {reason}"
-        ) from error
-
-
-def layers_to_keep(depth: int, layers: int | None, init: str | Sequence[int]) -> list[int]:
-    """Which of a teacher's layers a student takes, counted from 0.
-
-    Raises:
-        InputError: there are not so many, or `init` is none of the accepted values.
-    """
-    if not isinstance(init, str) and isinstance(init, Iterable):
-        kept = list(init)
-        rising = all(is_integer(i, 0) and i < depth for i in kept) and kept == sorted(set(kept))
-        require(
-            kept and rising and layers in (None, len(kept)),
-            f"init is {kept}; layer numbers must rise and lie between 0 and {depth - 1}"
-            + ("" if layers is None else f", and be as many as layers, {layers}"),
-        )
-        return [int(i) for i in kept]
-    known = isinstance(init, str) and init in ("spaced", "first", "random")
-    require(known, f"init is {init!r}; it must be spaced, first, random or a list of layer numbers")
-    layers = max(1, depth // 2) if layers is None else layers
-    fits = is_integer(layers) and layers <= depth
-    require(fits, f"layers is {layers!r}; this teacher allows 1 to {depth}")
-    return list(range(layers)) if init == "first" else evenly_spaced(depth, int(layers))
-
-
-def evenly_spaced(depth: int, layers: int) -> list[int]:
-    """Which of `depth` layers to keep: the first, the last, and evenly between.
-
-    For 6 of 12 this is 0, 2, 4, 7, 9, 11, the choice made for DistilGPT2.
-    """
-    return [round(i) for i in torch.linspace(0, depth - 1, layers, dtype=torch.float64).tolist()]
 
 
 # -- settings of some layers ----------------------------------------------------------
@@ -172,13 +142,6 @@ def config_of_layers(config, depth: int, kept: list[int]):
     name = next(name for name, part in vars(config).items() if type(part) is type(text))
     setattr(config, name, cut)
     return config
-
-
-def depth_name(config) -> str:
-    """What a family calls its decoder's number of layers, such as GPT-2's `n_layer`."""
-    usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    names = ("decoder_layers", "num_decoder_layers")
-    return next((name for name in names if name in vars(config)), usual)
 
 
 def setting_of_layers(name: str, value, depth: int, kept: list[int]):
@@ -320,42 +283,3 @@ def check_student(teacher, student, cut, without: str) -> None:
         error <= tolerance,
         f"its logits differ by {error:.2g} of their size from the teacher's without {without}",
     )
-
-
-@contextlib.contextmanager
-def skipped_layers(model, kept: list[int]):
-    """A model whose other layers pass on what they are given."""
-
-    def skip(layer, args, kwargs, output):
-        given = args[0] if args else kwargs["hidden_states"]
-        return given if torch.is_tensor(output) else (given, *output[1:])
-
-    stack = model.get_submodule(layer_stack(model))
-    skipped = [layer for i, layer in enumerate(stack) if i not in kept]
-    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in skipped]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def layer_stack(model: PreTrainedModel) -> str:
-    """The name of the module list that holds a model's layers, such as `transformer.h`.
-
-    Raises:
-        InputError: it has none.
-    """
-    config = model.config.get_text_config(decoder=True)
-    depth = getattr(config, depth_name(config))
-    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    }
-    if found:  # the decoder's rather than those of a part that sees or hears
-        return next(
-            (name for name, module in found.items() if module in decoder), next(iter(found))
-        )
-    raise InputError(f"this {config.model_type} model has no list of its {depth} layers")

@@ -1,0 +1,167 @@
+"""Which layers a student keeps: what each way to choose keeps, measures, and refuses."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import random_teacher
+
+import willows_kd as kd
+from conftest import shake
+from willows_kd.config import INITS
+from willows_kd.layers import evenly_spaced, passes_to_choose
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "kept"),
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilGPT2's choice
+        (6, 3, [0, 2, 5]),
+        (4, 2, [0, 3]),
+        (12, 1, [0]),
+        (1, 1, [0]),
+        (5, 5, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_kept_layers_are_evenly_spaced(depth, layers, kept):
+    assert evenly_spaced(depth, layers) == kept
+
+
+def test_the_first_and_the_last_layer_are_kept_and_no_gap_is_left():
+    for depth, layers in itertools.combinations_with_replacement(range(2, 49), 2):
+        kept = evenly_spaced(layers, depth)
+        gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+        assert (kept[0], kept[-1], len(kept)) == (0, layers - 1, depth)
+        assert min(gaps) >= 1
+        assert max(gaps) - min(gaps) <= 1
+
+
+# -- ways to choose ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven(make_gpt2):
+    """A teacher of six layers, of which 1 and 4 hardly do a thing, and 2 not much."""
+    teacher = shake(make_gpt2(6))
+    with torch.no_grad():
+        for number, share in ((1, 1e-3), (2, 0.1), (4, 1e-4)):
+            for weight in teacher.transformer.h[number].parameters():
+                weight *= share
+    return teacher
+
+
+@pytest.fixture
+def few(blocks):
+    """A few training blocks."""
+    return blocks.train[:4]
+
+
+def perplexity_by_hand(teacher, kept, few):
+    """That of a teacher whose other layers are taken out."""
+    cut = copy.deepcopy(teacher)
+    cut.transformer.h = torch.nn.ModuleList(cut.transformer.h[i] for i in kept)
+    with torch.no_grad():
+        logits = cut(few, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), few[:, 1:].flatten()).exp().item()
+
+
+def test_block_influence_is_the_cosine_distance_of_what_goes_in_and_out(teacher, few):
+    shake(teacher).train()
+    seen = []  # the residual stream, without the norm that `transformers` puts on its end
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+        for layer in [*teacher.transformer.h, teacher.transformer.ln_f]
+    ]
+    with torch.no_grad():
+        copy.deepcopy(teacher).eval()(few)
+    for hook in hooks:
+        hook.remove()
+    found = kd.block_influence(teacher, few)
+    cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(seen)]
+    torch.testing.assert_close(found, 1 - torch.stack(cosines))
+    assert teacher.training and not any(layer._forward_hooks for layer in teacher.modules())
+
+
+def test_influence_keeps_the_layers_that_do_something(uneven, few):
+    assert kd.choose_layers(uneven, 4, few, ["influence"]).loc["influence", "layers"] == [
+        0,
+        2,
+        3,
+        5,
+    ]
+
+
+def test_the_table_says_where_each_student_starts_the_best_first(uneven, few):
+    found = kd.choose_layers(uneven, 3, few)
+    assert set(found.index) == set(INITS)
+    assert found["perplexity"].is_monotonic_increasing
+    for kept, perplexity in zip(found["layers"], found["perplexity"], strict=True):
+        assert perplexity == pytest.approx(perplexity_by_hand(uneven, kept, few), rel=1e-4)
+
+
+def test_greedy_drops_at_each_step_what_costs_least(teacher, few):
+    shake(teacher)
+    kept = list(range(4))
+    while len(kept) > 2:
+        fewer = [[i for i in kept if i != dropped] for dropped in kept]
+        kept = min(fewer, key=lambda kept: perplexity_by_hand(teacher, kept, few))
+    assert kd.choose_layers(teacher, 2, few).loc["greedy", "layers"] == kept
+
+
+def test_a_run_is_dropped_where_it_costs_least(teacher, few):
+    shake(teacher)
+    kept = min(([2, 3], [0, 3], [0, 1]), key=lambda kept: perplexity_by_hand(teacher, kept, few))
+    assert kd.choose_layers(teacher, 2, few).loc["contiguous", "layers"] == kept
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("init", INITS)
+def test_so_often_is_the_teacher_read_in_order_to_choose(init, layers, teacher, few):
+    read = []
+    teacher.register_forward_hook(lambda *_: read.append(init))
+    found = kd.choose_layers(teacher, layers, few, [init]).loc[init]
+    assert len(read) - 1 == found["passes"] == passes_to_choose(init, 4, layers)
+    assert len(found["layers"]) == layers
+
+
+@pytest.mark.parametrize("init", ["influence", "contiguous", "greedy"])
+def test_a_student_is_made_of_the_layers_chosen(init, uneven, few):
+    student = kd.student_from_teacher(uneven, 3, init, blocks=few)
+    kept = kd.choose_layers(uneven, 3, few).loc[init, "layers"]
+    for mine, number in zip(student.transformer.h, kept, strict=True):
+        assert all(map(torch.equal, mine.parameters(), uneven.transformer.h[number].parameters()))
+
+
+@pytest.mark.parametrize("init", ["influence", "contiguous", "greedy"])
+def test_without_blocks_a_measured_choice_is_refused(init, teacher):
+    with pytest.raises(kd.InputError, match=f"by {init} takes a few blocks of text; give blocks"):
+        kd.student_from_teacher(teacher, 2, init)
+
+
+def test_blocks_that_are_none_and_unknown_ways_are_refused(teacher, few):
+    with pytest.raises(kd.InputError, match="blocks are a list; give token ids"):
+        kd.student_from_teacher(teacher, 2, "greedy", blocks=[[1, 2]])
+    with pytest.raises(kd.InputError, match="blocks have 32 tokens, the teacher takes at most 16"):
+        teacher.config.n_positions = 16
+        kd.block_influence(teacher, few)
+    teacher.config.n_positions = 64
+    with pytest.raises(kd.InputError, match="layers is 5; this teacher allows 1 to 4"):
+        kd.choose_layers(teacher, 5, few)
+    with pytest.raises(kd.InputError, match="init is 'last'; it must be spaced"):
+        kd.choose_layers(teacher, 2, few, ["last"])
+
+
+@pytest.mark.parametrize("family", ["bart", "jamba", "llama", "qwen3_moe", "recurrent_gemma"])
+def test_layers_of_other_families_are_chosen_too(family):
+    few = torch.arange(1, 17).view(2, 8) * 37 % 96
+    found = kd.choose_layers(random_teacher(family), 3, few)
+    assert len(found) == len(INITS)
+    assert found["perplexity"].notna().all()
+
+
+def test_a_teacher_whose_layers_see_no_text_is_refused_in_one_line():
+    few = torch.arange(1, 17).view(2, 8) * 37 % 96
+    with pytest.raises(kd.InputError, match="no layers of this git teacher by influence: not ev"):
+        kd.choose_layers(random_teacher("git"), 2, few)
