@@ -1,6 +1,7 @@
 """The chunked loss equals the full-logits loss, in a fraction of its memory."""
 
 import copy
+import inspect
 from unittest import mock
 
 import numpy as np
@@ -199,11 +200,26 @@ def test_leading_dimensions_are_tokens_too():
 
 
 @pytest.mark.parametrize("teacher", [(None, None), (torch.zeros(3, 4), torch.zeros(9, 4))])
-def test_hard_labels_alone_need_no_teacher_and_do_not_look_at_one(teacher):
-    student, _, labels = inputs(12, 10, 4, 4, 0, torch.float64)
-    loss, soft, hard = chunked_distillation_loss(*student, *teacher, labels, alpha=1.0)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_hard_labels_alone_need_no_teacher_and_do_not_look_at_one(teacher, autocast):
+    student, _, labels = inputs(12, 10, 4, 4, 0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, soft, hard = chunked_distillation_loss(*student, *teacher, labels, alpha=1.0)
     assert soft == 0
     assert loss == hard > 0
+
+
+def test_a_mask_may_be_of_numbers():
+    student, teacher, labels = inputs(6, 10, 4, 4, 0, torch.float64)
+    mask = torch.arange(6) > 1
+    found = chunked_distillation_loss(*student, *teacher, labels, mask=mask.long())[0]
+    assert found == chunked_distillation_loss(*student, *teacher, labels, mask=mask)[0]
+
+
+def test_its_defaults_are_those_of_the_settings():
+    given, usual = inspect.signature(chunked_distillation_loss).parameters, kd.DistillConfig()
+    for name in ("temperature", "alpha", "divergence", "beta", "skew"):
+        assert given[name].default == getattr(usual, name)
 
 
 @pytest.mark.parametrize(
