@@ -1,5 +1,7 @@
 """Text that a model writes: its own distribution, the same whoever else is written beside it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,6 +57,19 @@ def test_a_completion_begins_with_its_prompt(prompt, writer, tokenizer):
     text = kd.complete(writer, tokenizer, prompt, 8)
     assert text.startswith(prompt)
     assert len(text) > len(prompt)
+
+
+def test_a_prompt_that_leaves_no_room_loses_its_beginning(writer, tokenizer):
+    words = tokenizer("The river ran on and on", return_tensors="pt").input_ids[0]
+    longest, asked = writer.config.n_positions, []
+    streamer = SimpleNamespace(put=lambda ids: asked.append(ids.numel()), end=lambda: None)
+    for count, new_tokens, kept in ((200, 10, longest - 10), (200, 999, longest // 2), (9, 999, 9)):
+        prompt = tokenizer.decode(words.repeat(count)[:count])
+        asked.clear()
+        kd.complete(writer, tokenizer, prompt, new_tokens, streamer=streamer)
+        given = len(tokenizer(prompt, verbose=False).input_ids)
+        assert asked[0] == min(given, kept)
+        assert len(asked) - 1 <= min(new_tokens, longest - asked[0])
 
 
 def test_an_empty_prompt_begins_where_a_text_begins(writer, tokenizer):

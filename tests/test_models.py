@@ -307,6 +307,10 @@ DAMAGES = {
     ),
     "an unknown family": (lambda d: write_config(d, model_type="gpt99"), "gpt99"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+    "an export": (
+        lambda d: (d / "model.safetensors").rename(d / "model.onnx"),
+        "model.onnx is an export",
+    ),
     "weights are cut": (lambda d: cut_weights(d, -1000), "cannot be loaded"),
     "weights lack a layer": (drop_last_layer, "lacks weights (transformer.h.3."),
     "weights have other shapes": (lambda d: write_config(d, n_embd=64), "transformer."),

@@ -40,8 +40,9 @@ def complete(
     """Continue a prompt; the same seed gives the same words.
 
     Each token is drawn from the `top_k` likeliest ones (0: from all) at a temperature
-    of sampling; temperature 0 takes the likeliest. A streamer of `transformers` is given
-    prompt and tokens as they come.
+    of sampling; temperature 0 takes the likeliest. A prompt that leaves too little room loses
+    its beginning, but half of the model's positions are always its own. A streamer of
+    `transformers` is given prompt and tokens as they come.
     """
     require_model(model, "model")
     require(
@@ -58,7 +59,8 @@ def complete(
     given = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", verbose=False)
     ids = given["input_ids"].to(model.device)
     if positions := max_positions(model.config):
-        ids = ids[:, -(positions - 1) :]  # a long prompt loses its beginning
+        room = min(max_new_tokens, positions // 2)
+        ids = ids[:, -(positions - room) :]  # a long prompt loses its beginning
         max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
     with eval_mode(model), torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)

@@ -221,6 +221,8 @@ def check_model(name_or_path) -> None:
             f"{path} is a {architectures[0]}; a teacher or student must be a causal language model"
         )
     if not any(path.glob("*.safetensors")):
+        for export in [*path.glob("model.onnx"), *path.glob("model.gguf")]:
+            raise InputError(f"{export} is an export; give the model that it was made from")
         if any(path.glob("*.bin")):
             raise InputError(
                 f"{path} holds only pickled weights, which can run code when loaded; if you trust "
