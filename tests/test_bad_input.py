@@ -145,7 +145,7 @@ BAD = {
     ),
     "so many tokens are drafted": (
         "at least 1",
-        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=0),
+        lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=-1),
         lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=2.5),
         lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 0),
     ),

@@ -19,7 +19,7 @@ PROMPT = torch.tensor([5, 300, 41, 7])
 # -- greedy: the teacher's own text ----------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("k", [0, 1, 3, 50])
 @pytest.mark.parametrize("new_tokens", [1, 2, 17, 60])  # 60: to the last position
 def test_greedy_text_is_the_teachers_own(k, new_tokens, pair):
     alone = kd.write_text(pair[0], PROMPT[None], new_tokens, temperature=0)[0]

@@ -54,15 +54,17 @@ def speculative_decode(
         draft: proposes tokens: a student with the teacher's vocabulary.
         prompt: token ids, shape (length,), at least one.
         new_tokens: how many tokens to write.
-        k: how many tokens the draft model proposes before the teacher checks them.
+        k: how many tokens the draft model proposes before the teacher checks them; 0 lets the
+            teacher write alone, as what speed is to be compared with.
         temperature: of sampling, for both; 0 takes the teacher's likeliest token each time.
         seed: for the draws.
 
     Raises:
         InputError: these are no models, no prompt, or prompt and text are longer than both read.
     """
-    for name, value in (("new_tokens", new_tokens), ("k", k)):
-        require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
+    for name, value, least in (("new_tokens", new_tokens, 1), ("k", k, 0)):
+        accepted = f"it must be a whole number, at least {least}"
+        require(is_integer(value, least), f"{name} is {value!r}; {accepted}")
     check_sampling(temperature, seed)
     for name, model in (("teacher", teacher), ("draft", draft)):
         require_model(model, name)
