@@ -463,6 +463,37 @@ TOKENS = [
 ]
 
 
+# -- 07 --------------------------------------------------------------------------------
+
+
+def rounder(most=lambda bits: 2 ** (bits - 1) - 1, size=torch.abs, near=torch.round, dim=1):
+    """A quantizer with a choice of each step."""
+
+    def my_rounding(weight, bits):
+        scale = size(weight).amax(dim, keepdim=True) / most(bits)
+        return near(weight / scale) * scale
+
+    return my_rounding
+
+
+ROUNDING = [
+    (rounder(), "well done"),
+    (lambda w, bits: rounder()(w, bits).float(), "well done"),
+    (lambda w, bits: w, "nothing is rounded yet"),
+    (rounder(dim=(0, 1)), "one scale for the whole matrix"),
+    (rounder(dim=0), "a scale for each column"),
+    (rounder(size=torch.clone), "take .abs() first"),
+    (rounder(near=torch.trunc), "cut off what is behind the point"),
+    (rounder(near=torch.floor), "you round down"),
+    (rounder(most=lambda bits: 2 ** (bits - 1)), "not one more"),
+    (rounder(most=lambda bits: 2**bits - 1), "twice as far"),
+    (lambda w, b: (w / w.abs().amax(1, True) * (2 ** (b - 1) - 1)).round(), "are the integers"),
+    (lambda w, bits: rounder()(w, 6), "with 4 bits row"),
+    (lambda w, bits: w[0], "it is a matrix of shape (6, 9)"),
+    (lambda w, bits: None, "returns nothing"),
+    (lambda w, bits: w @ w, "stops with RuntimeError"),
+]
+
 TABLES = {
     teacher.check_count: COUNT,
     teacher.check_guesser: GUESSER,
@@ -482,6 +513,7 @@ TABLES = {
     inside_the_teacher.check_cosine: COSINE,
     inside_the_teacher.check_units: UNITS,
     inside_the_teacher.check_uld: ULD,
+    student_at_work.check_rounding: ROUNDING,
     student_at_work.check_emitted: EMITTED,
     student_at_work.check_tokens: TOKENS,
 }

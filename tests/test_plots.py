@@ -267,6 +267,17 @@ def test_writing_is_a_line_a_writer_over_sampling_temperature():
     assert "the teacher is the dashed line" in title(figure)
 
 
+def test_bits_stand_beside_their_markers_on_a_line_a_model():
+    rows = [("teacher", 8, 4.7, 0.01), ("teacher", 4, 2.4, 0.2), ("student", 8, 2.8, 0.1)]
+    columns = ["model", "bits", "megabytes", "kl_to_teacher"]
+    fig = kd.plot_bits(pd.DataFrame(rows, columns=columns))
+    (ax,) = fig.axes
+    beside = {tuple(text.xy): text.get_text() for text in ax.texts}
+    assert beside == {(4.7, 0.01): "8", (2.4, 0.2): "4", (2.8, 0.1): "8"}
+    assert [line.get_label() for line in ax.lines] == ["teacher", "student"]
+    assert ax.get_title(loc="left") == "Lowest: teacher 0.01 at 4.7 MB; student 0.1 at 2.8 MB"
+
+
 def test_words_are_not_broken_across_lines():
     places = wrap_words(["The", " Mo", "le", " r", "ow", "ed"], 12)
     assert [row for row, _, _ in places] == [0, 0, 0, 1, 1, 1]

@@ -78,6 +78,7 @@ PUBLIC_NAMES = {
         "plot_exposure",
         "plot_writing",
         "plot_attention",
+        "plot_bits",
         "plot_acceptance",
         "plot_speedup",
     ],

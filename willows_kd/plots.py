@@ -797,6 +797,33 @@ def plot_attention(maps: dict[str, torch.Tensor], ids: torch.Tensor, tokenizer) 
 # -- 07: a student at work -------------------------------------------------------------
 
 
+def plot_bits(table: pd.DataFrame, measure: str = "kl_to_teacher") -> Figure:
+    """Quality over size on disk, a line a model; each marker has its number of bits beside it.
+
+    Args:
+        table: columns model, bits, megabytes and the measure, one row a model in so many bits.
+    """
+    ends = []
+    with figure(height=4.0) as (fig, ax):
+        for i, (name, rows) in enumerate(table.groupby("model", sort=False)):
+            rows = rows.sort_values("megabytes")
+            look = line_look(i) | {"marker": MARKERS[i % 5], "label": name}
+            ax.plot(rows["megabytes"], rows[measure], **look)
+            for row in rows.itertuples():
+                at = row.megabytes, getattr(row, measure)
+                side = {"textcoords": "offset points", "xytext": (6, 5), "color": COLOURS[i % 5]}
+                ax.annotate(f"{row.bits}", at, **side)
+            best = rows.loc[rows[measure].idxmin()]
+            ends.append(f"{name} {best[measure]:.3g} at {best['megabytes']:.1f} MB")
+        ax.set(yscale="log", xlabel="size on disk (MB); numbers are bits for each weight")
+        ax.set_ylabel(f"{LABELS[measure]}, logarithmic")
+        plain_numbers(ax.yaxis)
+        ax.margins(0.1)
+        ax.legend()
+        ax.set_title(f"Lowest: {'; '.join(ends)}")
+    return fig
+
+
 def plot_acceptance(measured: dict[str, tuple[float, float]]) -> Figure:
     """Accepted drafts of several students: from logits and by decoding, on one diagonal.
 

@@ -1,11 +1,66 @@
-"""Checks for notebook 07: who follows a draft, and what a draft brings."""
+"""Checks for notebook 07: rounding to few bits, who follows a draft, what a draft brings."""
 
 from collections.abc import Callable
 
 import torch
 
-from willows_kd.exercises import attempt, judge, not_yet, well_done
+from willows_kd.exercises import attempt, judge, not_yet, random_logits, well_done
 from willows_kd.speculative import expected_tokens
+
+
+def rounded(weight, most: int, amax=lambda w: w.abs().amax(1, keepdim=True), near=torch.round):
+    """A matrix as integers up to `most` times a scale, and those integers."""
+    scale = amax(weight) / most
+    integers = near(weight / scale)
+    return integers * scale, integers
+
+
+def check_rounding(my_rounding: Callable) -> bool:
+    """Check `my_rounding(weight, bits)`: a matrix, (outputs, inputs), as few bits hold it."""
+    for bits, shape in ((4, (6, 9)), (3, (4, 5))):
+        weight = random_logits(*shape, seed=bits)
+        weight *= torch.arange(1, shape[0] + 1)[:, None]  # channels of different size
+        found, problem = attempt(my_rounding, weight, bits)
+        if problem:
+            return not_yet(problem)
+        if not torch.is_tensor(found) or found.shape != weight.shape:
+            what = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
+            return not_yet(f"you return {what}; it is a matrix of shape {shape}")
+        most = 2 ** (bits - 1) - 1
+        mistakes = {
+            "nothing is rounded yet": weight,
+            "these are the integers; multiply them by their scale": rounded(weight, most)[1],
+            "there is one scale for the whole matrix; each output channel has its own": (
+                rounded(weight, most, lambda w: w.abs().max())[0]
+            ),
+            "there is a scale for each column; output channels are the rows here": (
+                rounded(weight, most, lambda w: w.abs().amax(0, keepdim=True))[0]
+            ),
+            "the scale is that of the largest weight: of the largest *size*, take .abs() first": (
+                rounded(weight, most, lambda w: w.amax(1, keepdim=True))[0]
+            ),
+            "you cut off what is behind the point; take the nearest integer": (
+                rounded(weight, most, near=torch.trunc)[0]
+            ),
+            "you round down; take the nearest integer": rounded(weight, most, near=torch.floor)[0],
+            f"{bits} signed bits reach 2^{bits - 1} - 1 = {most}, not one more": (
+                rounded(weight, most + 1)[0]
+            ),
+            f"that is twice as far as signed integers of {bits} bits reach: {most}": (
+                rounded(weight, 2**bits - 1)[0]
+            ),
+        }
+        for hint, wrong in mistakes.items():
+            if torch.allclose(found.double(), wrong, rtol=1e-4, atol=1e-9):
+                return not_yet(hint)
+        wanted = rounded(weight, most)[0]
+        if not torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-9):
+            row = (found - wanted).abs().sum(1).argmax().item()
+            return not_yet(
+                f"with {bits} bits row {row} begins with {found[row, 0]:.4g}; it should be "
+                f"{wanted[row, 0]:.4g}"
+            )
+    return well_done("each row has its own scale, and none of its integers is out of reach")
 
 
 def check_emitted(my_emitted: Callable) -> bool:
