@@ -52,6 +52,7 @@ PUBLIC_NAMES = {
         "compare",
         "as_markdown",
     ],
+    "planning": ["plan"],
     "cost": ["latency", "pass_seconds", "peak_memory", "size_on_disk", "MemoryWatch"],
     "quantization": ["quantize", "fake_quantize", "quantized", "packed_size", "quantized_share"],
     "export": ["export_model", "load_onnx"],

@@ -17,6 +17,7 @@ import transformers
 from accelerate import PartialState
 from huggingface_hub.utils import get_session
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -232,17 +233,22 @@ def check_model(name_or_path) -> None:
         raise InputError(f"{path} holds no weights (no .safetensors file)")
 
 
-def check_context(name_or_path, block_size: int) -> None:
-    """Refuse blocks longer than the positions that a model has."""
+def load_config(name_or_path):
+    """The config of a model, without its weights; an adapter's is that of its base."""
     check_model(name_or_path)
     name_or_path = adapter_base(name_or_path) or name_or_path
     with (
         loading_errors_as_input_errors(name_or_path, "has no config that can be read"),
         quiet_transformers(),
     ):
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
         )
+
+
+def check_context(name_or_path, block_size: int) -> None:
+    """Refuse blocks longer than the positions that a model has."""
+    config = load_config(name_or_path)
     positions = max_positions(config)
     if block_size < 2 or positions and block_size > positions:
         raise InputError(f"block_size is {block_size}; this model takes 2 to {positions or 'any'}")
@@ -492,11 +498,32 @@ def has_linear_head(model, ids: torch.Tensor) -> bool:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
+    if isinstance(head.weight, FakeTensor):  # no values to compare, in `plan`
+        return puts_out_logits(model, head, ids)
     with eval_mode(model):
         hidden = getattr(model.base_model(ids, use_cache=False), "last_hidden_state", None)
         return hidden is not None and torch.allclose(
             head(hidden), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
         )
+
+
+def puts_out_logits(model, head: nn.Linear, ids: torch.Tensor) -> bool:
+    """Whether a head is given the final hidden states and puts out the logits: the same memory."""
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda module, *call: seen.update({module: call}))
+        for module in (model.base_model, head)
+    ]
+    with eval_mode(model):
+        logits = model(ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    (given, *_), product = seen[head]
+    hidden = getattr(seen[model.base_model][1], "last_hidden_state", None)
+    return hidden is not None and all(
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        for a, b in ((hidden, given), (product, logits))
+    )
 
 
 def weights_digest(model) -> str:

@@ -1,0 +1,241 @@
+"""What a training run will take, before anything is spent: memory, operations, disk and hours.
+
+Two steps of the run are rehearsed with fake tensors, which have a shape and a device but no
+numbers: the code that will train runs, and operations and bytes are counted as it goes.
+"""
+
+import copy
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from willows_kd.config import DistillConfig
+from willows_kd.corpus import Blocks
+from willows_kd.cost import MemoryWatch
+from willows_kd.distillation import (
+    DistillationLoss,
+    asks_teacher,
+    check,
+    parameter_groups,
+    train_mode,
+)
+from willows_kd.errors import is_integer, require, type_name
+from willows_kd.layers import depth_of, layers_to_keep
+from willows_kd.models import load_config, quiet_transformers
+from willows_kd.students import config_of_layers
+from willows_kd.teacher_cache import Kept, blocks_to_cache, bytes_per_token
+
+ATEN = torch.ops.aten
+COUNTED = {  # what `FlopCounterMode` leaves out, in PyTorch 2.13
+    ATEN.addmm_: lambda c, a, b, **_: flop_counter.mm_flop(a, b),
+    ATEN._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v)
+    ),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes; printed, a table.
+
+    Attributes:
+        parameters: of "teacher" and "student".
+        memory: bytes at the peak, by part: weights, gradients, AdamW's two moments, and
+            what else is alive then: activations and the logits of a chunk, or all logits.
+        cache: bytes of the teacher's cache with its default settings; None if the teacher's
+            logits are more than hidden states times output weights.
+        flops: floating-point operations of one epoch: "teacher", its layers, which a cache
+            saves, and "student", with the loss and so the teacher's head.
+        epochs: how many.
+        rate: FLOP a second.
+        measured: what the rate was measured on.
+    """
+
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    cache: int | None
+    flops: dict[str, float]
+    epochs: int
+    rate: float
+    measured: str
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.memory.values())
+
+    def seconds(self, cached: bool = False) -> float:
+        """Seconds of training, without evaluation; with a cache the teacher runs once."""
+        runs = {"teacher": 1 if cached else self.epochs, "student": self.epochs}
+        return sum(runs[name] * flops for name, flops in self.flops.items()) / self.rate
+
+    def __str__(self):
+        parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items())
+        flops = {name: f"{name} {flops / 1e12:,.2f}" for name, flops in self.flops.items()}
+        hours = f"{self.seconds() / 3600:,.2f} hours for {self.epochs} epochs"
+        cache = "only with top_k"
+        if self.cache is not None:
+            cache = f"{self.cache / 1e6:,.1f} MB on disk"
+            hours += f", {self.seconds(cached=True) / 3600:,.2f} with a cache"
+        rows = {
+            "parameters": ", ".join(f"{name} {n:,}" for name, n in self.parameters.items()),
+            "peak memory": f"{self.peak_memory / 1e6:,.0f} MB: {parts}",
+            "teacher's cache": cache,
+            "an epoch": f"{', '.join(flops.values())} TFLOP",
+            "rate": f"{self.rate / 1e9:,.1f} GFLOP/s ({self.measured})",
+            "time": hours,
+        }
+        return "\n".join(f"{name:16} {text}" for name, text in rows.items())
+
+
+def plan(
+    teacher,
+    student,
+    blocks: Blocks,
+    config: DistillConfig | None = None,
+    rate: float | None = None,
+) -> Plan:
+    """What `distill` would take, without loading, downloading or training anything new.
+
+    Args:
+        teacher: a model; or its config, or the directory or hub name to read the config from.
+            A name stands for a teacher in float32, a config for one in the config's own dtype.
+        student: likewise; or how many of the teacher's layers it takes.
+        blocks: the packed corpus.
+        config: the settings; None for the defaults. Writing, as for `student_text`, is not
+            counted.
+        rate: FLOP a second, such as that of a machine you may rent. None measures it here:
+            on a step's forward and backward pass if both models are given, else on a matrix
+            product as wide as the student, which training seldom reaches.
+
+    Raises:
+        InputError: teacher, student or blocks do not fit together.
+    """
+    config = DistillConfig() if config is None else config
+    real, mode = (teacher, student), FakeTensorMode(allow_non_fake_inputs=True)
+    teacher = fake(teacher, mode).eval()
+    if is_integer(student):
+        kept = layers_to_keep(teacher, student, "spaced")
+        student = config_of_layers(teacher.config, depth_of(teacher), kept)
+    student = fake(student, mode, torch.float32)
+    with mode:
+        check(teacher, student, blocks, config)
+        ids = torch.zeros(min(config.batch_size, len(blocks.train)), blocks.block_size).long()
+        ids = ids.to(student.device)
+        objective = DistillationLoss(teacher, student, config, ids[:1])
+        with train_mode(teacher, student, config):
+            passes = count_flops(objective, teacher, ids)
+            memory = memory_parts(objective, teacher, ids)
+    measured = "given"
+    if rate is None and all(isinstance(model, nn.Module) for model in real):
+        rate, measured = step_rate(*real, ids, config, sum(passes.values())), "a step of this run"
+    elif rate is None:
+        rate, measured = matrix_rate(ids, student, config), "matrix products: training is slower"
+    linear = objective.chunked and asks_teacher(config)
+    stored = blocks_to_cache(blocks, objective.vocabulary, Kept())
+    return Plan(
+        parameters={"teacher": count(teacher), "student": count(student)},
+        memory=memory,
+        cache=bytes_per_token(teacher, Kept()) * stored.numel() if linear else None,
+        flops={name: n * len(blocks.train) / len(ids) for name, n in passes.items()},
+        epochs=config.epochs,
+        rate=rate,
+        measured=measured,
+    )
+
+
+def fake(model, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
+    """A model whose weights have no numbers, from one that has, a config or a name."""
+    if isinstance(model, nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        with mode:
+            copies = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
+            return copy.deepcopy(model, copies)
+    if isinstance(model, str | os.PathLike):
+        model, dtype = load_config(model), torch.float32
+    accepted = "give a model, its config, its directory or its name on the hub"
+    require(isinstance(model, PreTrainedConfig), f"the model is {type_name(model)}; {accepted}")
+    with mode, quiet_transformers():
+        return AutoModelForCausalLM.from_config(model, dtype=dtype or model.dtype or torch.float32)
+
+
+def count(model: nn.Module) -> int:
+    """Parameters, those that are used twice counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of the parameters."""
+    return sum(p.nbytes for p in model.parameters())
+
+
+def count_flops(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dict[str, float]:
+    """Floating-point operations of one batch, forward and backward."""
+    teacher_flops, all_flops = (
+        flop_counter.FlopCounterMode(display=False, custom_mapping=COUNTED) for _ in range(2)
+    )
+    with all_flops:
+        objective(teacher, ids)[0].backward()
+    if asks_teacher(objective.config):
+        with teacher_flops, torch.no_grad(), objective.autocast(ids):
+            objective.look(teacher, ids, objective.layers["teacher"])
+    flops = teacher_flops.get_total_flops()
+    return {"teacher": flops, "student": all_flops.get_total_flops() - flops}
+
+
+def memory_parts(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dict[str, int]:
+    """Bytes at the peak of the second step, when AdamW's moments are there."""
+    student, config = objective.student, objective.config
+    optimizer = torch.optim.AdamW(parameter_groups(student, config))
+    with MemoryWatch() as watch:
+        for _ in range(2):
+            for _ in range(min(2, config.gradient_accumulation_steps)):
+                objective(teacher, ids)[0].backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    return {
+        "teacher's weights": nbytes(teacher),
+        "student's weights": nbytes(student),
+        "gradients": trained,
+        "moments": 2 * trained,
+        "activations and logits": watch.most - 3 * trained,
+    }
+
+
+def step_rate(teacher, student, ids: torch.Tensor, config, flops: float) -> float:
+    """FLOP a second of a batch's forward and backward pass: the second of two."""
+    ids = torch.zeros(ids.shape, dtype=torch.long, device=student.device)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    with torch.random.fork_rng(), train_mode(teacher, student, config):
+        objective = DistillationLoss(teacher, student, config, ids[:1])
+        for _ in range(2):
+            start = time.perf_counter()
+            torch.autograd.grad(objective(teacher, ids)[0], trained, allow_unused=True)
+            if student.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+    return flops / seconds
+
+
+def matrix_rate(ids: torch.Tensor, student, config, times: int = 5) -> float:
+    """FLOP a second of a product like that of a feed-forward layer: the best of a few."""
+    tokens, width = ids.numel(), student.get_input_embeddings().weight.shape[1]
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    a, b = torch.ones(tokens, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * tokens * width * 4 * width / min(seconds)
