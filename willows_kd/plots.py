@@ -815,8 +815,8 @@ def plot_bits(table: pd.DataFrame, measure: str = "kl_to_teacher") -> Figure:
                 ax.annotate(f"{row.bits}", at, **side)
             best = rows.loc[rows[measure].idxmin()]
             ends.append(f"{name} {best[measure]:.3g} at {best['megabytes']:.1f} MB")
-        ax.set(yscale="log", xlabel="size on disk (MB); numbers are bits for each weight")
-        ax.set_ylabel(f"{LABELS[measure]}, logarithmic")
+        ax.set(yscale="log", ylabel=LABELS[measure])
+        ax.set_xlabel("size on disk (MB); numbers are bits for each weight")
         plain_numbers(ax.yaxis)
         ax.margins(0.1)
         ax.legend()
