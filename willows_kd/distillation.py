@@ -453,7 +453,7 @@ def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> floa
     """The share of the peak learning rate at a step, counted from 0: no step is idle."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
