@@ -2,9 +2,8 @@
 
     python notebooks/run.py [NOTEBOOK ...]
 
-Left out of what is stored: stderr, which holds progress bars and what libraries log, and
-the live state of widgets, without which a viewer would show an error in their place. A
-line says where a widget will be.
+Left out of what is stored: progress bars, and the live state of widgets, without which
+a viewer would show an error in their place. A line says where a widget will be.
 """
 
 import sys
@@ -45,16 +44,19 @@ def run(path: Path) -> None:
 
 
 def still(output):
-    """An output as a page that runs nothing can show it; None for stderr and progress bars."""
+    """An output as a page that runs nothing can show it; None for a progress bar."""
     data = output.get("data", {})
     if WIDGET in data:
         if "|" in data.get("text/plain", ""):  # a bar of tqdm
             return None
         data.pop(WIDGET)
         data["text/plain"] = "(run this cell to use it)"
-    if output.get("name") == "stderr" or "step/s" in str(output):
-        return None
-    return output
+    is_bar = (
+        output.get("name") == "stderr"
+        and "it/s" in output.text
+        or "step/s" in str(output)
+    )
+    return None if is_bar else output
 
 
 if __name__ == "__main__":
