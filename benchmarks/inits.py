@@ -8,7 +8,7 @@ the ways to choose two thirds and half of the layers of a deeper teacher, shaped
 which it trains on the books in FOLDER and the book's training chapters, and keeps in DIR.
 Each student is judged on the validation chapter before training and after a short one, all
 on the same blocks in the same order. The rows are stored where the notebooks find them, the
-tables in `benchmarks/results/inits.md`.
+tables in `benchmarks/results/inits.md`. A row that is stored already is not run again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHORT = kd.DistillConfig(epochs=1, learning_rate=1e-3)
 
 
 def main() -> None:
-    """Compare the layers of both teachers, and write after each."""
+    """Compare the layers of one teacher."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     parser.add_argument("--teacher", type=Path, help="where the deep teacher is, or will be")
@@ -42,39 +42,35 @@ def main() -> None:
     teacher, tokenizer = kd.load_teacher()
     blocks = kd.pack(kd.load_corpus(options.corpus), tokenizer)
     if options.teacher is None:
-        write(every_choice(teacher, blocks))
+        every_choice(teacher, blocks)
         return
     if not options.teacher.exists():
         teacher = deep_teacher(tokenizer, blocks, options)
         kd.save_model(teacher, tokenizer, options.teacher)
     teacher, _ = kd.load_teacher(options.teacher)
     depth = teacher.config.num_hidden_layers
-    write([row for n in (depth * 2 // 3, depth // 2) for row in every_way(teacher, blocks, n)])
+    for layers in (depth * 2 // 3, depth // 2):
+        every_way(teacher, blocks, layers)
 
 
-def every_choice(teacher, blocks) -> list[dict]:
+def every_choice(teacher, blocks) -> None:
     """Each choice of half of the layers; `init` says which ways to choose come to it."""
     depth = teacher.config.num_hidden_layers
     ways = {}
     for init, kept in kd.choose_layers(teacher, depth // 2, few(blocks))["layers"].items():
         ways.setdefault(tuple(kept), []).append(init)
-    return [
-        judged(teacher, blocks, list(kept), "bundled") | {"init": ", ".join(ways.get(kept, []))}
-        for kept in itertools.combinations(range(depth), depth // 2)
-    ]
+    for kept in itertools.combinations(range(depth), depth // 2):
+        init = ", ".join(ways.get(kept, []))
+        judge(teacher, blocks, list(kept), {"teacher": "bundled", "init": init})
 
 
-def every_way(teacher, blocks, layers: int) -> list[dict]:
+def every_way(teacher, blocks, layers: int) -> None:
     """Each way to choose so many layers, and the seconds that it takes."""
-    rows = []
     for init in INITS:
         start = time.perf_counter()
         kept = kd.choose_layers(teacher, layers, few(blocks), [init]).loc[init, "layers"]
         seconds = time.perf_counter() - start
-        rows.append(
-            judged(teacher, blocks, kept, "Llama-shaped") | {"init": init, "seconds": seconds}
-        )
-    return rows
+        judge(teacher, blocks, kept, {"teacher": "Llama-shaped", "init": init, "seconds": seconds})
 
 
 def few(blocks) -> torch.Tensor:
@@ -82,20 +78,26 @@ def few(blocks) -> torch.Tensor:
     return blocks.train[:: len(blocks.train) // 8][:8]
 
 
-def judged(teacher, blocks, kept: list[int], name: str) -> dict:
-    """A student of these layers before and after a short training."""
+def judge(teacher, blocks, kept: list[int], row: dict) -> None:
+    """Look at a student of these layers before and after a short training, and store the row."""
+    row["layers"] = " ".join(map(str, kept))
+    stored = read()
+    if any(all(old[name] == row[name] for name in ("teacher", "layers", "init")) for old in stored):
+        return
     student = kd.student_from_teacher(teacher, init=kept)
     part = replace(blocks, train=blocks.train[::8], validation=blocks.validation[:12])
-    start = kd.quality(student, part.validation)["perplexity"]
+    row |= {"depth": teacher.config.num_hidden_layers}
+    row |= {"start": kd.quality(student, part.validation)["perplexity"]}
     last = kd.distill(teacher, student, part, SHORT)[-1]
-    return {
-        "teacher": name,
-        "depth": teacher.config.num_hidden_layers,
-        "layers": " ".join(map(str, kept)),
-        "start": start,
-        "end": last["validation_perplexity"],
-        "tokens": last["tokens"],
-    }
+    row |= {"end": last["validation_perplexity"], "tokens": last["tokens"]}
+    rows = pd.DataFrame([*stored, row])
+    rows.to_csv(STORED, index=False, float_format="%.6g")
+    RESULTS.write_text("# Which layers?\n\n" + "\n".join(tables(rows)), encoding="utf-8")
+
+
+def read() -> list[dict]:
+    """The rows that are stored; a student that nobody's way comes to has an empty `init`."""
+    return pd.read_csv(STORED).fillna({"init": ""}).to_dict("records") if STORED.exists() else []
 
 
 def deep_teacher(tokenizer, blocks, options):
@@ -135,16 +137,6 @@ def deep_teacher(tokenizer, blocks, options):
         if step % 50 == 0:
             print(f"step {step}: {loss.item():.3f} nats", flush=True)
     return model.eval()
-
-
-def write(measured: list[dict]) -> None:
-    """Every student as CSV, beside those of the other teacher, and a table of each kind."""
-    rows = pd.DataFrame(measured)
-    if STORED.exists():
-        stored = pd.read_csv(STORED, keep_default_na=False, na_values={"seconds": ""})
-        rows = pd.concat([stored[~stored["teacher"].isin(rows["teacher"])], rows])
-    rows.to_csv(STORED, index=False, float_format="%.6g")
-    RESULTS.write_text("# Which layers?\n\n" + "\n".join(tables(rows)), encoding="utf-8")
 
 
 def tables(rows: pd.DataFrame):

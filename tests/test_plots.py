@@ -131,12 +131,14 @@ def test_starts_and_their_numbers():
     ],
 )
 def test_choices_of_layers_and_whether_start_and_end_agree(ends, expected):
-    init = ["greedy, influence", "", "first"]
+    init = ["greedy, influence", math.nan, "first"]
     choices = pd.DataFrame({"start": [90.0, 200.0, 3000.0], "end": ends, "init": init})
     figure = kd.plot_choices(choices)
-    drawn = [tuple(dot) for dots in figure.axes[0].collections for dot in dots.get_offsets()]
-    assert sorted(drawn) == sorted(zip(choices["start"], ends, strict=True))
-    assert texts(figure) == ["greedy, influence", "first"]
+    every, *named = [dots.get_offsets().tolist() for dots in figure.axes[0].collections]
+    dots = [list(dot) for dot in zip(choices["start"], ends, strict=True)]
+    assert every == dots and named == [dots[:1], dots[2:]]
+    assert legend(figure.axes[0]) == ["greedy, influence", "first"]
+    assert figure.axes[0].get_xscale() == "log"
     assert title(figure) == f"Rank correlation of start and end {expected}"
 
 

@@ -374,23 +374,24 @@ def plot_starts(perplexities: dict[str, float], teacher: float, guess: float) ->
 
 
 def plot_choices(choices: pd.DataFrame) -> Figure:
-    """Perplexity of students before and after training, one dot for each choice of layers.
+    """Perplexity of students before and after training, a dot for each choice of layers.
 
     Args:
-        choices: a row each, with `start`, `end` and `init`, a name or "": those with a name
-            are labelled. Such rows are in `stored_results("inits")`.
+        choices: a row each, with `start`, `end` and `init`, the ways of `choose_layers` that
+            come to it, if any: these are named. Such rows are in `stored_results("inits")`.
     """
     with figure() as (fig, ax):
-        named = choices["init"] != ""
-        for chosen, look in ((~named, {"color": QUIET}), (named, {"color": COLOURS[0]})):
-            ax.scatter(choices["start"][chosen], choices["end"][chosen], **look)
-        for row in choices[named].itertuples():
-            place = {"xytext": (7, -10), "textcoords": "offset points", "fontsize": 9}
-            ax.annotate(row.init, (row.start, row.end), **place)
-        ax.set(xscale="log", yscale="log", xlabel="perplexity before training (logarithmic)")
-        ax.set_ylabel("after a short training (logarithmic)")
-        plain_numbers(ax.xaxis)
-        plain_numbers(ax.yaxis)
+        named = choices[choices["init"].fillna("") != ""]
+        ax.scatter(choices["start"], choices["end"], color="none", edgecolor=QUIET)
+        for i, row in enumerate(named.itertuples()):
+            look = {"color": COLOURS[i % 5], "marker": MARKERS[i % 5], "label": row.init}
+            ax.scatter(row.start, row.end, **look)
+        ax.legend()
+        ax.set(xlabel="perplexity before training", ylabel="perplexity after a short training")
+        if choices["start"].max() > 5 * choices["start"].min():
+            ax.set(xscale="log", yscale="log", xlabel="perplexity before training (logarithmic)")
+            plain_numbers(ax.xaxis)
+            plain_numbers(ax.yaxis)
         order = choices["start"].rank().corr(choices["end"].rank())  # Spearman's
         best = choices["start"].idxmin() == choices["end"].idxmin()
         ends = f"the best start ends {'best' if best else 'behind another'}"
