@@ -15,6 +15,7 @@ from willows_kd.exercises import (
     evaluation,
     inside_the_teacher,
     its_own_words,
+    real_teacher,
     soft_labels,
     student_at_work,
     teacher,

@@ -388,3 +388,17 @@ def test_the_prompt_box_writes_again_and_escapes(teacher, tokenizer):
     assert out.value != before and "&lt;b&gt;teacher" in out.value
     prompt.value = "A <i>Rat"
     assert "A &lt;i&gt;Rat" in out.value
+
+
+def test_memory_has_a_bar_for_each_plan_and_names_the_largest_part(make_gpt2, blocks):
+    teacher = make_gpt2()
+    plans = {
+        name: kd.plan(teacher, 2, blocks, kd.DistillConfig(batch_size=size), rate=1e9)
+        for name, size in (("one block", 1), ("many", 16))
+    }
+    figure = kd.plot_memory(plans)
+    assert rows(figure) == ["one block", "many"]
+    assert texts(figure) == [f"{plan.peak_memory / 1e6:,.0f} MB" for plan in plans.values()]
+    first = plans["one block"].memory
+    assert title(figure).startswith(f"Most memory goes to {max(first, key=first.get)}")
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(first)

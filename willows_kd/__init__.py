@@ -82,6 +82,7 @@ PUBLIC_NAMES = {
         "plot_bits",
         "plot_acceptance",
         "plot_speedup",
+        "plot_memory",
     ],
     "widgets": [
         "explore_temperature",

@@ -885,3 +885,28 @@ def plot_speedup(
             f"speed, at k = {ks[best]} ({shown})"
         )
     return fig
+
+
+# -- 08: a real teacher ------------------------------------------------------------------
+
+
+def plot_memory(plans: dict) -> Figure:
+    """Where the memory of training goes: the parts of each `plan`'s peak, as one bar."""
+    with figure(height=1.5 + 0.6 * len(plans)) as (fig, ax):
+        for row, plan in enumerate(plans.values()):
+            left = 0.0
+            for i, (part, size) in enumerate(plan.memory.items()):
+                label = part if row == 0 else None
+                look = {"color": COLOURS[i], "edgecolor": "white", "height": 0.6}
+                ax.barh(row, size / 1e6, left=left, label=label, **look)
+                left += size / 1e6
+            ax.text(left, row, f"  {left:,.0f} MB", va="center")
+        name_rows(ax, list(plans))
+        ax.margins(x=0.16)
+        ax.set_xlabel("MB at the peak")
+        fig.legend(loc="outside lower center", ncols=3)
+        name, plan = next(iter(plans.items()))
+        part = max(plan.memory, key=plan.memory.get)
+        share = plan.memory[part] / plan.peak_memory
+        ax.set_title(f"Most memory goes to {part}: {share:.0%} ({name})")
+    return fig
