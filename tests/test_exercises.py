@@ -495,6 +495,30 @@ ROUNDING = [
     (lambda w, bits: w @ w, "stops with RuntimeError"),
 ]
 
+# -- 08 --------------------------------------------------------------------------------
+
+BYTES = [
+    (lambda t, s: 4 * t + 16 * s, "well done"),
+    (lambda t, s: 16 * (t + s), "the teacher is not trained"),
+    (lambda t, s: 4 * (t + s), "these are the weights alone"),
+    (lambda t, s: 4 * t + 8 * s, "AdamW's moments are missing"),
+    (lambda t, s: 4 * t + 12 * s, "AdamW keeps two moments"),
+    (lambda t, s: 16 * s, "the teacher's weights are missing"),
+    (lambda t, s: t + 4 * s, "in float32 each takes 4 bytes"),
+    (lambda t, s: 0, "returns 0, whatever it is given"),
+]
+
+FLOPS = [
+    (lambda t, s, n: (2 * t + 6 * s) * n, "well done"),
+    (lambda t, s, n: 6 * (t + s) * n, "the teacher only runs forward"),
+    (lambda t, s, n: 2 * (t + s) * n, "the backward pass is missing"),
+    (lambda t, s, n: (2 * t + 4 * s) * n, "two products for each of the forward pass"),
+    (lambda t, s, n: 6 * s * n, "the teacher's forward pass is missing"),
+    (lambda t, s, n: (t + 3 * s) * n, "are two operations"),
+    (lambda t, s, n: 2 * t + 6 * s, "that is for one token"),
+]
+
+
 TABLES = {
     teacher.check_count: COUNT,
     teacher.check_guesser: GUESSER,
@@ -511,6 +535,8 @@ TABLES = {
     its_own_words.check_mask: MASK,
     its_own_words.check_skewed_kl: SKEWED,
     its_own_words.check_reward_loss: REWARD,
+    real_teacher.check_bytes: BYTES,
+    real_teacher.check_flops: FLOPS,
     inside_the_teacher.check_cosine: COSINE,
     inside_the_teacher.check_units: UNITS,
     inside_the_teacher.check_uld: ULD,
