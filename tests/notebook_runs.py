@@ -24,8 +24,8 @@ def turn_dial(path: Path, **values):
 
 def small(path: Path, **values):
     """A notebook that does all it does on few blocks, for tests of how it behaves."""
-    few = {"EPOCHS": 1, "TRAIN_BLOCKS": 16, "SWEEP_BLOCKS": 8, "TEXTS": 8}
-    return turn_dial(path, **(few | values))
+    few = {"EPOCHS": 1, "TRAIN_BLOCKS": 16, "SWEEP_BLOCKS": 8, "TEST_BLOCKS": 4, "TEXTS": 8}
+    return turn_dial(path, **(few | {"BATCH": 1} | values))
 
 
 def execute(notebook, folder: Path, order=None, kernel: str = "python3"):

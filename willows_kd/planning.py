@@ -81,20 +81,25 @@ class Plan:
     def __str__(self):
         parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items())
         flops = {name: f"{name} {flops / 1e12:,.2f}" for name, flops in self.flops.items()}
-        hours = f"{self.seconds() / 3600:,.2f} hours for {self.epochs} epochs"
+        how_long = f"{duration(self.seconds())} for {self.epochs} epochs"
         cache = "only with top_k"
         if self.cache is not None:
             cache = f"{self.cache / 1e6:,.1f} MB on disk"
-            hours += f", {self.seconds(cached=True) / 3600:,.2f} with a cache"
+            how_long += f", {duration(self.seconds(cached=True))} with a cache"
         rows = {
             "parameters": ", ".join(f"{name} {n:,}" for name, n in self.parameters.items()),
             "peak memory": f"{self.peak_memory / 1e6:,.0f} MB: {parts}",
             "teacher's cache": cache,
             "an epoch": f"{', '.join(flops.values())} TFLOP",
             "rate": f"{self.rate / 1e9:,.1f} GFLOP/s ({self.measured})",
-            "time": hours,
+            "time": how_long,
         }
         return "\n".join(f"{name:16} {text}" for name, text in rows.items())
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def plan(
