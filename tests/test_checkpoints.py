@@ -312,6 +312,18 @@ def test_an_interval_that_is_none_is_refused(folder):
     assert not folder.exists()
 
 
+def test_a_checkpoint_holds_a_student_if_every_weight_is_the_same(student, make_gpt2, folder):
+    positions = student.transformer.wpe.weight
+    positions.data = positions.data.T.contiguous().T  # safetensors writes contiguous ones only
+    Checkpoints(folder).save(student, torch.optim.AdamW(student.parameters()), [], {})
+    found = Checkpoints(folder).newest()
+    assert found.holds(student)
+    positions.data[0, 0] += 1
+    assert not found.holds(student)
+    assert not found.holds(make_gpt2(layers=1, n_positions=32))
+    assert not found.holds(make_gpt2(layers=5))
+
+
 def test_numpy_numbers_can_be_saved(student, folder):
     row, run_of = {"loss": np.float32(0.5)}, {"settings": {"epochs": np.int64(2)}}
     Checkpoints(folder).save(student, torch.optim.AdamW(student.parameters()), [row], run_of)

@@ -133,6 +133,12 @@ def test_a_digest_tells_bits_apart(student):
     assert len(set(map(kd.weights_digest, models))) == 3
 
 
+def test_without_bits_it_is_eight(student):
+    assert torch.equal(kd.quantize(MATRIX)[0], kd.quantize(MATRIX, 8)[0])
+    sizes = [kd.packed_size(model) for model in (kd.quantized(student), kd.quantized(student, 8))]
+    assert sizes[0] == sizes[1]
+
+
 def test_distillation_repairs_what_the_rounding_broke(teacher, student, blocks):
     few = replace(blocks, train=blocks.train[:8], validation=blocks.validation[:1])
     model, before = kd.quantized(student, bits=3), kd.weights_digest(teacher)

@@ -193,9 +193,8 @@ class Checkpoint:
 
     def holds(self, student: nn.Module) -> bool:
         """Whether a student's weights are those of the checkpoint."""
-        mine = student_tensors(student)
-        fits = all(n in self.tensors and t.shape == self.tensors[n].shape for n, t in mine.items())
-        return fits and all(torch.equal(t.cpu(), self.tensors[n]) for n, t in mine.items())
+        mine, its = student_tensors(student), self.tensors
+        return all(name in its and torch.equal(t.cpu(), its[name]) for name, t in mine.items())
 
     def restore(self, student: nn.Module, optimizer) -> list[dict]:
         """Give student and optimiser their saved state, in place; returns the history."""
