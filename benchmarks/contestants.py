@@ -30,11 +30,13 @@ import willows_kd as kd
 from willows_kd.chunked_loss import chunked_distillation_loss
 from willows_kd.corpus import split
 from willows_kd.distillation import parameter_groups, steps_of_epoch, warm_up_and_cosine
+from willows_kd.models import best_device
 
 LINE_WIDTH = 72  # characters: as Project Gutenberg breaks the lines of a book
 STEPS = 10_000  # of the schedule: no race is as long, so after the warm-up the rate stays put
 WARMUP_STEPS = 10
 SEED = 0
+DEVICE = best_device()
 
 
 # -- the course ------------------------------------------------------------------------
@@ -67,7 +69,7 @@ class Course:
     """
 
     def __init__(self, teacher, blocks: kd.Blocks, lines=(), batch_size: int = 8):
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = teacher.to(DEVICE).requires_grad_(False).eval()
         self.student = kd.student_from_teacher(teacher).requires_grad_(True)
         for module in self.student.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -188,7 +190,7 @@ def line_by_line(course: Course, student, on_step: OnStep):
         student.train()
         tokens = 0
         for line in itertools.cycle(course.lines):
-            ids = line[None]
+            ids = line[None].to(DEVICE)
             with torch.no_grad():
                 teacher_logits = course.teacher(ids).logits
             logits = student(ids).logits
@@ -230,7 +232,7 @@ def hugging_face(course: Course, student, on_step: OnStep):
     return prepare(DistillationTrainer, TrainingArguments, course, student, on_step)
 
 
-def trl(course: Course, student, on_step: OnStep, lmbda: float = 0.0):
+def trl(course: Course, student, on_step: OnStep, lmbda: float = 0.0, bf16: bool = False):
     """TRL's `GKDTrainer` with the forward KL, on the blocks, or (`lmbda` 1) on-policy.
 
     Its temperature is that of sampling; the loss is at T = 1 always.
@@ -244,7 +246,7 @@ def trl(course: Course, student, on_step: OnStep, lmbda: float = 0.0):
         temperature=1.0,
         max_new_tokens=course.blocks.block_size - kd.prompt_length(course.blocks.block_size),
         seq_kd=False,
-        bf16=False,
+        bf16=bf16,
         gradient_checkpointing=False,
         max_length=course.blocks.block_size,
     )
@@ -252,12 +254,13 @@ def trl(course: Course, student, on_step: OnStep, lmbda: float = 0.0):
     return prepare(GKDTrainer, settings, course, student, on_step, collate_prompts, **parts)
 
 
-def modelopt(course: Course, student, on_step: OnStep):
+def modelopt(course: Course, student, on_step: OnStep, bf16: bool = False):
     """NVIDIA ModelOpt's `KDTrainer`."""
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
 
     asked = {"teacher_model": course.teacher, "temperature": course.config.temperature}
-    return prepare(KDTrainer, TrainingArguments, course, student, on_step, distill_args=asked)
+    settings = functools.partial(TrainingArguments, bf16=bf16)
+    return prepare(KDTrainer, settings, course, student, on_step, distill_args=asked)
 
 
 def prepare(trainer_class, settings, course, student, on_step: OnStep, collator=None, **parts):
@@ -265,7 +268,7 @@ def prepare(trainer_class, settings, course, student, on_step: OnStep, collator=
     config = course.config
     arguments = settings(
         output_dir=course.folder.name,
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         per_device_train_batch_size=config.batch_size,
         max_steps=STEPS,
         max_grad_norm=config.max_grad_norm,
@@ -334,6 +337,9 @@ CONTESTANTS = {
     "TRL GKDTrainer": trl,
     "ModelOpt KDTrainer": modelopt,
 }
+if DEVICE.type == "cuda":  # where nobody would train in float32
+    CONTESTANTS["TRL GKDTrainer, bfloat16"] = functools.partial(trl, bf16=True)
+    CONTESTANTS["ModelOpt KDTrainer, bfloat16"] = functools.partial(modelopt, bf16=True)
 ON_POLICY = {
     "ours, on-policy": functools.partial(ours, student_text=1.0),
     "TRL GKDTrainer, on-policy": functools.partial(trl, lmbda=1.0),
@@ -351,12 +357,12 @@ def loss_inputs(tokens: int, width: int = GPT2.width, vocabulary: int = GPT2.voc
     shapes = [(tokens, width), (vocabulary, width)] * 2
     scales = [1.0, 0.05] * 2
     tensors = [
-        torch.randn(shape, generator=generator).mul_(scale)
+        torch.randn(shape, generator=generator).mul_(scale).to(DEVICE)
         for shape, scale in zip(shapes, scales, strict=True)
     ]
     for tensor in tensors[:2]:
         tensor.requires_grad_(True)
-    return *tensors, torch.randint(vocabulary, (tokens,), generator=generator)
+    return *tensors, torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
 
 
 def naive_loss(hidden, head, teacher_hidden, teacher_head, labels):

@@ -28,6 +28,7 @@ import psutil
 import torch
 from contestants import (
     CONTESTANTS,
+    DEVICE,
     LINES,
     LOSSES,
     ON_POLICY,
@@ -143,11 +144,18 @@ def go(train) -> None:
     gc.collect()
 
 
+def synchronize() -> None:
+    """Wait for the GPU's work, if there is one, before a clock is read."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def seen_steps(name: str, course: Course, steps: int) -> list[dict]:
     """What a contestant reports of its first steps, and when it does."""
     rows = []
 
     def on_step(row):
+        synchronize()
         rows.append(row | {"time": time.perf_counter()})
         if len(rows) == steps:
             raise Finished
@@ -192,7 +200,7 @@ def speed(names: list[str], sizes: list[str], options) -> pd.DataFrame:
             found = {}
             for name in turns:
                 if name == "matmul":
-                    rates = matmul_rates(course)
+                    rates = {d: matmul_rates(course, d) for d in set(map(dtype_of, names))}
                 else:
                     found[name] = turn(name, course, uncounted, counted)
                     print(size, repeat, name, found[name], flush=True)
@@ -203,7 +211,7 @@ def speed(names: list[str], sizes: list[str], options) -> pd.DataFrame:
                     "contestant": name,
                     "blocks": len(course.blocks.train),
                 }
-                | {"limit": 1 / least_seconds(name, course, rates), **found[name]}
+                | {"limit": 1 / least_seconds(name, course, rates[dtype_of(name)]), **found[name]}
                 for name in names
             ]
     return pd.DataFrame(rows)
@@ -219,16 +227,29 @@ def turn(name: str, course: Course, uncounted: int, counted: int) -> dict[str, f
     return {"tokens_per_second": rate, "setup": setup}
 
 
-def matmul_rates(course: Course, tokens: int = 1024, times: int = 5) -> tuple[float, float]:
+def dtype_of(name: str) -> torch.dtype:
+    """The numbers by whose rate a contestant is judged: on a CPU float32 for all."""
+    fast = DEVICE.type == "cuda" and "bfloat16" in name
+    return torch.bfloat16 if fast else torch.float32
+
+
+def matmul_rates(
+    course: Course, dtype: torch.dtype, tokens: int = 1024, times: int = 5
+) -> tuple[float, float]:
     """FLOP a second of the matrix products of a layer and of the head."""
     config = course.teacher.config
-    rates = []
+    look, rates = {"dtype": dtype, "device": DEVICE}, []
     for columns in (4 * config.n_embd, config.vocab_size):
-        a, b = torch.randn(tokens, config.n_embd), torch.randn(config.n_embd, columns)
-        out, seconds = torch.empty(tokens, columns), []
+        a, b = (
+            torch.randn(tokens, config.n_embd, **look),
+            torch.randn(config.n_embd, columns, **look),
+        )
+        out, seconds = torch.empty(tokens, columns, **look), []
         for _ in range(times):
+            synchronize()
             start = time.perf_counter()
             torch.mm(a, b, out=out)
+            synchronize()
             seconds.append(time.perf_counter() - start)
         rates.append(2 * tokens * config.n_embd * columns / statistics.median(seconds))
     return rates[0], rates[1]
@@ -306,7 +327,12 @@ def peak_memory(name: str, size: str) -> float:
 
 
 def watch_memory(action, interval: float = 0.001) -> float:
-    """MB that this process holds at most during an action, beyond those before it."""
+    """MB that this process, or the GPU, holds at most during an action, beyond those before."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     process, done, seen = psutil.Process(), threading.Event(), []
 
     def watch():
@@ -382,9 +408,11 @@ def losses(names: list[str], options) -> pd.DataFrame:
             for name in shuffler.sample(names, len(names)):
                 for leaf in inputs[:2]:
                     leaf.grad = None
+                synchronize()
                 start = time.perf_counter()
                 loss = LOSSES[name](*inputs)
                 loss.backward()
+                synchronize()
                 seconds = time.perf_counter() - start
                 row = {"tokens": tokens, "repeat": repeat, "contestant": name, "loss": loss.item()}
                 rows.append(row | {"seconds": seconds, "mb": peaks[name]})
