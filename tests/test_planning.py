@@ -141,6 +141,7 @@ def test_a_plan_is_printed_as_a_table(teacher, student, blocks):
     assert f"teacher {teacher.num_parameters():,}" in rows["parameters"]
     assert f"{plan.peak_memory / 1e6:,.0f} MB" in rows["peak memory"]
     assert rows["rate"].strip() == "1.0 GFLOP/s (given)"
+    assert rows["time"].strip().startswith("0.0 minutes for ")
     assert max(map(len, str(plan).splitlines())) < 160
 
 
@@ -161,3 +162,8 @@ def test_what_fits_no_plan_is_refused(teacher, student, blocks):
         kd.plan(type(teacher.config)(n_positions=16), 2, blocks)
     with pytest.raises(kd.InputError, match="no_such_folder does not exist"):
         kd.plan("./no_such_folder", 2, blocks)
+
+
+def test_a_time_is_said_in_the_unit_that_suits_it():
+    assert planning.duration(90) == "1.5 minutes"
+    assert planning.duration(2.5 * 3600) == "2.5 hours"
