@@ -7,7 +7,7 @@ of four layers, as small as its config allows, which is cut to its first and las
 """
 
 import copy
-import dataclasses
+import inspect
 import re
 import sys
 import tempfile
@@ -56,7 +56,7 @@ def small(config_class):
     """A config of a family with every size that it has made small, its parts too."""
     defaults = config_class()
     sizes = {}
-    for name in {field.name for field in dataclasses.fields(config_class)}:
+    for name in inspect.signature(config_class).parameters:
         value = vars(defaults).get(name)
         if isinstance(value, transformers.PreTrainedConfig):
             sizes[name] = small(type(value))

@@ -424,7 +424,7 @@ def test_the_student_comes_closer_to_its_teacher(teacher, student, blocks, diver
         **{"divergence": divergence, "epochs": 15, "batch_size": 4, "learning_rate": 1e-2},
     )
     averages = [row["average_loss"] for row in history]
-    assert averages[-1] < 0.7 * averages[0]
+    assert averages[-1] < 0.8 * averages[0]
 
 
 def test_the_student_learns_hard_labels_by_heart(teacher, student, blocks):

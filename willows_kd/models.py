@@ -96,7 +96,8 @@ def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
 
 def bundled_history(name: str = "student") -> list[dict]:
     """How a bundled student was trained: the rows that `distill` returned."""
-    history = pd.read_csv(bundled(name) / "history.csv").astype(object)
+    file = bundled(name) / "history.csv"
+    history = pd.read_csv(file, float_precision="round_trip").astype(object)
     return history.where(history.notna(), None).to_dict("records")
 
 
