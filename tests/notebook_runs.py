@@ -11,21 +11,29 @@ SERIES = sorted(NOTEBOOKS.glob("[0-9A]*.ipynb"))  # numbered notebooks, then app
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("[0-9A]*.ipynb"))
 
 
+# so that tests of how a notebook behaves do all that it does, on few blocks
+FEW = {"EPOCHS": 1, "TRAIN_BLOCKS": 16, "SWEEP_BLOCKS": 8, "TEST_BLOCKS": 4, "TEXTS": 8, "BATCH": 1}
+
+
+def dial(known: str, **values) -> str:
+    """The lines that set a dial anew, as far as the cell tagged parameters knows the names."""
+    lines = [f"{name} = {value!r}" for name, value in values.items() if f"{name} =" in known]
+    return "\n".join(lines) or "pass"
+
+
 def turn_dial(path: Path, **values):
     """A notebook whose dial is set anew by a cell after it; returns the notebook node."""
     notebook = nbformat.read(path, as_version=4)
     places = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])]
     assert len(places) == 1, f"{path.name} has {len(places)} cells tagged parameters"
-    known = notebook.cells[places[0]].source
-    lines = [f"{name} = {value!r}" for name, value in values.items() if f"{name} =" in known]
-    notebook.cells.insert(places[0] + 1, nbformat.v4.new_code_cell("\n".join(lines) or "pass"))
+    lines = dial(notebook.cells[places[0]].source, **values)
+    notebook.cells.insert(places[0] + 1, nbformat.v4.new_code_cell(lines))
     return notebook
 
 
 def small(path: Path, **values):
-    """A notebook that does all it does on few blocks, for tests of how it behaves."""
-    few = {"EPOCHS": 1, "TRAIN_BLOCKS": 16, "SWEEP_BLOCKS": 8, "TEST_BLOCKS": 4, "TEXTS": 8}
-    return turn_dial(path, **(few | {"BATCH": 1} | values))
+    """A notebook that does all it does on few blocks."""
+    return turn_dial(path, **(FEW | values))
 
 
 def execute(notebook, folder: Path, order=None, kernel: str = "python3"):
