@@ -144,7 +144,7 @@ BAD = {
         lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0, :0], 3),
     ),
     "so many tokens are drafted": (
-        "at least 1",
+        "a whole number, at least",
         lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=-1),
         lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=2.5),
         lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 0),
