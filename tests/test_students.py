@@ -34,10 +34,10 @@ def test_a_layer_that_would_become_another_kind_is_refused(monkeypatch):
 
 
 def test_a_layer_that_depends_on_more_than_its_weights_is_refused(teacher, monkeypatch):
-    """As if attention of each layer were scaled by something that is written nowhere."""
+    """As if the feed-forward part of a layer were changed by something that is written nowhere."""
     shake(teacher)
-    teacher.transformer.h[3].register_forward_hook(
-        lambda layer, args, output: output + output.roll(1, -1)
+    teacher.transformer.h[3].mlp.register_forward_hook(
+        lambda part, args, output: output + output.roll(1, -1)
     )
     with pytest.raises(kd.InputError, match="logits differ by .* depends on its number, or"):
         kd.student_from_teacher(teacher, 2)

@@ -140,7 +140,9 @@ class Reader:
 
     def forget_beyond(self, length: int) -> None:
         """Cut the cache back to the first so many tokens of the text."""
-        self.cache.crop(min(0, length - self.cache.get_seq_length()))
+        beyond = self.cache.get_seq_length() - length
+        if beyond > 0:  # crop(0) empties the cache in some releases
+            self.cache.crop(-beyond)
 
 
 def expected_tokens(acceptance: float, k: int) -> float:
