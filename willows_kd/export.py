@@ -246,6 +246,8 @@ def load_onnx(directory) -> tuple[PreTrainedModel, object]:
     require(file.is_file(), f"{directory} holds no model.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # idle threads that spin would take the cores from the next model, and from PyTorch
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # an error is raised as well
     with loading_errors_as_input_errors(directory, "cannot be loaded"), quiet_transformers():
         model = OnnxModel(
