@@ -36,6 +36,7 @@ def test_solutions_end_by_asserting_that_every_check_is_satisfied():
 
 # -- as learners run them again; nbval has run each once as it stands --------------------
 
+
 def by_name(paths):
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
 
