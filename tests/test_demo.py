@@ -114,12 +114,15 @@ def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
 @pytest.fixture
 def address(port, tmp_path):
     """The address of a demo of the bundled models; Ctrl-C ends it with code 0."""
+    # if this process ignores SIGINT, as in a shell's background, its children would as well
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "willows_kd", "demo", "--port", str(port)],
             stdout=log,
             stderr=log,
         )
+    signal.signal(signal.SIGINT, before)
     try:
         wait_until_answering(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
