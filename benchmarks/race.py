@@ -228,9 +228,8 @@ def turn(name: str, course: Course, uncounted: int, counted: int) -> dict[str, f
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The numbers by whose rate a contestant is judged: on a CPU float32 for all."""
-    fast = DEVICE.type == "cuda" and "bfloat16" in name
-    return torch.bfloat16 if fast else torch.float32
+    """The numbers in which a contestant multiplies, and by whose rate it is judged."""
+    return torch.bfloat16 if "bfloat16" in name else torch.float32
 
 
 def matmul_rates(
@@ -238,13 +237,11 @@ def matmul_rates(
 ) -> tuple[float, float]:
     """FLOP a second of the matrix products of a layer and of the head."""
     config = course.teacher.config
-    look, rates = {"dtype": dtype, "device": DEVICE}, []
+    like, rates = {"dtype": dtype, "device": DEVICE}, []
     for columns in (4 * config.n_embd, config.vocab_size):
-        a, b = (
-            torch.randn(tokens, config.n_embd, **look),
-            torch.randn(config.n_embd, columns, **look),
-        )
-        out, seconds = torch.empty(tokens, columns, **look), []
+        a = torch.randn(tokens, config.n_embd, **like)
+        b = torch.randn(config.n_embd, columns, **like)
+        out, seconds = torch.empty(tokens, columns, **like), []
         for _ in range(times):
             synchronize()
             start = time.perf_counter()

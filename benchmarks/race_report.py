@@ -27,7 +27,8 @@ INTRODUCTION = """\
 
 `python benchmarks/race.py` made this page. All contestants had the same teacher, the same start of
 the student, the same optimiser and learning rates, 8 blocks of 128 tokens a step in the same order
-(line by line: one line), no dropout, float32, and the forward KL at T = 1 alone.
+(line by line: one line), no dropout, float32 unless bfloat16 is named, and the forward KL at T = 1
+alone.
 
 {machine}. {versions}.
 
@@ -145,8 +146,8 @@ def speed_section(frame, memory: pd.DataFrame | None, base=LINES, title="Speed a
         f"*Ratio*: the column before it, divided by that of *{base}*. *Ratio by round*: the "
         "smallest and the largest ratio within one round, in which all take turns. "
         "*Of the limit*: the time that the matrix products of a step would take at the rate at "
-        "which this machine multiplied matrices of the model's shapes in the same round, as a "
-        "share of the time taken; the median. Counted are the products that each contestant "
+        "which this machine multiplied matrices of the model's shapes, in the same numbers and the "
+        "same round, as a share of the time taken; the median. Counted are the products that each contestant "
         "cannot do without: the student's three times, the teacher's once, or, cached, its head's. "
         "*Peak memory*: resident, beyond teacher and student, in a process of its own. "
         "*Set-up* is left out of tokens/s; for a cached teacher it is one pass of the teacher over "
