@@ -31,7 +31,7 @@ def help_of(command: str) -> str:
 
 def api() -> str:
     """A section for each file of the package: its public names, in the notebooks' order."""
-    return "\n\n".join(section(file, names) for file, names in kd.PUBLIC_NAMES.items())
+    return "\n\n".join(section(file, names.split()) for file, names in kd.PUBLIC_NAMES.items())
 
 
 def section(file: str, names: list[str]) -> str:

@@ -141,7 +141,7 @@ def test_every_public_name_can_be_imported_and_says_what_it_is():
 
 
 def test_the_public_names_are_listed_once_and_offered_by_completion():
-    names = [name for names in kd.PUBLIC_NAMES.values() for name in names]
+    names = [name for names in kd.PUBLIC_NAMES.values() for name in names.split()]
     assert len(names) == len(set(names))
     assert kd.__all__ == names
     assert set(names) <= set(dir(kd))
