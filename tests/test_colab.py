@@ -1,5 +1,8 @@
 """A stand-in for Colab: its stack, an empty folder, one notebook, and the built wheel.
 
+The dial is turned down here, to a low temperature and hard labels alone; `test_notebooks.py`
+turns it up.
+
 Needs the interpreter of a virtual environment that has tests/colab_requirements.txt and
 no willows_kd, named by COLAB_PYTHON; .ci/run makes one. Skipped where there is none.
 """
@@ -73,7 +76,7 @@ def run(folder: Path, notebook) -> subprocess.CompletedProcess:
 def test_a_notebook_runs_from_an_uploaded_wheel_and_changes_nothing_else(path, colab, wheel):
     (colab / wheel.name).write_bytes(wheel.read_bytes())
     before = installed()
-    result = run(colab, small(path, CORPUS="sample"))
+    result = run(colab, small(path, CORPUS="sample", TEMPERATURE=0.5, ALPHA=1.0))
     assert result.returncode == 0, result.stderr[-3000:]
     assert stderr(nbformat.read(colab / "notebook.ipynb", as_version=4)) == ""
     assert {name.split("==")[0] for name in installed() ^ before} <= {"willows-kd", "willows_kd"}

@@ -34,32 +34,15 @@ def test_solutions_end_by_asserting_that_every_check_is_satisfied():
         assert re.search(r"^assert (done_1( and done_\d)+|all\(checks\))$", last, re.MULTILINE)
 
 
-# -- as learners run them again; nbval has run each once as it stands --------------------
+# -- as learners run them again: nbval has run each once as it stands, test_colab.py cold --
 
 
-def by_name(paths):
-    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
-
-
-@pytest.fixture
-def kernel_environment(monkeypatch):
-    """Kernels find the sample story and no network, as under nbval."""
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
+def test_cells_run_twice_hot_and_mixed(path, tmp_path, monkeypatch):
+    """A learner turns the dial far up and runs each cell again before the next."""
     monkeypatch.setenv("WILLOWS_KD_CORPUS", str(SAMPLE_STORY))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("kernel_environment")
-@by_name([path for path in SERIES if "TEMPERATURE = " in path.read_text(encoding="utf-8")])
-def test_a_notebook_runs_cold_and_on_hard_labels_only(path, tmp_path):
-    assert stderr(execute(small(path, TEMPERATURE=0.5, ALPHA=1.0), tmp_path)) == ""
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("kernel_environment")
-@by_name(SERIES)
-def test_cells_run_twice_hot_and_mixed(path, tmp_path):
-    """A learner turns the dial far up and runs each cell again before the next."""
     notebook = small(path, TEMPERATURE=20.0, ALPHA=0.3, SEED=7)
     twice = [index for index in range(len(notebook.cells)) for _ in range(2)]
     assert stderr(execute(notebook, tmp_path, order=twice)) == ""
