@@ -170,11 +170,10 @@ def plot_race(speeds: pd.DataFrame, curves: pd.DataFrame | None):
 
 def draw_speeds(ax, speeds: pd.DataFrame) -> None:
     """Median tokens a second as multiples of line by line's, a bar a contestant and size."""
-    groups = speeds.groupby(["size", "contestant"], sort=False)["tokens_per_second"]
-    medians = {
-        size: rates.droplevel(0) for size, rates in groups.median().groupby("size", sort=False)
-    }
-    ratios = {size: rates / rates[LINES] for size, rates in medians.items()}
+    ratios = {}
+    for size, rounds in speeds.groupby("size", sort=False):
+        rates = rounds.groupby("contestant", sort=False)["tokens_per_second"].median()
+        ratios[size] = rates / rates[LINES]
     for i, (size, bars) in enumerate(ratios.items()):
         places = np.arange(len(bars)) + (i - (len(ratios) - 1) / 2) * 0.4
         ax.barh(places, bars, 0.38, color=COLOURS[(0, 3)[i]], label=size)
