@@ -139,6 +139,8 @@ def sync(path: Path, repository: str | None = None) -> None:
         tags = cell.metadata.get("tags", [])
         if "set-up" in tags:
             cell.source = set_up_cell(repository)
+            # folded, in Jupyter and in Colab: no part of the lesson
+            cell.metadata.update(jupyter={"source_hidden": True}, cellView="form")
         elif "colab" in tags:
             cell.source = colab_line(path, repository)
     nbformat.write(notebook, path)

@@ -33,7 +33,7 @@ PUBLIC_NAMES = {
     ),
     "planning": "plan",
     "cost": "latency pass_seconds peak_memory size_on_disk MemoryWatch",
-    "quantization": "quantize fake_quantize quantized packed_size quantized_share",
+    "quantization": "quantize fake_quantize quantized packed_size",
     "export": "export_model load_onnx",
     "speculative": "speculative_decode expected_tokens expected_speedup",
     "plots": (

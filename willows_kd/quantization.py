@@ -98,16 +98,6 @@ def packed_size(model) -> int:
     return math.ceil(sum(sizes.values()))
 
 
-def quantized_share(model) -> float:
-    """The share of a model's weights that were quantized: by `quantized`, or by a library that,
-    as torchao does, puts tensors of a class of its own in their place."""
-    ours = {id(weight) for weight, _ in quantized_weights(model)}
-    counts = {True: 0, False: 0}
-    for weight in model.parameters():
-        counts[id(weight) in ours or type(weight) is not nn.Parameter] += weight.numel()
-    return counts[True] / sum(counts.values())
-
-
 def quantized_weights(model):
     """The float weights that `quantized` rounds, each with its `FakeQuantize`."""
     for part in model.modules():
