@@ -10,6 +10,12 @@ import willows_kd as kd
 from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+LONGEST = ("test_notebooks.py", "test_colab.py", "test_browser.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 class NetworkForbidden(OSError):
@@ -39,9 +45,10 @@ def no_network():
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path_factory, monkeypatch):
     """The user's cache and corpus are neither seen nor touched."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # not in `tmp_path`, where tests look for what is left: other libraries use it, too
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("WILLOWS_KD_CORPUS", raising=False)
     for name in ("http_proxy", "https_proxy", "all_proxy"):  # a local proxy would let tests out
         monkeypatch.delenv(name, raising=False)

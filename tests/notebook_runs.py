@@ -1,10 +1,10 @@
 """Running notebooks in tests: with another dial, in another order, without storing anything."""
 
+import copy
 import re
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SERIES = sorted(NOTEBOOKS.glob("[0-9A]*.ipynb"))  # numbered notebooks, then appendices
@@ -22,29 +22,23 @@ def dial(known: str, **values) -> str:
     return "\n".join(lines) or "pass"
 
 
-def turn_dial(path: Path, **values):
-    """A notebook whose dial is set anew by a cell after it; returns the notebook node."""
+def small(path: Path, **values):
+    """A notebook that does all it does on few blocks; its dial is set anew by a cell after it."""
     notebook = nbformat.read(path, as_version=4)
     places = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])]
     assert len(places) == 1, f"{path.name} has {len(places)} cells tagged parameters"
-    lines = dial(notebook.cells[places[0]].source, **values)
+    lines = dial(notebook.cells[places[0]].source, **(FEW | values))
     notebook.cells.insert(places[0] + 1, nbformat.v4.new_code_cell(lines))
     return notebook
 
 
-def small(path: Path, **values):
-    """A notebook that does all it does on few blocks."""
-    return turn_dial(path, **(FEW | values))
-
-
-def execute(notebook, folder: Path, order=None, kernel: str = "python3"):
-    """Run the code cells of a notebook in a folder, in the order given or as they stand."""
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}
-    )
-    with client.setup_kernel():
-        for index in order or range(len(notebook.cells)):
-            client.execute_cell(notebook.cells[index], index)
+def twice(path: Path, **values):
+    """A notebook whose dial is turned far up and whose cells each run again before the next."""
+    notebook = small(path, TEMPERATURE=20.0, ALPHA=0.3, SEED=7, **values)
+    cells = [copy.deepcopy(cell) for cell in notebook.cells for _ in range(2)]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    notebook.cells = cells
     return notebook
 
 

@@ -59,10 +59,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab over copies of the notebooks, on few blocks."""
+    """The address of a JupyterLab over copies of the notebooks, on few blocks, the dial low."""
     folder = tmp_path_factory.mktemp("lab")
     for path in SERIES:
-        nbformat.write(unrun(small(path)), folder / path.name)
+        notebook = unrun(small(path, TEMPERATURE=0.5, ALPHA=1.0))
+        nbformat.write(notebook, folder / path.name)
     for name, settings in SETTINGS.items():
         file = folder / ".config" / "lab" / "user-settings" / "@jupyterlab"
         file = file / f"{name}.jupyterlab-settings"

@@ -97,7 +97,7 @@ def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
 def bundled_history(name: str = "student") -> list[dict]:
     """How a bundled student was trained: the rows that `distill` returned."""
     file = bundled(name) / "history.csv"
-    history = pd.read_csv(file, float_precision="round_trip").astype(object)
+    history = pd.read_csv(file, engine="python").astype(object)  # floats to their last digit
     return history.where(history.notna(), None).to_dict("records")
 
 
