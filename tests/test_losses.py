@@ -263,6 +263,15 @@ def test_if_no_token_counts_the_loss_is_zero_and_so_is_the_gradient(name):
     assert gradient(loss, student).abs().sum() == 0
 
 
+def test_the_loss_of_one_token_that_counts_is_its_own():
+    student, teacher = two(2, 4, 11)
+    only = torch.zeros(2, 4, dtype=torch.bool)
+    only[1, 2] = True
+    torch.testing.assert_close(
+        kd.forward_kl(student, teacher, 2, only), kd.forward_kl(student[1, 2], teacher[1, 2], 2)
+    )
+
+
 def test_a_mask_of_another_shape_is_refused_with_both_named():
     with pytest.raises(kd.InputError, match=r"has shape \(4, 2\); it must have \(2, 4\)"):
         kd.forward_kl(*two(2, 4, 11), mask=MASK.T)
