@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -332,6 +333,15 @@ def test_numpy_numbers_can_be_saved(student, folder):
 
 
 # -- faults ----------------------------------------------------------------------------
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stays(
+    teacher, student, blocks, folder, monkeypatch
+):
+    """On Windows a file that somebody has open is kept."""
+    monkeypatch.setattr(Path, "unlink", mock.Mock(side_effect=PermissionError))
+    run(teacher, student, blocks, folder)
+    assert len(Checkpoints(folder).files()) == STEPS
 
 
 def test_where_a_checkpoint_cannot_be_written_training_goes_on(
