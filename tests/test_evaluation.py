@@ -387,6 +387,7 @@ TRAINING_TEXT = "The cat sat on the mat, and then the dog came in and sat down t
         ("too down sat and in came dog the then and mat the on sat cat the", 6, 0),
         ("the cat sat on the mat under a tree", 6, 1 / 4),
         ("the cat sat on the mat under a tree", 3, 4 / 7),
+        ("the dog came in and sat down and the cat sat on the mat", 6, 3 / 9),
         ("the cat sat", 6, 0),
         ("", 6, 0),
     ],
@@ -478,12 +479,16 @@ def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokeniz
     assert table.notna().all(axis=None)
 
 
-@pytest.mark.parametrize(("repeats", "t"), [(2, 12.71), (3, 4.30), (11, 2.23), (50, 2.23)])
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # of 1, 2, 3 ... degrees
+
+
+@pytest.mark.parametrize(("repeats", "t"), [*enumerate(T, start=2), (50, T[-1])])
 def test_an_interval_is_students(repeats, t):
     values = list(range(repeats))
     half_width = t * statistics.stdev(values) / math.sqrt(repeats)
     expected = {"a": statistics.mean(values), "± a": pytest.approx(half_width)}
     assert with_intervals([{"a": value} for value in values]) == expected
+    assert with_intervals([{"a": 1.5}]) == {"a": 1.5}, "one repeat has no interval"
 
 
 # -- as text ---------------------------------------------------------------------------

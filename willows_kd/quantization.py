@@ -27,19 +27,14 @@ def quantize(weight: torch.Tensor, bits: int = 8, dim: int = 0):
         integers (int8, of the same shape) and scale (one number a channel, for broadcasting):
         weight ≈ integers * scale, off by half a scale at most.
     """
-    check_bits(bits)
+    accepted = is_integer(bits, 2) and bits <= 8
+    require(accepted, f"bits is {bits!r}; it must be a whole number from 2 to 8")
     shape = tuple(weight.shape)
     require(len(shape) == 2, f"weight has shape {shape}; quantize takes a matrix")
     require(dim in (0, 1), f"dim is {dim!r}; it must be 0 or 1")
     scale = weight.abs().amax(dim=1 - dim, keepdim=True) / (2 ** (bits - 1) - 1)
     above_zero = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a channel may be all zeros
     return (weight / above_zero).round().to(torch.int8), scale
-
-
-def check_bits(bits) -> None:
-    """Require a number of bits that int8 holds and that leaves more than zeros."""
-    accepted = is_integer(bits, 2) and bits <= 8
-    require(accepted, f"bits is {bits!r}; it must be a whole number from 2 to 8")
 
 
 def fake_quantize(weight: torch.Tensor, bits: int = 8, dim: int = 0) -> torch.Tensor:
@@ -77,7 +72,6 @@ def quantized(model, bits: int = 8):
         bits: of each integer, 2 to 8.
     """
     require_model(model, "model")
-    check_bits(bits)
     model = copy.deepcopy(merge_adapters(model))
     for module in list(model.modules()):
         if isinstance(module, MATRICES):  # a head tied to the embeddings stays tied to them
