@@ -137,7 +137,8 @@ def good_run(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "new" / "student"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(command_line(place, folder, "--epochs", "2", "--seed", "3"))
+        settings = ["--epochs", "2", "--seed", "3", "--init", "spaced"]
+        code = main(command_line(place, folder, *settings))
     return SimpleNamespace(
         code=code, out=out.getvalue().splitlines(), err=err.getvalue(), folder=folder
     )

@@ -153,10 +153,20 @@ def test_blocks_that_are_none_and_unknown_ways_are_refused(teacher, few):
         kd.choose_layers(teacher, 2, few, ["last"])
 
 
+def teacher_that_runs(family, ids):
+    """A teacher with random weights, if this version of `transformers` can make and run one."""
+    try:
+        teacher = random_teacher(family)
+        teacher(ids, use_cache=False)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"no {family} in this version: {error}")
+    return teacher
+
+
 @pytest.mark.parametrize("family", ["bart", "jamba", "llama", "qwen3_moe", "recurrent_gemma"])
 def test_layers_of_other_families_are_chosen_too(family):
     few = torch.arange(1, 17).view(2, 8) * 37 % 96
-    found = kd.choose_layers(random_teacher(family), 3, few)
+    found = kd.choose_layers(teacher_that_runs(family, few), 3, few)
     assert len(found) == len(INITS)
     assert found["perplexity"].notna().all()
 
@@ -164,4 +174,4 @@ def test_layers_of_other_families_are_chosen_too(family):
 def test_a_teacher_whose_layers_see_no_text_is_refused_in_one_line():
     few = torch.arange(1, 17).view(2, 8) * 37 % 96
     with pytest.raises(kd.InputError, match="no layers of this git teacher by influence: not ev"):
-        kd.choose_layers(random_teacher("git"), 2, few)
+        kd.choose_layers(teacher_that_runs("git", few), 2, few)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -96,9 +97,12 @@ def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
 
 def bundled_history(name: str = "student") -> list[dict]:
     """How a bundled student was trained: the rows that `distill` returned."""
-    file = bundled(name) / "history.csv"
-    history = pd.read_csv(file, engine="python").astype(object)  # floats to their last digit
-    return history.where(history.notna(), None).to_dict("records")
+    with (bundled(name) / "history.csv").open(encoding="utf-8", newline="") as rows:
+        # not by pandas, whose floats may differ in their last digit
+        return [
+            {column: json.loads(value) if value else None for column, value in row.items()}
+            for row in csv.DictReader(rows)
+        ]
 
 
 def stored_results(name: str) -> pd.DataFrame:
