@@ -130,6 +130,8 @@ def listing(folder: Path) -> dict[str, int]:
 
 # -- a good run ------------------------------------------------------------------------
 
+GOOD = ["--epochs", "2", "--seed", "3", "--init", "spaced"]
+
 
 @pytest.fixture(scope="module")
 def good_run(place, tmp_path_factory):
@@ -137,8 +139,7 @@ def good_run(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "new" / "student"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        settings = ["--epochs", "2", "--seed", "3", "--init", "spaced"]
-        code = main(command_line(place, folder, *settings))
+        code = main(command_line(place, folder, *GOOD))
     return SimpleNamespace(
         code=code, out=out.getvalue().splitlines(), err=err.getvalue(), folder=folder
     )
@@ -671,11 +672,10 @@ def test_ctrl_c_while_the_table_is_measured_saves_the_trained_student(
 def test_a_stopped_run_that_is_resumed_makes_the_same_student(
     distil, ends, good_run, tmp_path, capsys
 ):
-    same = ["--epochs", "2", "--seed", "3"]
     ends.stop = lambda row: row["step"] == 3
-    assert distil(*same) == 130
+    assert distil(*GOOD) == 130
     ends.stop = lambda row: False
-    assert distil(*same, "--resume") == 0
+    assert distil(*GOOD, "--resume") == 0
     assert "Going on after step 3, from " in capsys.readouterr().out
     assert_saved(tmp_path / "student", load_file(good_run.folder / "model.safetensors"))
     pd.testing.assert_frame_equal(
@@ -853,8 +853,7 @@ sys.exit(f"imported: {slow}" if slow else 0)
 
 
 def test_with_the_cache_the_student_is_the_same_to_the_bit(good_run, quick, place, tmp_path):
-    more = ["--epochs", "2", "--seed", "3", "--cache_teacher"]
-    assert run(command_line(place, tmp_path / "student", *more)) == 0
+    assert run(command_line(place, tmp_path / "student", *GOOD, "--cache_teacher")) == 0
     assert len(list((gutenberg.cache_folder() / "teachers").iterdir())) == 1
     wanted = load_file(good_run.folder / "model.safetensors")
     found = load_file(tmp_path / "student" / "model.safetensors")
