@@ -1,4 +1,4 @@
-"""Running notebooks in tests: with another dial, in another order, without storing anything."""
+"""Notebooks as tests run them: on few blocks, with another dial, each cell once or twice."""
 
 import copy
 import re
