@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import willows_kd as kd
-from willows_kd.chunked_loss import chunked_distillation_loss
 from willows_kd.corpus import split
 from willows_kd.distillation import parameter_groups, steps_of_epoch, warm_up_and_cosine
 from willows_kd.models import best_device
+from willows_kd.scale.chunked_loss import chunked_distillation_loss
 
 LINE_WIDTH = 72  # characters: as Project Gutenberg breaks the lines of a book
 STEPS = 10_000  # of the schedule: no race is as long, so after the warm-up the rate stays put

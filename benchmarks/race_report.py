@@ -12,8 +12,8 @@ from contestants import CACHED, LINES, LOSSES, NAIVE, REFERENCE
 from matplotlib.ticker import LogLocator, NullLocator
 
 from willows_kd.evaluation import number
-from willows_kd.style import COLOURS, MARKERS, figure
-from willows_kd.style import LINES as LINE_STYLES
+from willows_kd.figures.style import COLOURS, MARKERS, figure
+from willows_kd.figures.style import LINES as LINE_STYLES
 
 ON_POLICY_BASE = "TRL GKDTrainer, on-policy"
 NAME_AND_MB = ["contestant", "mb"]

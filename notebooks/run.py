@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
 from sync_setup import notebooks, sync
 
 WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import willows_kd as kd
-from willows_kd.layers import layer_stack
+from willows_kd.compress.layers import layer_stack
 from willows_kd.losses import forward_kl
 from willows_kd.models import dropout_set_to, quiet_transformers
 

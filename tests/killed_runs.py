@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from willows_kd import commands, files  # noqa: F401  the slow imports, before any fork
+from willows_kd import files  # noqa: F401  the slow imports, before any fork
+from willows_kd.cli import distill as commands  # noqa: F401
 from willows_kd.cli import main
 
 # when to die at a call of a function: which call, among those with a path that contains a text

@@ -20,10 +20,10 @@ from filelock import FileLock
 from torch import nn
 
 import willows_kd as kd
-from willows_kd import checkpoints as checkpoints_file
 from willows_kd import files
-from willows_kd.checkpoints import LOCK, Checkpoints
 from willows_kd.errors import WriteError
+from willows_kd.scale import checkpoints as checkpoints_file
+from willows_kd.scale.checkpoints import LOCK, Checkpoints
 
 CONFIG = kd.DistillConfig(
     epochs=2,

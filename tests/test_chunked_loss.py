@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import willows_kd as kd
-from willows_kd import chunked_loss as module
 from willows_kd import distillation
-from willows_kd.chunked_loss import chunked_distillation_loss, equal_parts
 from willows_kd.cost import MemoryWatch
 from willows_kd.losses import DIVERGENCES, hard_label_loss, mix
 from willows_kd.models import has_linear_head
+from willows_kd.scale import chunked_loss as module
+from willows_kd.scale.chunked_loss import chunked_distillation_loss, equal_parts
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 INF = float("inf")

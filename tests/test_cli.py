@@ -27,10 +27,11 @@ from transformers import (
     pipeline,
 )
 
-from willows_kd import commands, corpus, evaluation, gutenberg, models
-from willows_kd.checkpoints import Checkpoints
+from willows_kd import corpus, evaluation, gutenberg, models
+from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
 from willows_kd.errors import WriteError
+from willows_kd.scale.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 SENTENCE = "the mole and the rat went down to the river in a boat of their own by the wood"

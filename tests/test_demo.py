@@ -7,15 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_browser import CHROMIUM, MINUTES, browser, wait_until_answering  # noqa: F401
-from test_cli import run, save
+from test_cli import save
 
 import willows_kd as kd
-from willows_kd.demo import column, columns
 from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "demo.py"
+sys.path.insert(0, str(EXAMPLE.parent))
+from demo import column, columns, main  # noqa: E402
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='broken in'\"></p></div><b> ${document.title=1} {{value}}"
@@ -75,7 +79,7 @@ def test_hostile_text_is_escaped():
 @GRADIO
 def test_a_port_that_is_taken_is_one_line(port, capsys):
     with socket.create_server(("127.0.0.1", port)):
-        assert run(["demo", "--port", str(port)]) == 2
+        assert main(["--port", str(port)]) == 2
     assert re.fullmatch(rf"error: port {port} cannot be used .*--port\n", capsys.readouterr().err)
 
 
@@ -97,15 +101,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tokenizer, tmp_path, port, capsys
         (f"{small}", "--device", "tpu9"): "cannot be used here",
         ("--port", "70000"): "from 1 to 65535",
     }.items():
-        assert run(["demo", "--port", str(port), *arguments]) == 2
+        assert main(["--port", str(port), *arguments]) == 2
         shown = capsys.readouterr().err
         assert re.fullmatch(r"error: [^\n]+\n", shown) and said in shown
 
 
 def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(["demo"]) == 2
-    assert 'pip install "willows-kd[demo]"' in capsys.readouterr().err
+    assert main([]) == 2
+    assert "pip install gradio" in capsys.readouterr().err
 
 
 # -- in the browser --------------------------------------------------------------------
@@ -118,7 +122,7 @@ def address(port, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "willows_kd", "demo", "--port", str(port)],
+            [sys.executable, str(EXAMPLE), "--port", str(port)],
             stdout=log,
             stderr=log,
         )

@@ -9,7 +9,7 @@ from families import random_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import willows_kd as kd
-from willows_kd import export
+from willows_kd.compress import export
 from willows_kd.config import EXPORT_FORMATS
 from willows_kd.models import quiet_transformers
 

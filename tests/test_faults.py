@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import willows_kd as kd
-from willows_kd.checkpoints import Checkpoints
+from willows_kd.scale.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import willows_kd as kd
-from willows_kd import commands, corpus
-from willows_kd.checkpoints import Checkpoints
+from willows_kd import corpus
+from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
+from willows_kd.scale.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 

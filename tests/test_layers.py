@@ -10,8 +10,8 @@ from families import random_teacher
 
 import willows_kd as kd
 from conftest import shake
+from willows_kd.compress.layers import evenly_spaced, passes_to_choose
 from willows_kd.config import INITS
-from willows_kd.layers import evenly_spaced, passes_to_choose
 
 
 @pytest.mark.parametrize(

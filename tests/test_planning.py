@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 import willows_kd as kd
-from willows_kd import planning
 from willows_kd.cost import MemoryWatch
 from willows_kd.distillation import DistillationLoss, train_mode
+from willows_kd.scale import planning
 
 RATE = 1e9
 LAYERS, WIDTH, LENGTH, VOCABULARY = 4, 32, 32, 4096

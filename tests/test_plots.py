@@ -10,8 +10,8 @@ from matplotlib.colors import to_rgba
 from transformers import MambaConfig, MambaForCausalLM
 
 import willows_kd as kd
-from willows_kd import widgets
-from willows_kd.plots import wrap_words
+from willows_kd.figures import explorers
+from willows_kd.figures.plots import wrap_words
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_speedup_draws_the_formula_and_what_was_measured():
 
 def test_the_temperature_slider_and_the_prompt_redraw(teacher, tokenizer, monkeypatch):
     shown = []
-    monkeypatch.setattr(widgets, "display", shown.append)
+    monkeypatch.setattr(explorers, "display", shown.append)
     prompt, slider, _ = kd.explore_temperature(teacher, tokenizer, ["The Mole", "A"]).children
     slider.value = 4.0
     prompt.value = "A"
@@ -338,7 +338,7 @@ def test_the_temperature_slider_and_the_prompt_redraw(teacher, tokenizer, monkey
 
 def test_the_token_slider_moves_through_the_text(teacher, make_gpt2, tokenizer, monkeypatch):
     shown = []
-    monkeypatch.setattr(widgets, "display", shown.append)
+    monkeypatch.setattr(explorers, "display", shown.append)
     box = kd.explore_tokens(teacher, make_gpt2(2, seed=1), tokenizer, "The Mole was here")
     box.children[0].value = 3
     assert len(shown) == 2 and title(shown[0]) != title(shown[1])
@@ -346,8 +346,8 @@ def test_the_token_slider_moves_through_the_text(teacher, make_gpt2, tokenizer, 
 
 def test_attention_sliders_show_the_layer_that_was_copied(make_gpt2, tokenizer, monkeypatch):
     shown, teacher = [], make_gpt2(4)
-    monkeypatch.setattr(widgets, "plot_attention", lambda maps, ids, _: maps)
-    monkeypatch.setattr(widgets, "display", shown.append)
+    monkeypatch.setattr(explorers, "plot_attention", lambda maps, ids, _: maps)
+    monkeypatch.setattr(explorers, "display", shown.append)
     student = kd.student_from_teacher(teacher, 2)
     usual = teacher.config._attn_implementation
     layer, head, _ = kd.explore_attention(teacher, student, tokenizer, "The Mole").children
@@ -364,7 +364,7 @@ def test_attention_sliders_show_the_layer_that_was_copied(make_gpt2, tokenizer, 
 
 def test_the_speed_up_sliders_begin_at_what_was_measured(monkeypatch):
     shown = []
-    monkeypatch.setattr(widgets, "display", shown.append)
+    monkeypatch.setattr(explorers, "display", shown.append)
     acceptance, cost, _ = kd.explore_speedup(0.8, 0.6, [1, 2, 4]).children
     cost.value = 0.0
     acceptance.value = 1.0

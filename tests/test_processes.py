@@ -111,7 +111,8 @@ FILL = """
 import json, sys
 import torch
 import willows_kd as kd
-from willows_kd import models, teacher_cache
+from willows_kd import models
+from willows_kd.scale import teacher_cache
 
 model_dir, folder, samples = sys.argv[1:]
 state, made = models.distributed_state(), []

@@ -28,14 +28,10 @@ FILES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 
-# A file may import from its own floor and those below it. ARCHITECTURE.md has the floors.
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-FLOORS = [
-    set(re.findall(r"`(\w+)`", row))
-    for row in reversed(re.findall(r"^ +\| \d \| (.*) \|$", ARCHITECTURE, re.MULTILINE))
-]
-FLOOR = {name: height for height, floor in enumerate(FLOORS) for name in floor}
-DRAWING = {"style", "plots", "widgets"}
+WINGS = {"scale", "compress", "figures", "exercises", "cli"}
+FREE = {"cli", "__init__", "__main__"}  # may import all
+DRAWING = {"figures.style", "figures.plots", "figures.explorers"}
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
 
 
@@ -59,9 +55,14 @@ def outside(name: str) -> set[str]:
 
 
 def inside(name: str) -> set[str]:
-    """What a file imports from this package: names of files, or of folders of files."""
-    parts = [found.split(".") for found in imports(name)]
-    return {p[1] for p in parts if p[0] == "willows_kd" and p[1:] and p[1] in FLOOR}
+    """The files of this package that a file imports, by their dotted names."""
+    found = {f.removeprefix("willows_kd.") for f in imports(name) if f.startswith("willows_kd.")}
+    return {f if f in FILES else f.rpartition(".")[0] for f in found} & set(FILES) - {name}
+
+
+def room(name: str) -> str:
+    """The wing of a file, or "" for the core."""
+    return name.split(".")[0] if name.split(".")[0] in WINGS else ""
 
 
 # -- what is needed --------------------------------------------------------------------
@@ -73,7 +74,7 @@ def test_the_conda_environment_installs_the_project_and_nothing_else():
     assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
     assert names == ["python", "pip"]
     assert pip == {"pip": ["-e .[lab,test]"]}
-    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "export", "demo", "site", "dev"}
+    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "export", "site", "dev"}
 
 
 def test_conda_and_pip_ask_for_the_same_python():
@@ -97,8 +98,7 @@ def test_what_the_package_imports_is_required():
     # these come with transformers, matplotlib and ipywidgets, which could not do without them
     required |= {"huggingface_hub", "safetensors", "numpy", "cycler", "IPython"}
     required |= {"peft"}  # optional: imported only if an adapter is loaded
-    for extra in ("export", "demo"):  # or exported, or shown
-        required |= {requirement.split(">=")[0] for requirement in GROUPS[extra]}
+    required |= {requirement.split(">=")[0] for requirement in GROUPS["export"]}  # or exported
     assert {name: outside(name) - required for name in FILES if outside(name) - required} == {}
 
 
@@ -163,30 +163,36 @@ def test_every_file_of_code_says_at_its_top_what_it_is_for():
 # -- who may import whom ---------------------------------------------------------------
 
 
-def test_the_architecture_names_every_file_and_gives_it_a_floor():
-    assert {name.split(".")[0] for name in FILES} == set(FLOOR)
-    rooms = {name for name in FLOOR if not name.startswith("__")}
-    assert {name for name in rooms if not re.search(rf"`{name}(\.py|/)`", ARCHITECTURE)} == set()
+def test_the_architecture_names_every_file():
+    assert {room(name) for name in FILES} == WINGS | {""}
+    names = {name.rpartition(".")[2] for name in FILES if not name.startswith("exercises.")}
+    files = {name for name in names if not name.startswith("__")} - WINGS
+    assert {name for name in files if f"`{name}.py`" not in ARCHITECTURE} == set()
+    assert {wing for wing in WINGS if f"`{wing}/`" not in ARCHITECTURE} == set()
 
 
-def test_a_file_imports_nothing_from_a_higher_floor():
-    upward = {
+def test_the_core_imports_no_wing_and_a_wing_no_other():
+    across = {
         (name, found)
         for name in FILES
         for found in inside(name)
-        if FLOOR[found] > FLOOR[name.split(".")[0]]
+        if room(name).split(".")[0] not in FREE
+        and name not in FREE
+        and room(found) not in ("", room(name))
     }
-    assert upward == set()
+    assert across == set()
 
 
 def test_arrows_point_one_way():
-    arrows = {(name.split(".")[0], found) for name in FILES for found in inside(name)}
-    assert ("distillation", "losses") in arrows
-    assert {(a, b) for a, b in arrows if a != b and (b, a) in arrows} == set()
+    arrows = {name: inside(name) for name in FILES if name not in WINGS}
+    assert "losses" in arrows["distillation"]
+    while leaves := {name for name, found in arrows.items() if not found & set(arrows)}:
+        arrows = {name: found for name, found in arrows.items() if name not in leaves}
+    assert arrows == {}, "these import one another in a circle"
 
 
 def test_the_mathematics_knows_tensors_only():
-    for name in ("soft_labels", "losses", "chunked_loss"):
+    for name in ("soft_labels", "losses", "scale.chunked_loss"):
         assert outside(name) <= {"torch"}
         assert inside(name) <= {"errors", "soft_labels", "losses"}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import willows_kd as kd
-from willows_kd.checkpoints import Checkpoints
+from willows_kd.scale.checkpoints import Checkpoints
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import willows_kd as kd
-from willows_kd import speculative
+from willows_kd.compress import speculative
 
 
 @pytest.fixture

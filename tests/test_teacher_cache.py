@@ -11,11 +11,11 @@ import torch
 
 import willows_kd as kd
 from willows_kd import files as files_module
-from willows_kd import teacher_cache
 from willows_kd.distillation import DistillationLoss
 from willows_kd.files import cache_folder
 from willows_kd.models import weights_digest
-from willows_kd.teacher_cache import Kept, TeacherCache, blocks_to_cache, digest
+from willows_kd.scale import teacher_cache
+from willows_kd.scale.teacher_cache import Kept, TeacherCache, blocks_to_cache, digest
 
 
 @pytest.fixture

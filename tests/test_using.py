@@ -12,11 +12,12 @@ import pytest
 from test_cli import make_text, run, save
 
 import willows_kd as kd
-from willows_kd import commands, evaluation, files
+from willows_kd import evaluation, files
+from willows_kd.cli import distill as commands
 from willows_kd.cli import parse
 from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
-COMMANDS = ("generate", "compare", "export", "demo")
+COMMANDS = ("generate", "compare", "export")
 
 
 @pytest.fixture(scope="module")

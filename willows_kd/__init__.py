@@ -14,7 +14,7 @@ PUBLIC_NAMES = {
         "load_teacher load_bundled bundled_history stored_results load_student hidden_states "
         "weights_digest save_model"
     ),
-    "layers": "block_influence choose_layers",
+    "compress.layers": "block_influence choose_layers",
     "students": "student_from_teacher",
     "generation": "complete write_text write_blocks prompt_length",
     "soft_labels": "soften entropy top_k",
@@ -24,26 +24,28 @@ PUBLIC_NAMES = {
     ),
     "config": "DistillConfig",
     "distillation": "distill shard_teacher steps_of_epoch parameter_groups",
-    "checkpoints": "Checkpoints",
-    "chunked_loss": "chunked_distillation_loss",
-    "teacher_cache": "cache_teacher",
+    "scale.checkpoints": "Checkpoints",
+    "scale.chunked_loss": "chunked_distillation_loss",
+    "scale.teacher_cache": "cache_teacher",
     "evaluation": (
         "quality importance token_scores block_nats paired_bootstrap verbatim text_quality "
         "compare as_markdown"
     ),
-    "planning": "plan",
+    "scale.planning": "plan",
     "cost": "latency pass_seconds peak_memory size_on_disk MemoryWatch",
-    "quantization": "quantize fake_quantize quantized packed_size",
-    "export": "export_model load_onnx",
-    "speculative": "speculative_decode expected_tokens expected_speedup",
-    "plots": (
+    "compress.quantization": "quantize fake_quantize quantized packed_size",
+    "compress.export": "export_model load_onnx",
+    "compress.speculative": "speculative_decode expected_tokens expected_speedup",
+    "figures.plots": (
         "plot_parts plot_split plot_perplexities plot_soft_labels plot_temperatures "
         "plot_gradients plot_two_peaks plot_pull plot_starts plot_choices plot_history "
         "plot_progress plot_transfer plot_latency plot_sweep plot_tradeoff plot_token_view "
         "plot_divergence plot_exposure plot_writing plot_attention plot_bits plot_acceptance "
         "plot_speedup plot_memory"
     ),
-    "widgets": "explore_temperature explore_tokens explore_attention explore_speedup prompt_box",
+    "figures.explorers": (
+        "explore_temperature explore_tokens explore_attention explore_speedup prompt_box"
+    ),
     "errors": "InputError",
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names.split()}

@@ -12,14 +12,12 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from willows_kd.checkpoints import Checkpoints, NoCheckpoints, resume_run
-from willows_kd.chunked_loss import chunked_distillation_loss
+from willows_kd.compress.layers import layer_stack
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, require, type_name
 from willows_kd.evaluation import quality
 from willows_kd.generation import continued, prompt_length, uniform_draws
-from willows_kd.layers import layer_stack
 from willows_kd.losses import DIVERGENCES, cosine_distance, hard_label_loss, mix
 from willows_kd.models import (
     check_positions,
@@ -31,13 +29,15 @@ from willows_kd.models import (
     output_weights,
     require_model,
 )
-from willows_kd.stopping import (
+from willows_kd.scale.checkpoints import Checkpoints, NoCheckpoints, resume_run
+from willows_kd.scale.chunked_loss import chunked_distillation_loss
+from willows_kd.scale.stopping import (
     check_finite,
     failures_as_input_errors,
     graceful_interrupt,
     is_half_precision,
 )
-from willows_kd.teacher_cache import TeacherCache
+from willows_kd.scale.teacher_cache import TeacherCache
 
 LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss")
 

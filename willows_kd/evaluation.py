@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from willows_kd.compress.width import LAYOUTS, layout
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import is_integer, require, type_name
@@ -25,7 +26,6 @@ from willows_kd.models import (
     require_model,
     vocabulary_size,
 )
-from willows_kd.pruning import LAYOUTS, layout
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from willows_kd.errors import is_integer, require
-from willows_kd.layers import (
+from willows_kd.compress.layers import (
     depth_name,
     depth_of,
     family_errors_as_input_errors,
@@ -18,6 +17,8 @@ from willows_kd.layers import (
     layers_to_keep,
     skipped_layers,
 )
+from willows_kd.compress.width import masked, parts_to_keep, pruned
+from willows_kd.errors import is_integer, require
 from willows_kd.models import (
     eval_mode,
     merge_adapters,
@@ -25,7 +26,6 @@ from willows_kd.models import (
     require_model,
     vocabulary_size,
 )
-from willows_kd.pruning import masked, parts_to_keep, pruned
 
 
 def student_from_teacher(

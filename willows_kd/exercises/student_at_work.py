@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from willows_kd.compress.speculative import expected_tokens
 from willows_kd.exercises import attempt, judge, not_yet, random_logits, well_done
-from willows_kd.speculative import expected_tokens
 
 
 def rounded(weight, most: int, amax=lambda w: w.abs().amax(1, keepdim=True), near=torch.round):

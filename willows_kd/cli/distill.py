@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import willows_kd
 from willows_kd import files, models
-from willows_kd.checkpoints import Checkpoints
+from willows_kd.compress.layers import choose_layers, depth_of, layers_to_keep, passes_to_choose
 from willows_kd.config import INITS, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.cost import size_on_disk
@@ -24,9 +24,9 @@ from willows_kd.distillation import distill
 from willows_kd.errors import InputError, WriteError
 from willows_kd.evaluation import as_markdown, compare, number
 from willows_kd.generation import write_blocks
-from willows_kd.layers import choose_layers, depth_of, layers_to_keep, passes_to_choose
+from willows_kd.scale.checkpoints import Checkpoints
+from willows_kd.scale.teacher_cache import cache_teacher
 from willows_kd.students import student_from_teacher
-from willows_kd.teacher_cache import cache_teacher
 
 GPT2_VOCABULARY = 50_257
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from willows_kd.checkpoints import Checkpoints, NoCheckpoints
 from willows_kd.errors import InputError
+from willows_kd.scale.checkpoints import Checkpoints, NoCheckpoints
 
 
 def check_finite(row: dict, teacher, student, ids: torch.Tensor) -> None:

@@ -54,12 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "distill":
             config = config_of(options)
-            from willows_kd.commands import distill_to_directory
+            from willows_kd.cli.distill import distill_to_directory
 
             return distill_to_directory(options, config)
-        from willows_kd import using
+        from willows_kd.cli import others
 
-        return getattr(using, options.command)(options)
+        return getattr(others, options.command)(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -83,7 +83,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("generate", "let a model go on with a prompt", add_generate),
         ("compare", "compare models in quality, size, memory and speed", add_compare),
         ("export", "write a model for another runtime", add_export),
-        ("demo", "talk to teacher and student in a local web page", add_demo),
     ):
         command = commands.add_parser(
             name,
@@ -174,15 +173,6 @@ def add_export(parser: Parser) -> None:
     add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
     add("--output_dir", required=True, help="where it is saved")
     add("--overwrite", action="store_true", help="replace an output directory that is not empty")
-
-
-def add_demo(parser: Parser) -> None:
-    """The options of `demo`."""
-    add = parser.add_argument
-    models = "the teacher, then students (default: the bundled teacher and student)"
-    add("model_dir", metavar="DIR", nargs="*", help=models)
-    add("--port", type=int, default=7860, help="on this machine alone (default: 7860)")
-    add_device(parser)
 
 
 def add_text(parser: Parser) -> None:

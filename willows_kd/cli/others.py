@@ -1,16 +1,16 @@
-"""What `willows-kd generate`, `compare`, `export` and `demo` do with a model that is trained."""
+"""What `willows-kd generate`, `compare` and `export` do with a model that is trained."""
 
 from pathlib import Path
 
 import pandas as pd
 from transformers import TextStreamer
 
-from willows_kd import commands, evaluation, files, models
-from willows_kd.demo import check_page, serve
+from willows_kd import evaluation, files, models
+from willows_kd.cli import distill as commands
+from willows_kd.compress.export import export_model, load_onnx
 from willows_kd.errors import InputError, require
-from willows_kd.export import export_model, load_onnx
+from willows_kd.figures.plots import plot_tradeoff
 from willows_kd.generation import complete
-from willows_kd.plots import plot_tradeoff
 
 OF_ONE_VOCABULARY = ["perplexity", "kl_to_teacher", "agreement"]  # measures by token
 
@@ -46,18 +46,6 @@ def export(options) -> int:
             f"Compared with PyTorch: a logit differs by at most {found['difference']:.1g} of the "
             f"largest; the KL divergence is {found['kl']:.1g} nats per token"
         )
-    return commands.OK
-
-
-def demo(options) -> int:
-    """Show a page in which models go on with a prompt, side by side."""
-    folders = options.model_dir or [str(models.bundled(name)) for name in ("teacher", "student")]
-    names = names_of(folders)
-    check_page(options.port)
-    device = commands.find_device(options.device)
-    teacher, tokenizer = models.load_teacher(folders[0], device)
-    students = [models.load_student(name, tokenizer, device).eval() for name in folders[1:]]
-    serve(dict(zip(names, [teacher, *students], strict=True)), tokenizer, options.port)
     return commands.OK
 
 

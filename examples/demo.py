@@ -1,15 +1,17 @@
-"""The page of `willows-kd demo`: models go on with one prompt, side by side.
+"""A web page on which models go on with one prompt, side by side: python examples/demo.py.
 
 Each text of the others is shaded by the KL divergence from the first model, the teacher. What a
 model or a user wrote reaches the page only through `html.escape`.
 """
 
+import argparse
 import html
 import importlib.util
 import math
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +19,13 @@ from types import SimpleNamespace
 
 import torch
 
+from willows_kd.cli.distill import find_device
+from willows_kd.cli.others import names_of
 from willows_kd.cost import size_on_disk
 from willows_kd.errors import InputError, require
 from willows_kd.evaluation import token_scores
 from willows_kd.generation import complete
+from willows_kd.models import bundled, load_student, load_teacher
 
 HOST = "127.0.0.1"
 NEW_TOKENS = 60
@@ -35,10 +40,37 @@ CSS = """
 """
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Show the page until Ctrl-C; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    models = "the teacher, then students (default: the bundled teacher and student)"
+    add("model_dir", metavar="DIR", nargs="*", help=models)
+    add("--port", type=int, default=7860, help="for this machine alone (default: 7860)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
+    options = parser.parse_args(arguments)
+    try:
+        check_page(options.port)
+        serve(*load(options.model_dir, find_device(options.device)), options.port)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load(folders: list[str], device) -> tuple[dict[str, torch.nn.Module], object]:
+    """The models of some folders by name, the teacher first, and its tokenizer."""
+    folders = folders or [str(bundled(name)) for name in ("teacher", "student")]
+    names = names_of(folders)
+    teacher, tokenizer = load_teacher(folders[0], device)
+    students = [load_student(name, tokenizer, device).eval() for name in folders[1:]]
+    return dict(zip(names, [teacher, *students], strict=True)), tokenizer
+
+
 def check_page(port: int) -> None:
     """Require gradio, and a port on which a page can be opened."""
     found = importlib.util.find_spec("gradio")
-    require(found, 'demo needs gradio; pip install "willows-kd[demo]"')
+    require(found, "demo needs gradio; pip install gradio")
     require(0 < port < 65536, f"--port is {port}; it must be from 1 to 65535")
     try:
         socket.create_server((HOST, port)).close()
@@ -178,3 +210,7 @@ def column(head: str, facts=(), parts=("",), kl=()) -> str:
     facts = f"<small>{' · '.join(facts)}</small>" if facts else ""
     text = f'<span class="prompt">{prompt}</span>{"".join(shaded)}'
     return f'<div class="model">{head}<br>{facts}<p>{text}</p></div>'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

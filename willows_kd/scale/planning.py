@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from willows_kd.compress.layers import depth_of, layers_to_keep
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.cost import MemoryWatch
@@ -26,10 +27,9 @@ from willows_kd.distillation import (
     train_mode,
 )
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.layers import depth_of, layers_to_keep
 from willows_kd.models import load_config, quiet_transformers
+from willows_kd.scale.teacher_cache import Kept, blocks_to_cache, bytes_per_token
 from willows_kd.students import config_of_layers
-from willows_kd.teacher_cache import Kept, blocks_to_cache, bytes_per_token
 
 ATEN = torch.ops.aten
 COUNTED = {  # what `FlopCounterMode` leaves out, in PyTorch 2.13

@@ -1,0 +1,1 @@
+"""Smaller in other ways: which layers, fewer units, fewer bits, other runtimes, drafts."""

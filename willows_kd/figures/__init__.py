@@ -1,0 +1,1 @@
+"""Figures: their style, plots, and explorers with sliders."""

@@ -1,0 +1,1 @@
+"""What a teacher of real size needs: memory, time, restarts and several processes."""
