@@ -31,7 +31,6 @@ from willows_kd.evaluation import quality
 
 VOCABULARY = 4096
 CONTEXT = 256
-COPYING_BLOCKS = 2_400
 END_OF_TEXT = "<|endoftext|>"
 ASSETS = Path(__file__).parent.parent / "willows_kd" / "assets"
 
@@ -51,49 +50,29 @@ def main() -> None:
     tokenizer = make_tokenizer(books + chapters.train, options.work_dir / "tokenizer")
     validation = blocks_of(chapters.validation, tokenizer, CONTEXT)
 
-    reader, copier, base, teacher = (
-        options.work_dir / name for name in ("reader", "copier", "base", "teacher")
-    )
-    text, book = (blocks_of(part, tokenizer, CONTEXT) for part in (books, chapters.train))
-    random = torch.Generator().manual_seed(0)
+    base = options.work_dir / "base"
     train(
         new_gpt2(tokenizer),
-        text,
+        blocks_of(books, tokenizer, CONTEXT),
         validation,
-        reader,
+        base,
         per_device_train_batch_size=8,
         num_train_epochs=options.passes,
         learning_rate=2e-3,
         warmup_steps=400,
+        weight_decay=0.1,
     )
-    # Copying appears within a few hundred steps of nothing else, and stays at a fifth of blocks.
+    teacher = options.work_dir / "teacher"
     train(
-        loaded(reader),
-        with_repeats(text[:: len(text) // COPYING_BLOCKS], 1.0, random),
-        validation,
-        copier,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        warmup_steps=50,
-        lr_scheduler_type="constant_with_warmup",
-    )
-    train(
-        loaded(copier),
-        with_repeats(text, 0.2, random),
-        validation,
-        base,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        warmup_steps=50,
-    )
-    train(
-        loaded(base),
-        with_repeats(book * 3, 0.1, random),
+        GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32),
+        blocks_of(chapters.train, tokenizer, CONTEXT),
         validation,
         teacher,
         per_device_train_batch_size=4,
+        num_train_epochs=3,
         learning_rate=5e-4,
         warmup_steps=50,
+        weight_decay=0.1,
     )
     held_out = {
         "validation (chapter XI)": as_tensor(validation),
@@ -151,50 +130,6 @@ def blocks_of(texts: list[str], tokenizer, block_size: int) -> list[dict]:
     return [{"input_ids": b, "labels": b} for b in tokens[:whole].view(-1, block_size)]
 
 
-def with_repeats(blocks: list[dict], share: float, random: torch.Generator) -> list[dict]:
-    """The blocks, a share of them with a run of tokens that stands there more than once.
-
-    In books little is said twice, so that a small model learns from them to predict and not
-    to copy. The run is of 6 to 60 tokens: the block's own, or, in half of the cases, drawn
-    evenly from the vocabulary or from the block. It comes a second time anywhere behind, or
-    again and again to the end. No loss is taken on a drawn run where it first stands.
-    """
-
-    def draw(low: int, high: int) -> int:
-        return torch.randint(low, high, (), generator=random).item()
-
-    result = []
-    for block in blocks:
-        if torch.rand((), generator=random) >= share:
-            result.append(block)
-            continue
-        ids = block["input_ids"].clone()
-        length = draw(6, 61)
-        start = draw(0, len(ids) - 2 * length + 1)
-        run = slice(start, start + length)
-        drawn = draw(0, 4)
-        if drawn == 0:
-            ids[run] = torch.randint(1, VOCABULARY, (length,), generator=random)
-        elif drawn == 1:
-            ids[run] = ids[torch.randint(0, len(ids), (length,), generator=random)]
-        if draw(0, 2):
-            again = draw(start + length, len(ids) - length + 1)
-            ids[again : again + length] = ids[run].clone()
-        else:
-            times = -(-(len(ids) - start) // length)
-            ids[start:] = ids[run].repeat(times)[: len(ids) - start]
-        labels = ids.clone()
-        if drawn < 2:
-            labels[run] = -100  # what cross-entropy leaves out
-        result.append({"input_ids": ids, "labels": labels})
-    return result
-
-
-def loaded(folder: Path) -> GPT2LMHeadModel:
-    """A model that an earlier step of the recipe made."""
-    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-
-
 def as_tensor(blocks: list[dict]) -> torch.Tensor:
     """The token ids of blocks, shape (blocks, block_size)."""
     return torch.stack([block["input_ids"] for block in blocks])
@@ -210,8 +145,9 @@ def train(model, blocks, validation, folder: Path, **settings) -> None:
         args=TrainingArguments(
             output_dir=checkpoints,
             use_cpu=not torch.cuda.is_available(),
+            bf16=True,
             adam_beta2=0.95,
-            weight_decay=0.1,
+            lr_scheduler_type="cosine",
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=2,
@@ -220,7 +156,7 @@ def train(model, blocks, validation, folder: Path, **settings) -> None:
             logging_steps=50,
             report_to="none",
             seed=0,
-            **{"num_train_epochs": 1, "lr_scheduler_type": "cosine"} | settings,
+            **settings,
         ),
         train_dataset=blocks,
         eval_dataset=validation,

@@ -28,8 +28,8 @@ PUBLIC_NAMES = {
     "scale.chunked_loss": "chunked_distillation_loss",
     "scale.teacher_cache": "cache_teacher",
     "evaluation": (
-        "quality importance token_scores block_nats paired_bootstrap verbatim text_quality "
-        "compare as_markdown"
+        "quality loss_by_position importance token_scores block_nats paired_bootstrap verbatim "
+        "text_quality compare as_markdown"
     ),
     "scale.planning": "plan",
     "cost": "latency pass_seconds peak_memory size_on_disk MemoryWatch",

@@ -373,7 +373,7 @@ class Blocks:
         return self.train.shape[1]
 
 
-def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
+def pack(corpus: Corpus, tokenizer, block_size: int | None = None) -> Blocks:
     """Tokenize a corpus once and cut each split into blocks of `block_size` tokens.
 
     The tokenizer's end-of-text token stands between chapters. Every token is kept
@@ -390,6 +390,8 @@ def pack(corpus: Corpus, tokenizer, block_size: int = 128) -> Blocks:
         isinstance(corpus, Corpus), f"corpus is {type_name(corpus)}; give what load_corpus returns"
     )
     require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
+    if block_size is None:
+        block_size = min(tokenizer.model_max_length, 1024)
     whole = "" if isinstance(block_size, Integral) else "a whole number, "
     require(
         not whole and int(block_size) >= 2,

@@ -23,25 +23,32 @@ from willows_kd.models import (
     check_positions,
     common_vocabulary,
     eval_mode,
+    max_positions,
     require_model,
     vocabulary_size,
 )
 
+LONGEST_WINDOW = 1024  # tokens: GPT-2's positions
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
 
-def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[str, float]:
+def quality(
+    model, blocks: torch.Tensor, tokenizer=None, teacher=None, mask: torch.Tensor | None = None
+) -> dict[str, float]:
     """How well a model predicts held-out text, and how like its teacher.
 
-    The blocks are read as one stream in windows of a block's length that overlap by
-    half, so that every token but the first is predicted once, and all but those of
-    the first window with at least half a block of context.
+    The blocks are read as one stream in windows as long as the models' positions allow, at
+    most 1,024, whatever the length of a block is: a model may be good only as far as it was
+    trained. The windows overlap by half, so that every token but the first is predicted once,
+    and all but those of the first window with at least half a window of context.
 
     Args:
         model: a causal language model.
         blocks: held-out token ids, shape (blocks, block_size).
         tokenizer: for bits per byte, which is comparable across tokenizers.
         teacher: for the divergence and agreement.
+        mask: True for each token that counts, shape (blocks, block_size), as in
+            `Blocks.masks`. Each block is then read by itself.
 
     Returns:
         perplexity: exp of the mean cross-entropy in nats per token.
@@ -54,14 +61,21 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
     check_blocks(model, blocks, "model")
     if teacher is not None:
         check_blocks(teacher, blocks, "teacher")
+    vocabulary = vocabulary_size(model)
+    if mask is None:
+        parts = windows(blocks, window_length(blocks, model, teacher), vocabulary)
+    else:
+        at_once = windows_at_once(blocks.shape[1], vocabulary)
+        parts = zip(blocks.split(at_once), mask.split(at_once), strict=True)
     per_token: dict[str, list[torch.Tensor]] = {}
-    for window, scored in windows(blocks, vocabulary_size(model)):
+    for window, scored in parts:
         for name, values in token_scores(model, teacher, window.to(model.device)).items():
             per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
     found = {name: torch.cat(values).double() for name, values in per_token.items()}
     result = {"perplexity": found["nats"].mean().exp().item()}
     if tokenizer is not None:
-        text = tokenizer.decode(blocks.flatten()[1:].tolist(), skip_special_tokens=True)
+        counted = blocks.flatten()[1:] if mask is None else blocks[:, 1:][mask[:, 1:]]
+        text = tokenizer.decode(counted.tolist(), skip_special_tokens=True)
         bits = found["nats"].sum().item() / math.log(2)
         result["bits_per_byte"] = bits / len(text.encode())
     result["calibration_error"] = calibration_error(found["confidence"], found["correct"])
@@ -69,6 +83,26 @@ def quality(model, blocks: torch.Tensor, tokenizer=None, teacher=None) -> dict[s
         result["kl_to_teacher"] = found["kl"].mean().item()
         result["agreement"] = found["agreement"].mean().item()
     return result
+
+
+def loss_by_position(model, blocks: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy at each position of a window, averaged over windows.
+
+    The blocks are read as one stream in windows as long as the model's positions allow, at
+    most 1,024, that begin an eighth of that length apart. More context helps, so the loss
+    falls from left to right. If it rises, the model was not trained so far.
+
+    Returns:
+        nats per token, shape (window length - 1,): element i is the loss of token i + 1.
+    """
+    check_blocks(model, blocks, "model")
+    length = window_length(blocks, model)
+    rows = blocks.flatten().unfold(0, length, max(1, length // 8))
+    found = [
+        token_scores(model, None, part.to(model.device))["nats"].double().cpu()
+        for part in rows.split(windows_at_once(length, vocabulary_size(model)))
+    ]
+    return torch.cat(found).mean(dim=0)
 
 
 def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
@@ -86,20 +120,31 @@ def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
     check_positions(model, blocks, name)
 
 
-def windows(blocks: torch.Tensor, vocabulary: int):
-    """Overlapping windows over the blocks read as one stream, several at a time.
+def window_length(blocks: torch.Tensor, *models) -> int:
+    """Tokens of a window: the models' positions, at most 1,024, and no more than there are."""
+    positions = [max_positions(model.config) for model in models if model is not None]
+    return min([LONGEST_WINDOW, blocks.numel(), *(p for p in positions if p is not None)])
+
+
+def windows_at_once(length: int, vocabulary: int) -> int:
+    """How many windows are read in one forward pass, so that their logits fit in memory."""
+    return max(1, LOGITS_AT_ONCE // (length * vocabulary))
+
+
+def windows(blocks: torch.Tensor, length: int, vocabulary: int):
+    """Overlapping windows of so many tokens over the blocks read as one stream, several at a time.
 
     Yields:
-        token ids, shape (windows, block_size), and a mask of the same shape that is
+        token ids, shape (windows, length), and a mask of the same shape that is
         True where a token is to be scored: each token of the stream but the first is
         scored in exactly one window.
     """
-    stream, length = blocks.flatten(), blocks.shape[1]
+    stream = blocks.flatten()
     starts = list(range(0, len(stream) - length + 1, length // 2))
     if starts[-1] + length < len(stream):
         starts.append(len(stream) - length)
     ends = [1] + [start + length for start in starts[:-1]]  # where the window before ended
-    at_once = max(1, LOGITS_AT_ONCE // (length * vocabulary))
+    at_once = windows_at_once(length, vocabulary)
     offsets = torch.arange(length)
     for i in range(0, len(starts), at_once):
         positions = torch.tensor(starts[i : i + at_once])[:, None] + offsets
@@ -175,7 +220,7 @@ def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
         blocks: token ids, shape (blocks, block_size).
     """
     check_blocks(model, blocks, "model")
-    at_once = max(1, LOGITS_AT_ONCE // (blocks.shape[1] * vocabulary_size(model)))
+    at_once = windows_at_once(blocks.shape[1], vocabulary_size(model))
     found = [
         token_scores(model, None, part.to(model.device))["nats"].double().mean(dim=1).cpu()
         for part in blocks.split(at_once)

@@ -235,7 +235,7 @@ def blocks_to_cache(blocks: Blocks, vocabulary: int, kept: Kept) -> torch.Tensor
     """
     if kept.samples:
         return blocks.train.contiguous()
-    seen = [window for window, _ in windows(blocks.validation, vocabulary)]
+    seen = [window for window, _ in windows(blocks.validation, blocks.block_size, vocabulary)]
     return torch.cat([blocks.train, *seen]).contiguous()
 
 
