@@ -7,13 +7,19 @@ are those of that recipe. Both students have half of the teacher's layers, start
 same copied weights, and see the same blocks in the same order: chapters I-X of the book,
 repeated, and other books, since soft labels can be learnt from any text
 (`benchmarks/what_helps.py` compares kinds of text). One student learns from soft labels
-only, the other, the control, from hard labels only. Learning rates, and the step of each
-run whose weights are kept, were chosen on chapter XI; chapter XII is looked at once, for
-the model cards.
+only, the other, the control, from hard labels only. Both stages of each are kept as they
+were best on chapter XI; chapter XII is looked at once, for the model cards and for the
+table of the loss by position.
+
+The first stage reads blocks of 128 tokens, and leaves the positions from 128 on untrained.
+The second reads blocks of all 256 positions. Both are measured over windows of 256.
+
+Everything unfinished lies in --work_dir: a stage that is finished there is not run again.
 """
 
 import argparse
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,15 +30,19 @@ import willows_kd as kd
 from willows_kd.corpus import tokenize
 
 ASSETS = Path(__file__).parent.parent / "willows_kd" / "assets"
-BLOCK_SIZE = 128
 BOOK_REPEATS = 16  # passes over chapters I-X in each pass over the other books: 1 block of 4
-SETTINGS = dict(temperature=1.0, epochs=2, batch_size=8, dtype="bfloat16", seed=0)
+SETTINGS = dict(temperature=1.0, seed=0)
+STAGES = (
+    dict(block_size=128, batch_size=8, epochs=2, rate=1.0, every=1),
+    dict(block_size=256, batch_size=4, epochs=1, rate=0.5, every=2),  # every second block
+)
 STUDENTS = {
     "student": dict(alpha=0.0, learning_rate=2e-3),
     "student_hard_labels": dict(alpha=1.0, learning_rate=4e-4),
 }
 LOOK_AT = {8 * 2**i for i in range(6)}  # steps early in training at which validation is measured
-LOOK_EVERY = 500  # and later ones
+LOOK_EVERY = 250  # and later ones
+BIN = 32  # positions that share a row in the table of the loss by position
 
 
 def main() -> None:
@@ -40,65 +50,107 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt books")
     parser.add_argument("--willows", type=Path, required=True, help="the book, as .txt")
+    parser.add_argument("--work_dir", type=Path, default=Path("recipe_work"))
     parser.add_argument("--assets", type=Path, default=ASSETS, help="where the students go")
-    parser.add_argument("--only", choices=STUDENTS, help="make one of the two")
-    parser.add_argument("--book_repeats", type=int, default=BOOK_REPEATS)
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    blocks = kd.pack(kd.load_corpus(options.willows), tokenizer, BLOCK_SIZE)
-    others = blocks_of_books(options.books, tokenizer)
-    mixed = torch.cat([blocks.train.repeat(options.book_repeats, 1), others])
-    blocks = replace(blocks, train=mixed)
-    for name in [options.only] if options.only else STUDENTS:
-        config = kd.DistillConfig(**SETTINGS | STUDENTS[name])
-        student, history = train(teacher, blocks, config)
-        publish(student, history, config, options.assets / name, teacher, blocks, tokenizer)
+    curves = {("teacher", 0): teacher}
+    for name in STUDENTS:
+        for stage in range(len(STAGES)):
+            folder = options.work_dir / f"{name}_{stage + 1}"
+            if not (folder / "model.safetensors").exists():
+                before = options.work_dir / f"{name}_{stage}"
+                run_stage(name, stage, before, folder, teacher, tokenizer, options)
+            curves[name, stage + 1] = kd.load_student(folder, tokenizer).eval()
+        publish(name, folder, options.assets / name, teacher, tokenizer, options.willows)
+    write_curves(curves, tokenizer, options)
 
 
-def blocks_of_books(folder: Path, tokenizer) -> torch.Tensor:
-    """All books of a folder in one row of tokens, cut into blocks, shape (blocks, block_size)."""
-    texts = [kd.load_corpus(path).text for path in sorted(folder.glob("*.txt"))]
+def run_stage(name, stage, before: Path, folder: Path, teacher, tokenizer, options) -> None:
+    """Train a student for a stage, from where the one before ended."""
+    settings = STAGES[stage]
+    config = kd.DistillConfig(
+        **SETTINGS | STUDENTS[name] | {k: settings[k] for k in ("batch_size", "epochs")}
+    )
+    config = replace(config, learning_rate=config.learning_rate * settings["rate"])
+    blocks = transfer_set(tokenizer, settings["block_size"], settings["every"], options)
+    student, history = kd.student_from_teacher(teacher), []
+    if stage:
+        student, history = kd.load_student(before, tokenizer), read_history(before)
+    student, new = train(teacher, student, blocks, config)
+    last = history[-1] if history else {"step": 0, "epoch": 0, "tokens": 0, "seconds": 0}
+    counts = ("step", "epoch", "tokens", "seconds")
+    history += [row | {count: row[count] + last[count] for count in counts} for row in new]
+    kd.save_model(student.half(), tokenizer, folder)
+    pd.DataFrame(history).to_csv(folder / "history.csv", index=False, float_format="%.6g")
+
+
+def read_history(folder: Path) -> list[dict]:
+    """The rows of a stage that is finished; values that were not measured are left out."""
+    rows = pd.read_csv(folder / "history.csv").to_dict("records")
+    return [{name: value for name, value in row.items() if value == value} for row in rows]
+
+
+def transfer_set(tokenizer, block_size: int, every: int, options) -> kd.Blocks:
+    """The book's blocks, with the training chapters repeated and other books beside them."""
+    blocks = kd.pack(kd.load_corpus(options.willows), tokenizer, block_size)
+    texts = [kd.load_corpus(path).text for path in sorted(options.books.glob("*.txt"))]
     tokens = tokenize(texts, tokenizer)
-    return tokens[: len(tokens) // BLOCK_SIZE * BLOCK_SIZE].view(-1, BLOCK_SIZE)
+    others = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
+    mixed = torch.cat([blocks.train.repeat(BOOK_REPEATS, 1), others])
+    return replace(blocks, train=mixed[::every])
 
 
-def train(teacher, blocks, config):
+def train(teacher, student, blocks, config):
     """The student as it was best on validation, which is measured along the way; its history."""
-    student, best = kd.student_from_teacher(teacher), {"perplexity": math.inf}
+    best = {"perplexity": math.inf}
 
     def look(row: dict) -> None:
         if row["step"] in LOOK_AT or row["step"] % LOOK_EVERY == 0:
             found = kd.quality(student, blocks.validation, teacher=teacher)
             row["validation_perplexity"] = found["perplexity"]
             row["validation_kl"] = found["kl_to_teacher"]
+            print({k: row[k] for k in ("step", "validation_perplexity", "seconds")}, flush=True)
         if row.get("validation_perplexity", math.inf) < best["perplexity"]:
             weights = {name: w.clone() for name, w in student.state_dict().items()}
             best.update(perplexity=row["validation_perplexity"], weights=weights)
 
     history = kd.distill(teacher, student, blocks, config, on_step=look)
     student.load_state_dict(best["weights"])
-    return student, history
+    return student, [r for r in history if r["step"] % 10 == 1 or "validation_perplexity" in r]
 
 
-def publish(student, history, config, folder: Path, teacher, blocks, tokenizer) -> None:
-    """Write a student in fp16 as a Hugging Face directory, with its history and model card."""
-    student = student.half().float()  # measured as it ships: with its weights rounded to fp16
+def write_curves(models: dict, tokenizer, options) -> None:
+    """The loss by position on chapter XII of the teacher and of each student after each stage."""
+    test = kd.pack(kd.load_corpus(options.willows), tokenizer).test
+    rows = []
+    for (name, stage), model in models.items():
+        nats = kd.loss_by_position(model, test)
+        for start in range(0, len(nats), BIN):
+            mean = nats[start : start + BIN].mean().item()
+            rows.append({"model": name, "stage": stage, "position": start, "nats": mean})
+    path = options.assets / "results" / "positions.csv"
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+
+
+def publish(name: str, source: Path, target: Path, teacher, tokenizer, willows: Path) -> None:
+    """Put a finished student into the package: fp16 weights, history, model card."""
+    student = kd.load_student(source, tokenizer).eval()  # measured as it ships: rounded to fp16
+    blocks = kd.pack(kd.load_corpus(willows), tokenizer)
     held_out = {"validation (chapter XI)": blocks.validation, "test (chapter XII)": blocks.test}
-    found = {name: kd.quality(student, part, teacher=teacher) for name, part in held_out.items()}
-    asked = {name: kd.quality(teacher, part) for name, part in held_out.items()}
-    student.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    kept = [row for row in history if row["step"] % 10 == 1 or "validation_perplexity" in row]
-    pd.DataFrame(kept).to_csv(folder / "history.csv", index=False, float_format="%.6g")
-    best = min(kept, key=lambda row: row.get("validation_perplexity", math.inf))
-    card = model_card(folder.name, student, history[-1], best, config, found, asked)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    found = {part: kd.quality(student, ids, teacher=teacher) for part, ids in held_out.items()}
+    asked = {part: kd.quality(teacher, ids) for part, ids in held_out.items()}
+    history = read_history(source)
+    student.half().save_pretrained(target)
+    shutil.copy(source / "history.csv", target)
+    card = model_card(name, student, history, found, asked)
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(name: str, student, last, best, config, found: dict, asked: dict) -> str:
+def model_card(name: str, student, history: list[dict], found: dict, asked: dict) -> str:
     """The README of a bundled student."""
-    labels = "the teacher's soft labels" if config.alpha == 0 else "hard labels, as a control,"
+    labels = "the teacher's soft labels" if name == "student" else "hard labels, as a control,"
     rows = "\n".join(
         f"| {part} | {q['perplexity']:.2f} | {q['perplexity'] / asked[part]['perplexity']:.3f} "
         f"| {q['kl_to_teacher']:.3f} | {q['agreement']:.3f} |"
@@ -116,15 +168,17 @@ tags: [knowledge-distillation, willows_kd]
 
 Half the layers of the bundled teacher ({student.config.n_layer} of them): \
 {student.num_parameters():,} parameters, stored in fp16. Trained on {labels} with \
-{last["tokens"] / 1e6:.1f} million tokens: chapters I-X of The Wind in the Willows and forty other \
-public-domain books (recipes/books.csv), one block of the book for three of the others. Its \
-weights are those after {best["tokens"] / 1e6:.1f} million tokens, the best on chapter XI.
+{history[-1]["tokens"] / 1e6:.1f} million tokens: chapters I-X of The Wind in the Willows and \
+forty other public-domain books (recipes/books.csv), one block of the book for three of the \
+others, first in blocks of {STAGES[0]["block_size"]} tokens, then in blocks of \
+{STAGES[1]["block_size"]}. Each stage was kept as it was best on chapter XI.
 
 Made by `python recipes/make_bundled_students.py --books FOLDER --willows FILE`; every setting \
 is in that script. `history.csv` holds every tenth step of the training run, and the validation \
-chapter about every five hundredth; its seconds were measured beside other work.
+chapter about every {LOOK_EVERY}th; its seconds were measured beside other work.
 
-Measured on chapters that neither it nor its teacher nor their tokenizer has seen:
+Measured over windows of {student.config.n_positions} tokens on chapters that neither it nor its \
+teacher nor their tokenizer has seen:
 
 | held-out text | perplexity | times the teacher's | KL (nats per token) | top-1 agreement |
 |---|---|---|---|---|

@@ -17,6 +17,7 @@ from willows_kd.evaluation import (
     calibration_error,
     number,
     token_scores,
+    window_length,
     windows,
     with_intervals,
 )
@@ -53,7 +54,7 @@ def test_every_token_but_the_first_is_scored_once_and_in_order(count, size, at_o
     positions = torch.arange(count * size).view(count, size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "LOGITS_AT_ONCE", at_once)
-        batches = list(windows(positions, vocabulary=10))
+        batches = list(windows(positions, size, vocabulary=10))
     scored = torch.cat([window[mask] for window, mask in batches])
     assert scored.tolist() == list(range(1, count * size))
     assert all(len(window) <= max(1, at_once // (10 * size)) for window, _ in batches)
@@ -63,7 +64,7 @@ def test_every_token_but_the_first_is_scored_once_and_in_order(count, size, at_o
 @given(count=st.integers(1, 9), size=st.integers(2, 33))
 def test_after_the_first_window_a_token_has_at_least_half_a_block_of_context(count, size):
     positions = torch.arange(count * size).view(count, size)
-    for window, mask in windows(positions, vocabulary=10):
+    for window, mask in windows(positions, size, vocabulary=10):
         for row, scored in zip(window, mask, strict=True):
             assert row.tolist() == list(range(row[0], row[0] + size))
             context = scored.nonzero().min().item()
@@ -73,12 +74,12 @@ def test_after_the_first_window_a_token_has_at_least_half_a_block_of_context(cou
 # -- quality ---------------------------------------------------------------------------
 
 
-def predictions(model, blocks: torch.Tensor) -> torch.Tensor:
+def predictions(model, blocks: torch.Tensor, size: int) -> torch.Tensor:
     """log p of every token but the first, one forward pass a token: (tokens - 1, vocabulary).
 
-    Each is predicted from what stands before it in the first window that holds it.
+    Each is predicted from what stands before it in the first window of `size` that holds it.
     """
-    stream, size = blocks.flatten(), blocks.shape[1]
+    stream = blocks.flatten()
     starts = [*range(0, len(stream) - size, size // 2), len(stream) - size]
     logits = []
     for position in range(1, len(stream)):
@@ -88,11 +89,14 @@ def predictions(model, blocks: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("count", "size"), [(3, 16), (5, 7), (6, 2)])
-def test_quality_is_that_of_a_slow_reading(model, teacher, blocks, count, size):
+@pytest.mark.parametrize("positions", [14, 64])
+def test_quality_is_that_of_a_slow_reading(make_gpt2, teacher, blocks, count, size, positions):
+    model = make_gpt2(layers=1, seed=1, initializer_range=0.3, n_positions=max(positions, size))
     few = reshaped(blocks.test, count, size).clone()
     for i in range(1, size, 2):  # the model shall be right about some tokens
         few[0, i] = model(few[:1, :i]).logits[0, -1].argmax()
-    log_q, log_p = predictions(model, few), predictions(teacher, few)
+    length = min(model.config.n_positions, count * size)  # of a window: not that of a block
+    log_q, log_p = predictions(model, few, length), predictions(teacher, few, length)
     labels = few.flatten()[1:]
     confidence, choice = log_q.exp().max(dim=-1)
     assert 0 < (choice == labels).sum() < len(labels)
@@ -104,6 +108,49 @@ def test_quality_is_that_of_a_slow_reading(model, teacher, blocks, count, size):
         "agreement": (log_p.argmax(dim=-1) == choice).double().mean().item(),
     }
     assert kd.quality(model, few, teacher=teacher) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_that_is_whole_only_as_far_as_its_blocks_is_found_out(teacher, blocks):
+    few = reshaped(blocks.test, 12, 16)
+    whole, curve = kd.quality(teacher, few), kd.loss_by_position(teacher, few)
+    with torch.no_grad():
+        teacher.transformer.wpe.weight[16:].normal_(std=3)  # as if never trained
+    found, cut = kd.quality(teacher, few), kd.loss_by_position(teacher, few)
+    assert found["perplexity"] > 1.2 * whole["perplexity"]
+    assert found == kd.quality(teacher, few.view(48, 4))
+    assert curve.shape == (63,)
+    assert torch.allclose(cut[:15], curve[:15]) and (cut[15:] > curve[15:]).double().mean() > 0.6
+
+
+def test_the_loss_by_position_is_the_mean_over_windows(teacher, blocks):
+    stream = blocks.test.flatten()
+    assert len(stream) == 192 and teacher.config.n_positions == 64
+    losses = []
+    for start in range(0, 129, 8):
+        ids = stream[None, start : start + 64]
+        log_q = teacher(ids).logits[0, :-1].double().log_softmax(-1)
+        losses.append(-log_q[range(63), ids[0, 1:]])
+    expected = torch.stack(losses).mean(0).detach()
+    assert torch.allclose(kd.loss_by_position(teacher, blocks.test), expected, atol=1e-5)
+
+
+def test_with_a_mask_each_block_stands_alone_and_only_what_counts_is_scored(teacher, blocks):
+    mask = torch.zeros_like(blocks.test, dtype=torch.bool)
+    mask[1, 5:9] = mask[3, 20:] = mask[4, 0] = True  # the first token is never predicted
+    nats = kd.token_scores(teacher, None, blocks.test)["nats"]
+    expected = torch.cat([nats[1, 4:8], nats[3, 19:]]).double().mean().exp().item()
+    poisoned = blocks.test.clone()
+    poisoned[1, 9:] = poisoned[0] = 7
+    for ids in (blocks.test, poisoned):
+        found = kd.quality(teacher, ids, mask=mask)
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_window_is_no_longer_than_positions_text_and_1024(make_gpt2, blocks):
+    small, large = make_gpt2(1, n_positions=40), make_gpt2(1, n_positions=2048)
+    few, many = torch.zeros(3, 8), torch.zeros(2, 2048)
+    assert [window_length(ids, large) for ids in (few, many)] == [24, 1024]
+    assert window_length(many, large, small) == 40
 
 
 def test_reading_fewer_windows_at_once_changes_nothing(model, teacher, blocks, monkeypatch):
@@ -207,7 +254,7 @@ def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teache
     teacher.register_forward_hook(rule_out)
     found = kd.quality(model, blocks.test, teacher=teacher)
     assert all(map(math.isfinite, found.values()))
-    log_q = predictions(model, blocks.test[:1])
+    log_q = predictions(model, blocks.test[:1], 32)
     log_p = predictions(teacher, blocks.test[:1])
     terms = torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q))
     found = kd.quality(model, blocks.test[:1], teacher=teacher)

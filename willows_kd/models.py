@@ -109,7 +109,8 @@ def stored_results(name: str) -> pd.DataFrame:
     """Results that take too long for a notebook: a row a training run, as a benchmark stored it.
 
     Args:
-        name: "transfer_sets" or "temperatures", by `benchmarks/what_helps.py`; "ways", or
+        name: "positions", the loss by position of the students after each stage of their recipe;
+            "transfer_sets" or "temperatures", by `benchmarks/what_helps.py`; "ways", or
             "writing" with a row for each sampling temperature, by `benchmarks/ways.py`;
             "inits", students of other layers, by `benchmarks/inits.py`.
     """
