@@ -81,7 +81,8 @@ def run_stage(name, stage, before: Path, folder: Path, teacher, tokenizer, optio
     student, new = train(teacher, student, blocks, config)
     last = history[-1] if history else {"step": 0, "epoch": 0, "tokens": 0, "seconds": 0}
     counts = ("step", "epoch", "tokens", "seconds")
-    history += [row | {count: row[count] + last[count] for count in counts} for row in new]
+    size = {"block_size": settings["block_size"]}
+    history += [row | size | {count: row[count] + last[count] for count in counts} for row in new]
     kd.save_model(student.half(), tokenizer, folder)
     pd.DataFrame(history).to_csv(folder / "history.csv", index=False, float_format="%.6g")
 
