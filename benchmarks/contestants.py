@@ -341,7 +341,7 @@ if DEVICE.type == "cuda":  # where nobody would train in float32
     CONTESTANTS["TRL GKDTrainer, bfloat16"] = functools.partial(trl, bf16=True)
     CONTESTANTS["ModelOpt KDTrainer, bfloat16"] = functools.partial(modelopt, bf16=True)
 ON_POLICY = {
-    "ours, on-policy": functools.partial(ours, student_text=1.0),
+    "ours, on-policy": functools.partial(ours, on_policy_share=1.0),
     "TRL GKDTrainer, on-policy": functools.partial(trl, lmbda=1.0),
 }
 

@@ -117,7 +117,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_had_happened(
 
 def test_a_student_that_writes_its_own_text_goes_on_as_well(teacher, student, blocks, folder):
     config = dataclasses.replace(
-        CONFIG, alpha=0.0, student_text=1.0, hidden_weight=0.5, hidden_layers=((1, 2),)
+        CONFIG, alpha=0.0, on_policy_share=1.0, hidden_weight=0.5, hidden_layers=((1, 2),)
     )
     whole, stopped = copy.deepcopy(student), copy.deepcopy(student)
     expected = kd.distill(teacher, whole, blocks, config)

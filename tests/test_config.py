@@ -20,7 +20,7 @@ RANGES = {
     "beta": ("above 0 and below 1", [0.1, 0.5, 0.9], [0, 1, -0.1]),
     "skew": ("at least 0 and below 1", [0, 0.1, 0.99], [-0.1, 1, 1.1]),
     "hidden_weight": ("at least 0", [0, 0.5, 100], [-0.1]),
-    "student_text": ("from 0 (the blocks as they are) to 1", [0, 0.5, 1], [-0.1, 1.1]),
+    "on_policy_share": ("from 0 (the text as it is) to 1 (on-policy)", [0, 0.5, 1], [-0.1, 1.1]),
     "learning_rate": ("above 0 and at most 1", [1e-6, 1], [0, -1e-3, 1.1]),
     "warmup_ratio": ("from 0 to 1", [0, 0.1, 1], [-0.1, 1.1]),
     "weight_decay": ("at least 0", [0, 0.1, 10], [-0.1]),
@@ -59,9 +59,21 @@ def test_hidden_layers_are_pairs_of_whole_numbers():
             kd.DistillConfig(hidden_layers=wrong)
 
 
+def test_a_pass_has_1024_tokens_unless_its_blocks_are_counted():
+    found = [kd.DistillConfig().blocks_per_pass(size) for size in (1, 128, 1000, 1024, 4096)]
+    assert found == [1024, 8, 1, 1, 1]
+    assert kd.DistillConfig(batch_size=3).blocks_per_pass(128) == 3
+
+
+def test_the_documentation_of_a_setting_is_its_help_and_its_range():
+    for field in dataclasses.fields(kd.DistillConfig):
+        assert f"\n    {field.name}: {field.metadata['help']}" in kd.DistillConfig.__doc__
+        assert field.metadata["accepted"] in kd.DistillConfig.__doc__
+
+
 def test_text_of_the_students_own_has_no_hard_labels():
-    with pytest.raises(kd.InputError, match="alpha is 0.5; it must be 0 where the student writes"):
-        kd.DistillConfig(alpha=0.5, student_text=0.5)
+    with pytest.raises(kd.InputError, match="alpha is 0.5; it must be 0 if the student writes"):
+        kd.DistillConfig(alpha=0.5, on_policy_share=0.5)
 
 
 def test_the_divergences_that_can_be_named_are_those_that_exist():
@@ -76,7 +88,8 @@ def test_a_value_in_its_range_is_kept_as_it_is(name):
 
 @pytest.mark.parametrize("name", RANGES)
 def test_a_bad_number_is_refused_with_what_would_be_accepted(name):
-    for value in [*RANGES[name][2], *NO_NUMBERS, *NOT_FINITE]:
+    wrong = [value for value in NO_NUMBERS if value is not None or name != "batch_size"]
+    for value in [*RANGES[name][2], *wrong, *NOT_FINITE]:
         with pytest.raises(kd.InputError) as error:
             kd.DistillConfig(**{name: value})
         assert str(error.value).startswith(f"{name} is {value!r}; it must be ")

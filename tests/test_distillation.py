@@ -149,7 +149,7 @@ def test_a_student_that_writes_is_scored_on_what_it_wrote(teacher, student, bloc
     seen = []
     teacher.base_model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     few, writer = first(blocks, 8), copy.deepcopy(student)
-    config = kd.DistillConfig(epochs=1, student_text=1.0, seed=3)
+    config = kd.DistillConfig(epochs=1, on_policy_share=1.0, seed=3)
     row = kd.distill(teacher, student, few, config)[0]
     step = next(ids for ids in seen if len(ids) == 8 and not torch.equal(ids, few.train))
     (order,) = steps_of_epoch(8, config, 0)
@@ -164,9 +164,9 @@ def test_a_student_that_writes_is_scored_on_what_it_wrote(teacher, student, bloc
 
 def test_no_text_of_its_own_is_the_book_and_half_is_half(teacher, student, blocks):
     book = trained(teacher, student, blocks)
-    assert furthest_apart(book, trained(teacher, student, blocks, student_text=0.0)) == 0
+    assert furthest_apart(book, trained(teacher, student, blocks, on_policy_share=0.0)) == 0
     losses = [
-        run(teacher, copy.deepcopy(student), first(blocks, 8), student_text=share)[0]["loss"]
+        run(teacher, copy.deepcopy(student), first(blocks, 8), on_policy_share=share)[0]["loss"]
         for share in (0.0, 0.5, 1.0)
     ]
     assert len(set(losses)) == 3
@@ -175,7 +175,7 @@ def test_no_text_of_its_own_is_the_book_and_half_is_half(teacher, student, block
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_how_a_step_is_cut_up_does_not_change_what_is_written(teacher, student, blocks, share):
     whole, cut = copy.deepcopy(student), student
-    settings = {"student_text": share, "temperature": 2.0}
+    settings = {"on_policy_share": share, "temperature": 2.0}
     expected = run(teacher, whole, first(blocks, 21), batch_size=8, **settings)
     found = run(
         teacher,
@@ -198,7 +198,7 @@ def test_the_writing_takes_no_gradient_and_no_dropout(teacher, student, blocks):
         return written[-1]
 
     student.generate = generate
-    run(teacher, student, first(blocks, 8), student_text=1.0, dropout=0.5)
+    run(teacher, student, first(blocks, 8), on_policy_share=1.0, dropout=0.5)
     assert len(written) == 1 and not written[0].requires_grad
 
 
@@ -248,7 +248,7 @@ def test_hidden_states_that_cannot_be_matched_are_refused(teacher, make_gpt2, bl
 def test_a_cache_is_refused_where_it_cannot_answer(teacher, student, blocks):
     cache = kd.cache_teacher(teacher, blocks)
     with pytest.raises(kd.InputError, match="knows only the text it was made for"):
-        run(cache, student, blocks, student_text=0.5)
+        run(cache, student, blocks, on_policy_share=0.5)
     with pytest.raises(kd.InputError, match="holds its final hidden states"):
         run(cache, student, blocks, hidden_weight=1.0, hidden_layers=[(1, 1)])
     sampled = kd.cache_teacher(teacher, blocks, samples=4)

@@ -1,8 +1,14 @@
-"""The settings of a distillation, in one place, checked when they are made."""
+"""The settings of a distillation: each with its default, its range and its help, in one place.
 
+The checks, the options of the command line and the documentation are made from them.
+"""
+
+import dataclasses
+import inspect
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from willows_kd.errors import InputError, is_integer
 
@@ -17,123 +23,181 @@ DIVERGENCE_NAMES = (
 DTYPES = ("float32", "bfloat16")
 INITS = ("spaced", "first", "influence", "contiguous", "greedy")
 EXPORT_FORMATS = ("onnx", "onnx-int8", "gguf")
+LONGEST_BLOCK = 1024  # tokens: longer blocks only by choice
+TOKENS_PER_PASS = 1024
+
+
+def setting(default, about: str, accepted: str = "", fits: Callable | tuple = (True, False)):
+    """A field of `DistillConfig`.
+
+    Args:
+        default: its type is the setting's.
+        about: what the setting does.
+        accepted: its range in words.
+        fits: its range: a function of the value, or all values.
+    """
+    return field(default=default, metadata={"help": about, "accepted": accepted, "fits": fits})
+
+
+AT_LEAST_0 = "at least 0", lambda v: v >= 0
+AT_LEAST_1 = "at least 1", lambda v: v >= 1
+BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a student is trained.
+    """How a student is trained. Each setting is checked when it is made.
 
-    Attributes:
-        temperature: softens the teacher's and the student's distributions alike.
-        alpha: weight of the hard-label cross-entropy, as in Hinton et al. 2015; 1 - alpha
-            is the weight of the soft labels. 0 is soft labels only, 1 is the hard-label
-            control. Some libraries weigh the other side: torchtune's `kd_ratio` is the
-            weight of the soft labels, so it is 1 - alpha.
-        divergence: how the distance from the soft labels is measured, by name.
-        beta: the teacher's weight in the Jensen-Shannon divergence; the others ignore it.
-        skew: how much of the first distribution the skewed KLs mix into the second, as in
-            DistiLLM; the others ignore it.
-        hidden_weight: weight of the distance between hidden states (cosine, as in
-            DistilBERT), which is added to the loss.
-        hidden_layers: which hidden states, as pairs (student's, teacher's) of numbers: 0 is
-            the embeddings, k what layer k puts out. None compares the final ones, which the
-            output weights are applied to.
-        student_text: share of the blocks of a step that the student writes itself, from a
-            block's first quarter on (on-policy; lambda in Agarwal et al. 2024). Only what it
-            wrote is scored.
-        epochs: passes over the training blocks.
-        learning_rate: the peak, after the warm-up and before the cosine decay.
-        batch_size: blocks in one forward pass, over all processes.
-        gradient_accumulation_steps: forward passes in one optimiser step.
-        warmup_ratio: share of all steps over which the learning rate rises.
-        weight_decay: AdamW's, on matrices only.
-        max_grad_norm: a gradient with a larger norm is scaled down to this norm.
-        dropout: the student's dropout probability while it trains.
-        seed: orders the blocks and draws the dropout.
-        dtype: "float32", or "bfloat16" for autocast with float32 weights.
-        gradient_checkpointing: keep only each layer's input for the backward pass and
-            compute the rest again: slower, in less memory.
+    Raises:
+        InputError: a value has the wrong type or lies outside its range.
     """
 
-    temperature: float = 1.0
-    alpha: float = 0.0
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    skew: float = 0.1
-    hidden_weight: float = 0.0
-    hidden_layers: tuple[tuple[int, int], ...] | None = None
-    student_text: float = 0.0
-    epochs: int = 3
-    learning_rate: float = 1e-3
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    dropout: float = 0.0
-    seed: int = 0
-    dtype: str = "float32"
-    gradient_checkpointing: bool = False
+    temperature: float = setting(
+        1.0,
+        "softens the distributions of teacher and student alike",
+        "above 0 and at most 1000",
+        lambda v: 0 < v <= 1000,
+    )
+    alpha: float = setting(
+        0.0,
+        "weight of the hard-label cross-entropy (Hinton et al. 2015); 1 - alpha, torchtune's "
+        "kd_ratio, is that of the soft labels",
+        "from 0 (soft labels only) to 1 (hard labels only)",
+        lambda v: 0 <= v <= 1,
+    )
+    divergence: str = setting(
+        "forward_kl",
+        "how the distance from the soft labels is measured",
+        f"one of {', '.join(DIVERGENCE_NAMES)}",
+        DIVERGENCE_NAMES,
+    )
+    beta: float = setting(
+        0.5, "the teacher's weight in jensen_shannon", "above 0 and below 1", lambda v: 0 < v < 1
+    )
+    skew: float = setting(
+        0.1, "the first distribution's share in the second of a skewed KL (DistiLLM)", *BELOW_1
+    )
+    hidden_weight: float = setting(
+        0.0,
+        "weight of the cosine distance between hidden states (DistilBERT), added to the loss",
+        *AT_LEAST_0,
+    )
+    hidden_layers: tuple[tuple[int, int], ...] | None = setting(
+        None,
+        "which hidden states, as pairs (student's, teacher's): 0 is the embeddings, k what layer "
+        "k puts out; if not given, the final ones, which the output weights are applied to",
+    )
+    on_policy_share: float = setting(
+        0.0,
+        "λ, the share of a step's blocks that the student writes itself, from a block's first "
+        "quarter on, and is scored on (Agarwal et al. 2024)",
+        "from 0 (the text as it is) to 1 (on-policy)",
+        lambda v: 0 <= v <= 1,
+    )
+    epochs: int = setting(3, "passes over the training blocks", *AT_LEAST_1)
+    learning_rate: float = setting(
+        1e-3,
+        "the peak learning rate, after the warm-up and before the cosine decay",
+        "above 0 and at most 1",
+        lambda v: 0 < v <= 1,
+    )
+    batch_size: int | None = setting(
+        None,
+        "blocks in a forward pass, over all processes (if not given, as many as make "
+        f"{TOKENS_PER_PASS:,} tokens)",
+        *AT_LEAST_1,
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "forward passes in an optimiser step", *AT_LEAST_1
+    )
+    warmup_ratio: float = setting(
+        0.1,
+        "share of the steps over which the learning rate rises",
+        "from 0 to 1",
+        lambda v: 0 <= v <= 1,
+    )
+    weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only", *AT_LEAST_0)
+    max_grad_norm: float = setting(
+        1.0,
+        "a gradient with a larger norm is scaled down to this norm",
+        "above 0",
+        lambda v: v > 0,
+    )
+    dropout: float = setting(0.0, "the student's dropout while it trains", *BELOW_1)
+    seed: int = setting(
+        0,
+        "orders the blocks and draws dropout and on-policy text",
+        "from 0 to 2**32 - 1",
+        lambda v: 0 <= v < 2**32,
+    )
+    dtype: str = setting(
+        "float32",
+        "arithmetic of a step; bfloat16 is by autocast, with weights in float32",
+        f"one of {', '.join(DTYPES)}",
+        DTYPES,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "compute activations again in the backward pass: slower, in less memory"
+    )
 
     def __post_init__(self):
-        """Check every setting, and say what would be accepted.
-
-        Raises:
-            InputError: a value has the wrong type or lies outside its range.
-        """
-        self._check("temperature", float, "above 0 and at most 1000", lambda v: 0 < v <= 1000)
-        self._check("alpha", float, "from 0 (soft labels only) to 1 (hard labels only)", unit_range)
-        self._check("divergence", str, f"one of {', '.join(DIVERGENCE_NAMES)}", DIVERGENCE_NAMES)
-        self._check("beta", float, "above 0 and below 1", lambda v: 0 < v < 1)
-        self._check("skew", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
-        self._check("hidden_weight", float, "at least 0", lambda v: v >= 0)
-        self._check_hidden_layers()
-        self._check("student_text", float, "from 0 (the blocks as they are) to 1", unit_range)
-        if self.student_text and self.alpha:
+        for each in dataclasses.fields(self):
+            self._check(each)
+        if self.on_policy_share and self.alpha:
             raise InputError(
-                f"alpha is {self.alpha}; it must be 0 where the student writes the text "
-                "(student_text), since nobody knows its hard labels"
+                f"alpha is {self.alpha}; it must be 0 if the student writes the text "
+                "(on_policy_share), since nobody knows its hard labels"
             )
-        self._check("epochs", int, "at least 1", lambda v: v >= 1)
-        self._check("learning_rate", float, "above 0 and at most 1", lambda v: 0 < v <= 1)
-        self._check("batch_size", int, "at least 1", lambda v: v >= 1)
-        self._check("gradient_accumulation_steps", int, "at least 1", lambda v: v >= 1)
-        self._check("warmup_ratio", float, "from 0 to 1", unit_range)
-        self._check("weight_decay", float, "at least 0", lambda v: v >= 0)
-        self._check("max_grad_norm", float, "above 0", lambda v: v > 0)
-        self._check("dropout", float, "at least 0 and below 1", lambda v: 0 <= v < 1)
-        self._check("seed", int, "from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
-        self._check("dtype", str, f"one of {', '.join(DTYPES)}", DTYPES)
-        if not isinstance(self.gradient_checkpointing, bool):
-            value = self.gradient_checkpointing
-            raise InputError(f"gradient_checkpointing is {value!r}; it must be True or False")
 
-    def _check_hidden_layers(self):
-        if self.hidden_layers is None:
+    def blocks_per_pass(self, block_size: int) -> int:
+        """How many blocks of so many tokens go through a model at once, over all processes."""
+        return self.batch_size or max(1, TOKENS_PER_PASS // block_size)
+
+    def _check(self, each: dataclasses.Field) -> None:
+        value, fits = getattr(self, each.name), each.metadata["fits"]
+        if value is None and each.default is None:
             return
-        try:
-            pairs = tuple((a, b) for a, b in self.hidden_layers)
-        except (TypeError, ValueError):
-            pairs = ()
-        if not pairs or not all(is_integer(i, 0) for pair in pairs for i in pair):
-            raise InputError(
-                f"hidden_layers is {self.hidden_layers!r}; it must be pairs of layer numbers "
-                "(student's, teacher's), such as ((1, 2), (3, 6)), or None"
-            )
-        object.__setattr__(self, "hidden_layers", tuple((int(a), int(b)) for a, b in pairs))
-
-    def _check(self, name, type_, accepted, test):
-        value = getattr(self, name)
-        whole = "a whole number, " if type_ is int else ""
-        kind = {int: numbers.Integral, float: numbers.Real, str: str}[type_]
-        right_type = isinstance(value, kind) and not isinstance(value, bool)
+        if each.name == "hidden_layers":
+            object.__setattr__(self, each.name, layer_pairs(value))
+            return
+        type_ = scalar_type(each)
+        kind = {int: numbers.Integral, float: numbers.Real}.get(type_, type_)
+        right_type = isinstance(value, kind) and (type_ is bool or not isinstance(value, bool))
         finite = right_type and (type_ is str or abs(value) < math.inf)
-        if not finite or not (test(value) if callable(test) else value in test):
-            raise InputError(f"{name} is {value!r}; it must be {whole}{accepted}")
+        if not finite or not (fits(value) if callable(fits) else value in fits):
+            whole = "a whole number, " if type_ is int else ""
+            accepted = each.metadata["accepted"] or "True or False"
+            raise InputError(f"{each.name} is {value!r}; it must be {whole}{accepted}")
         if not isinstance(value, int | float | str):  # NumPy's, which JSON does not know
-            object.__setattr__(self, name, type_(value))
+            object.__setattr__(self, each.name, type_(value))
 
 
-def unit_range(value: float) -> bool:
-    """Whether a value lies from 0 to 1."""
-    return 0 <= value <= 1
+def scalar_type(each: dataclasses.Field) -> type:
+    """The type of a setting that is one value."""
+    return int if each.default is None else type(each.default)
+
+
+def layer_pairs(value) -> tuple[tuple[int, int], ...]:
+    """Pairs of layer numbers, checked."""
+    try:
+        pairs = tuple((a, b) for a, b in value)
+    except (TypeError, ValueError):
+        pairs = ()
+    if not pairs or not all(is_integer(i, 0) for pair in pairs for i in pair):
+        raise InputError(
+            f"hidden_layers is {value!r}; it must be pairs of layer numbers "
+            "(student's, teacher's), such as ((1, 2), (3, 6)), or None"
+        )
+    return tuple((int(a), int(b)) for a, b in pairs)
+
+
+def described(each: dataclasses.Field) -> str:
+    """What a setting does, and its range."""
+    accepted = each.metadata["accepted"]
+    return each.metadata["help"] + (f"; {accepted}" if accepted else "")
+
+
+DistillConfig.__doc__ = "\n".join(
+    [inspect.cleandoc(DistillConfig.__doc__), "", "Attributes:"]
+    + [f"    {each.name}: {described(each)}." for each in dataclasses.fields(DistillConfig)]
+)

@@ -1,6 +1,7 @@
 """The loop: a student learns from its teacher's soft labels."""
 
 import contextlib
+import dataclasses
 import math
 import time
 import warnings
@@ -85,6 +86,7 @@ def distill(
     """
     config = DistillConfig() if config is None else config
     check(teacher, student, blocks, config)
+    config = dataclasses.replace(config, batch_size=config.blocks_per_pass(blocks.block_size))
     require(not resume or checkpoints is not None, "to resume, name the folder: checkpoints=...")
     if not isinstance(checkpoints, Checkpoints):
         checkpoints = NoCheckpoints() if checkpoints is None else Checkpoints(checkpoints)
@@ -121,7 +123,7 @@ def distill(
 
             losses = torch.zeros(4)
             text, counted = blocks.train[step], None
-            if config.student_text:
+            if config.on_policy_share:
                 text, counted = written_by_student(
                     student, vocabulary, text, row["step"], config, accelerator
                 )
@@ -190,9 +192,9 @@ def check(teacher, student, blocks: Blocks, config: DistillConfig) -> None:
         check_positions(model, blocks.train, name)
     if isinstance(teacher, TeacherCache):
         require(
-            not config.student_text,
+            not config.on_policy_share,
             "the teacher's cache knows only the text it was made for, not what the student will "
-            "write; for student_text give the teacher itself",
+            "write; for on_policy_share give the teacher itself",
         )
         require(
             not teacher.samples or (config.divergence, config.temperature) == ("forward_kl", 1),
@@ -372,7 +374,7 @@ def written_by_student(student, vocabulary, ids, step: int, config, accelerator)
     the text and what counts of it, shape (blocks, block_size - 1): all of a book's block, of
     a written one what was written.
     """
-    prompt, count = prompt_length(ids.shape[1]), round(config.student_text * len(ids))
+    prompt, count = prompt_length(ids.shape[1]), round(config.on_policy_share * len(ids))
     counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
     counted[:count, : prompt - 1] = False
     row = torch.arange(count)

@@ -116,7 +116,7 @@ def plan(
             A name stands for a teacher in float32, a config for one in the config's own dtype.
         student: likewise; or how many of the teacher's layers it takes.
         blocks: the packed corpus.
-        config: the settings; None for the defaults. Writing, as for `student_text`, is not
+        config: the settings; None for the defaults. Writing, as for `on_policy_share`, is not
             counted.
         rate: FLOP a second, such as that of a machine you may rent. None measures it here:
             on a step's forward and backward pass if both models are given, else on a matrix
@@ -134,7 +134,9 @@ def plan(
     student = fake(student, mode, torch.float32)
     with mode:
         check(teacher, student, blocks, config)
-        ids = torch.zeros(min(config.batch_size, len(blocks.train)), blocks.block_size).long()
+        ids = torch.zeros(
+            min(config.blocks_per_pass(blocks.block_size), len(blocks.train)), blocks.block_size
+        ).long()
         ids = ids.to(student.device)
         objective = DistillationLoss(teacher, student, config, ids[:1])
         with train_mode(teacher, student, config):
