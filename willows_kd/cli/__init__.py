@@ -4,38 +4,32 @@ Nothing slow is imported before the arguments are known to be good.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import sys
 import traceback
 
-from willows_kd.config import DIVERGENCE_NAMES, DTYPES, EXPORT_FORMATS, INITS, DistillConfig
+import willows_kd
+from willows_kd.config import (
+    EXPORT_FORMATS,
+    INITS,
+    LONGEST_BLOCK,
+    DistillConfig,
+    described,
+    scalar_type,
+)
 from willows_kd.errors import InputError, WriteError
-
-TEXTS = {"book": 0.0, "teacher": 0.0, "student": 1.0, "mix": 0.5}  # the share the student writes
 
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the output was closed early; distill: the student is saved but could not be compared
+  1    the output was closed early; distill: saved, but could not be compared
   2    something that was given cannot be used
   3    a file could not be written, such as on a full disk
   130  stopped by the user; distill: --resume continues
 """
-
-SETTINGS = {  # of `DistillConfig`, whose defaults they have
-    "temperature": "softens the distributions of teacher and student alike",
-    "alpha": "weight of the hard labels, from 0 to 1; the soft labels have the rest",
-    "divergence": "how the distance from the soft labels is measured",
-    "beta": "the teacher's weight in jensen_shannon",
-    "skew": "the first distribution's share in the skewed KLs",
-    "hidden_weight": "weight of the distance between final hidden states, added to the loss",
-    "epochs": "passes over the training text",
-    "learning_rate": "the peak, after the warm-up",
-    "batch_size": "blocks in a forward pass",
-    "gradient_accumulation_steps": "forward passes in an optimiser step",
-    "seed": "orders the blocks",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,25 +42,20 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code, one of `EXIT_CODES`."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without emoji still gets the words
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
     try:
-        if options.command == "distill":
-            config = config_of(options)
-            from willows_kd.cli.distill import distill_to_directory
-
-            return distill_to_directory(options, config)
-        from willows_kd.cli import others
-
-        return getattr(others, options.command)(options)
+        with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
+            return run(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (InputError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, OSError | WriteError) else 2
     except KeyboardInterrupt:
@@ -74,96 +63,156 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def run(options: argparse.Namespace) -> int:
+    """Check what can be checked at once, then do what a command is for."""
+    check_given(options)
+    if options.command == "distill":
+        config = config_of(options)
+        from willows_kd.cli.distill import distill_to_directory
+
+        return distill_to_directory(options, config)
+    from willows_kd.cli import others
+
+    return getattr(others, options.command)(options)
+
+
+def check_given(options: argparse.Namespace) -> None:
+    """Refuse empty values, and paths where nothing is."""
+    for name in ("model_dir", "student", "dataset_path", "output_dir", "text_column", "encoding"):
+        value = getattr(options, name, None)
+        for given in value if isinstance(value, list) else [value]:
+            if given == "":
+                raise InputError(f"{name} is empty; leave it out or give a value")
+            is_read = given is not None and name in ("model_dir", "student", "dataset_path")
+            if is_read and given.startswith((".", "/", "~")) and not os.path.exists(given):
+                raise InputError(f"{name} {given} does not exist")
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of a command line."""
+    """The options of a command line; without any, its help is shown."""
     parser = Parser(prog="willows-kd", description="Knowledge distillation of language models.")
+    version = f"willows-kd {willows_kd.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, about, add_options in (
-        ("distill", "train a smaller student on a teacher's soft labels", add_distill),
-        ("generate", "let a model go on with a prompt", add_generate),
-        ("compare", "compare models in quality, size, memory and speed", add_compare),
-        ("export", "write a model for another runtime", add_export),
-    ):
+    for name, (about, operands, example, add_options) in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=about,
+            usage=f"%(prog)s {operands}[options]",
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=EXIT_CODES,
+            epilog=f"example:\n  willows-kd {name} {example}\n\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(arguments)
+    return parser.parse_args([underscored(word) for word in arguments] or ["--help"])
+
+
+def underscored(word: str) -> str:
+    """An option as it is spelt here: `--model-dir=x` is `--model_dir=x`."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def add_distill(parser: Parser) -> None:
     """The options of `distill`."""
-    add = parser.add_argument
+    add = parser.add_argument_group("teacher and student").add_argument
     add("--model_dir", help="the teacher: a directory or hub name (default: the bundled one)")
-    add_text(parser)
-    output = "./wind_in_the_willows_distilled"
-    add("--output_dir", default=output, help=f"where the student is saved (default: {output})")
     add(
         "--student",
         help="half, for half of the teacher's layers, or a directory or hub name "
         "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
     )
     add("--layers", type=int, help="how many of the teacher's layers the student keeps")
-    ways = f"auto, {', '.join(INITS)}, or numbers such as 0,3,5"
-    best = "auto, the best start on a few training blocks"
-    add("--init", type=init_of, help=f"which of them: {ways} (default: {best})")
     add(
-        "--text",
-        choices=TEXTS,
-        default="book",
-        help="what the student is trained on: the book (the data set), or what the teacher or the "
-        "student writes from its openings; mix is half book, half student (default: book)",
+        "--init",
+        type=init_of,
+        help=f"which layers it keeps: {', '.join(INITS)}, their numbers, such as 0,3,5, or auto, "
+        "which tries all these ways on a few blocks and takes the best (default: auto)",
     )
-    for name, about in SETTINGS.items():
-        default = getattr(DistillConfig, name)
-        choices = DIVERGENCE_NAMES if name == "divergence" else None
-        about = f"{about} (default: {default})"
-        add(f"--{name}", type=type(default), default=default, choices=choices, help=about)
-    add("--dtype", choices=DTYPES, help=f"of the arithmetic (default: {DistillConfig.dtype})")
-    add("--gradient_checkpointing", action="store_true", help="slower, in less memory")
+    add = add_text(parser)
     add(
+        "--teacher_text",
+        action="store_true",
+        help="train on what the teacher writes from the openings of the text's blocks",
+    )
+    settings = dataclasses.fields(DistillConfig)
+    loss = [each.name for each in settings].index("epochs")
+    add_settings(parser.add_argument_group("loss"), settings[:loss])
+    group = parser.add_argument_group("training")
+    add_settings(group, settings[loss:])
+    add_device(group)
+    group.add_argument(
         "--cache_teacher",
         action="store_true",
         help="run the teacher once and keep its hidden states on disk, for this run and later ones",
     )
+    add = parser.add_argument_group("output").add_argument
+    output = "./wind_in_the_willows_distilled"
+    add("--output_dir", default=output, help=f"where the student is saved (default: {output})")
+    add("--resume", action="store_true", help="continue a run that was stopped, if there is one")
     add(
         "--checkpoint_minutes",
         type=float,
         default=5.0,
-        help="between two checkpoints, besides each epoch's end (default: 5.0)",
+        help="between two checkpoints; each epoch ends with one, too (default: 5.0)",
     )
-    add("--resume", action="store_true", help="continue a run that was stopped, if there is one")
     add(
         "--overwrite",
         action="store_true",
-        help="replace an output directory that is not ours, or a run that was stopped",
+        help="replace what is in the output directory, and a run that was stopped",
     )
+
+
+def add_settings(group, settings: list[dataclasses.Field]) -> None:
+    """The options for those settings of `DistillConfig` that are one value."""
+    for each in settings:
+        about, default = described(each), each.default
+        if each.name == "hidden_layers":
+            continue
+        if default is False:
+            group.add_argument(f"--{each.name}", action="store_true", help=about)
+            continue
+        named = each.metadata["fits"] if isinstance(default, str) else None
+        if each.name == "dtype":
+            about += ", or auto, which times a few steps of each and takes the faster"
+            named, default = ("auto", *named), "auto"
+        group.add_argument(
+            f"--{each.name}",
+            type=scalar_type(each),
+            choices=named,
+            default=default,
+            metavar="NAME" if named else None,
+            help=about if default is None else f"{about} (default: {default})",
+        )
 
 
 def add_generate(parser: Parser) -> None:
     """The options of `generate`, with the defaults of `complete`."""
     add = parser.add_argument
     add("model_dir", metavar="DIR", help="a model's directory or hub name, or an export to ONNX")
-    add("--prompt", required=True, help="what the text begins with")
-    add("--max_new_tokens", type=int, default=60, help="at most so many (default: 60)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
-    add("--top_k", type=int, default=50, help="draw from so many, 0 for all (default: 50)")
+    prompt = "The Mole had been"
+    add("--prompt", default=prompt, help=f"what the text begins with (default: {prompt})")
+    add("--max_new_tokens", type=int, default=60, help="length of the continuation (default: 60)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="of sampling; 0: the likeliest (default: 0.8)",
+    )
+    add("--top_k", type=int, default=50, help="draw among the k likeliest; 0: all (default: 50)")
     add("--seed", type=int, default=0, help="for the draws (default: 0)")
 
 
 def add_compare(parser: Parser) -> None:
     """The options of `compare`."""
-    add = parser.add_argument
     models = "directories or hub names, at least two; the others are compared with the first"
-    add("model_dir", metavar="DIR", nargs="+", help=models)
+    parser.add_argument("model_dir", metavar="DIR", nargs="+", help=models)
     add_text(parser)
+    add = parser.add_argument_group("output").add_argument
     add("--output_dir", help="where table and figure are saved (default: nowhere)")
-    add("--overwrite", action="store_true", help="replace an output directory that is not empty")
+    add("--overwrite", action="store_true", help="replace what is in the output directory")
+    add_device(parser)
 
 
 def add_export(parser: Parser) -> None:
@@ -172,21 +221,22 @@ def add_export(parser: Parser) -> None:
     add("model_dir", metavar="DIR", help="the model: a directory or hub name")
     add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
     add("--output_dir", required=True, help="where it is saved")
-    add("--overwrite", action="store_true", help="replace an output directory that is not empty")
+    add("--overwrite", action="store_true", help="replace what is in the output directory")
 
 
-def add_text(parser: Parser) -> None:
-    """The options for a text, how it is cut, and where models read it."""
-    add = parser.add_argument
+def add_text(parser: Parser):
+    """The options for a text and how it is cut; returns the way to add more to them."""
+    add = parser.add_argument_group("text").add_argument
     text = "a text (default: The Wind in the Willows; offline, the sample story)"
     add("--dataset_path", help=text)
-    add("--text_column", help="column of a JSON Lines or Parquet file that holds the text")
-    add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
-    add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
-    add_device(parser)
+    add("--text_column", help="column of a table, such as a JSON Lines file, that holds the text")
+    add("--encoding", help="encoding of the text, such as cp1251 (default: UTF-8)")
+    longest = f"all that the models read at once, at most {LONGEST_BLOCK:,}"
+    add("--block_size", type=int, help=f"tokens in a block (default: {longest})")
+    return add
 
 
-def add_device(parser: Parser) -> None:
+def add_device(parser) -> None:
     """The option for where models run."""
     about = "auto, cpu, cuda, cuda:1, mps ... (default: auto)"
     parser.add_argument("--device", default="auto", help=about)
@@ -204,7 +254,37 @@ def init_of(text: str) -> str | list[int]:
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:
-    """The settings among the options."""
+    """The settings among the options, in float32 until a dtype is chosen."""
     names = {field.name for field in dataclasses.fields(DistillConfig)}
-    given = {k: v for k, v in vars(options).items() if k in names and v is not None}
-    return DistillConfig(**given, student_text=TEXTS[options.text])
+    given = {name: value for name, value in vars(options).items() if name in names}
+    if given["dtype"] == "auto":
+        given["dtype"] = "float32"
+    return DistillConfig(**given)
+
+
+COMMANDS = {  # what they do, what they are given, an example, and the function for their options
+    "distill": (
+        "train a smaller student on a teacher's soft labels",
+        "",
+        "--model_dir gpt2 --dataset_path my_text.txt --output_dir my_student",
+        add_distill,
+    ),
+    "generate": (
+        "continue a prompt",
+        "DIR ",
+        'my_student --prompt "The Mole had been"',
+        add_generate,
+    ),
+    "compare": (
+        "compare models in quality, size, memory and speed",
+        "DIR DIR ... ",
+        "gpt2 my_student --dataset_path my_text.txt",
+        add_compare,
+    ),
+    "export": (
+        "write a model for another runtime",
+        "DIR ",
+        "my_student --to onnx --output_dir my_export",
+        add_export,
+    ),
+}

@@ -35,7 +35,7 @@ def generate(options) -> int:
 def export(options) -> int:
     """Write a model in another format."""
     commands.check_inputs_stay(options.output_dir, options.model_dir)
-    files.check_output(Path(options.output_dir), options.overwrite)
+    check_output(Path(options.output_dir), options.overwrite)
     model, tokenizer = models.load_teacher(options.model_dir, "cpu")
     found = export_model(model, tokenizer, options.output_dir, options.to, options.overwrite)
     print(f"💾 {found['file']}: {found['megabytes']:.1f} MB")
@@ -47,6 +47,13 @@ def export(options) -> int:
             f"largest; the KL divergence is {found['kl']:.1g} nats per token"
         )
     return commands.OK
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output directory that holds something, a student too, without `--overwrite`."""
+    files.check_output(output, overwrite)
+    if not overwrite:
+        commands.check_no_student(output)
 
 
 def names_of(folders: list[str]) -> list[str]:
@@ -63,15 +70,15 @@ def compare(options) -> int:
     if options.output_dir is not None:
         output = Path(options.output_dir)
         commands.check_inputs_stay(options.output_dir, *options.model_dir, options.dataset_path)
-        files.check_output(output, options.overwrite)
+        check_output(output, options.overwrite)
     device = commands.find_device(options.device)
-    for name in options.model_dir:
-        models.check_context(name, options.block_size)
+    block_size = commands.block_length(options.block_size, *options.model_dir)
     corpus = commands.read_corpus(options)
     loaded = [models.load_teacher(name, device) for name in options.model_dir]
-    table = table_of(dict(zip(names, loaded, strict=True)), corpus, options.block_size)
-    print(evaluation.as_markdown(table))
-    print(f"\nMeasured on the held-out test text of {corpus.title}, {commands.describe(table)}.")
+    table = table_of(dict(zip(names, loaded, strict=True)), corpus, block_size)
+    print(commands.as_text(table))
+    print(f"\nMeasured on the held-out test text of {corpus.title},")
+    print(f"with {commands.describe(table)}.")
     measure = "perplexity" if "perplexity" in table else "bits_per_byte"
     if measure == "bits_per_byte":
         print("The models' tokens differ: so does the text of a block and of a token.")

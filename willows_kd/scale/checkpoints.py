@@ -89,15 +89,21 @@ class Checkpoints:
             lock.release()
             remove_empty(created)
 
+    def file_of(self, step: int) -> Path:
+        """The checkpoint after a step."""
+        return self.folder / f"step_{step:08d}.safetensors"
+
     def files(self) -> list[Path]:
         """The checkpoints, newest first."""
         return sorted(self.folder.glob(NAMES), reverse=True)
 
-    def newest(self) -> "Checkpoint | None":
-        """The newest checkpoint that is intact, if there is one."""
+    def newest(self, ends_epoch: bool = False) -> "Checkpoint | None":
+        """The newest checkpoint that is intact, and ends an epoch if asked to; None without."""
         for file in self.files():
             if tensors := load_tensors(file):
-                return Checkpoint(file, tensors)
+                found = Checkpoint(file, tensors)
+                if not ends_epoch or "average_loss" in found.history[-1]:
+                    return found
         return None
 
     def due(self) -> bool:
@@ -105,7 +111,7 @@ class Checkpoints:
         return time.monotonic() - self.last_time >= 60 * self.minutes
 
     def save(self, student: nn.Module, optimizer, history: list[dict], run: dict) -> None:
-        """Write a checkpoint, whole or not at all, and remove all but the last two.
+        """Write a checkpoint, whole or not at all; the last two stay, and the last epoch's.
 
         Raises:
             WriteError: it cannot be written. The earlier ones stay.
@@ -114,9 +120,11 @@ class Checkpoints:
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         record = json.dumps({"run": run, "history": history}, default=np.generic.item).encode()
         tensors[RECORD] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
-        path = self.folder / f"step_{len(history):08d}.safetensors"
+        path = self.file_of(len(history))
         save_tensors(path, tensors)
         kept = [file for file in self.files() if file <= path][:KEPT]
+        ends = [row["step"] for row in history if "average_loss" in row]
+        kept += [self.file_of(ends[-1])] if ends else []
         for other in set(self.files()) - set(kept):  # older ones, and later ones of another run
             with contextlib.suppress(OSError):
                 other.unlink()
@@ -196,11 +204,15 @@ class Checkpoint:
         mine, its = student_tensors(student), self.tensors
         return all(name in its and torch.equal(t.cpu(), its[name]) for name, t in mine.items())
 
+    @torch.no_grad()
+    def load(self, student: nn.Module) -> None:
+        """Give a student its saved weights, in place."""
+        for name, tensor in student_tensors(student).items():
+            tensor.copy_(self.tensors[name])
+
     def restore(self, student: nn.Module, optimizer) -> list[dict]:
         """Give student and optimiser their saved state, in place; returns the history."""
-        with torch.no_grad():
-            for name, tensor in student_tensors(student).items():
-                tensor.copy_(self.tensors[name])
+        self.load(student)
         parameters = dict(student.named_parameters())
         for name, tensor in self.tensors.items():
             prefix, _, parameter = name.partition("/")
