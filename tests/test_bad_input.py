@@ -1,13 +1,18 @@
-"""What the public functions say to what they cannot use: one line, with what would do."""
+"""What the functions and the commands say to what they cannot use: one line, with what would do."""
 
 import copy
 import dataclasses
+import importlib.util
 import math
+import re
+import shlex
 
 import pytest
 import torch
+from test_cli import make_text, run, save
 
 import willows_kd as kd
+from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
 
 class Things:
@@ -228,6 +233,124 @@ def test_what_cannot_be_used_is_refused_in_one_line(rule, things, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"file.txt"}
     after = things.student.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+
+
+# -- the command line ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tokenizer, tmp_path_factory):
+    """A directory with all that a command line can name, good and bad. No test writes there."""
+    place = tmp_path_factory.mktemp("place")
+    save(place / "large", tokenizer)
+    save(place / "small", tokenizer, n_layer=1, n_positions=64)
+    larger = load_tokenizer(BUNDLED_TEACHER)
+    larger.add_tokens(["<extra>"])
+    save(place / "stranger", larger, n_layer=1)
+    (place / "text.txt").write_text(make_text(1000), encoding="utf-8")
+    (place / "short.txt").write_text("The Mole had been working.\n", encoding="utf-8")
+    (place / "folder").mkdir()
+    (place / "folder" / "poem.txt").write_text("by me")
+    (place / "student").mkdir()
+    made = '{"temperature": 2.0, "epochs_finished": 3}'
+    (place / "student" / "distillation.json").write_text(made)
+    return place
+
+
+DISTILL = (
+    "distill --model_dir {large} --dataset_path {place}/text.txt --output_dir {new} --epochs 1 "
+    "--block_size 32 --device cpu --dtype float32 "
+)
+COMPARE = "compare {small} {large} --block_size 32 --device cpu "
+
+# One row for each source of an error; the ranges of the settings are tested in test_config.py.
+BAD_COMMANDS = [
+    # the command line itself
+    ("train", "invalid choice: 'train'"),
+    ("--epochs 1", "command"),
+    (DISTILL + "--bogus 1", "--bogus"),
+    (DISTILL + "surplus", "surplus"),
+    (DISTILL + "--epochs", "expected one argument"),
+    (DISTILL + "--epochs 1.5", "invalid int value: '1.5'"),
+    (DISTILL + "--temperature warm", "invalid float value"),
+    (DISTILL + "--dtype float16", "float32"),
+    (DISTILL + "--divergence l2", "forward_kl"),
+    # settings, checkpoints, devices
+    (DISTILL + "--beta 1", "beta is 1.0; it must be above 0 and below 1"),
+    (DISTILL + "--epochs 0", "epochs is 0; it must be a whole number, at least 1"),
+    (DISTILL + "--checkpoint_minutes nan", "checkpoint minutes are nan; they must be at least 0"),
+    (DISTILL + "--device meta", "device meta cannot be used here"),
+    (DISTILL + "--on_policy_share 1 --cache_teacher", "leave it out"),
+    (DISTILL + "--on_policy_share 1 --alpha 0.5", "must be 0 if the student writes the text"),
+    # models
+    (DISTILL + "--block_size 129", "block_size is 129; this model takes 2 to 128"),
+    (DISTILL + "--layers 5", "layers is 5; this teacher allows 1 to 4"),
+    (DISTILL + "--layers 2 --student {small}", "leave out --student"),
+    (DISTILL + "--init last", "'last' is none of auto, spaced, first, influence, contiguous"),
+    (DISTILL + "--init 0,4", "init is [0, 4]; layer numbers must rise and lie between 0 and 3"),
+    (DISTILL + "--init 0,3 --layers 3", "be as many as layers, 3"),
+    (DISTILL + "--model_dir {place}/missing", "does not exist"),
+    (DISTILL + "--model_dir no-such-owner/no-such-model", "no-such-model"),
+    (DISTILL + "--model_dir ''", "model_dir is empty"),
+    (DISTILL + "--student {place}/folder", "no config.json"),
+    (DISTILL + "--student no-such-owner/no-such-model", "--student half"),
+    (DISTILL + "--student {small} --block_size 65", "2 to 64"),
+    # texts
+    (DISTILL + "--dataset_path {place}/missing.txt", "does not exist"),
+    (DISTILL + "--dataset_path {place}/short.txt", "too short"),
+    # where the student goes
+    (DISTILL + "--output_dir {place}/folder", "no distillation wrote"),
+    (DISTILL + "--output_dir {place}/student", "T = 2.0, 3 epochs); choose another --output_dir"),
+    (DISTILL + "--output_dir {place}/student --resume", "holds a student"),
+    (DISTILL + "--output_dir {place}/short.txt/below/student", "cannot be written"),
+    (DISTILL + "--overwrite --output_dir {place}/short.txt", "is a file"),
+    (DISTILL + "--overwrite --output_dir /", "root of a disk"),
+    # the other commands
+    ("generate --prompt A", "DIR"),
+    ("generate {place}/missing", "does not exist"),
+    ("generate {small} --max_new_tokens 0", "at least 1"),
+    ("generate {small} --temperature nan", "at least 0"),
+    ("generate {small} --top_k -1", "0 for all tokens"),
+    ("generate {small} --seed -1", "from 0 to"),
+    ("compare {small}", "at least two models"),
+    ("compare {small} {small}", "each once"),
+    ("compare {small} {large} --block_size 65", "this model takes 2 to 64"),
+    (COMPARE + "--device tpu9", "cannot be used here"),
+    (COMPARE + "--dataset_path {place}/short.txt", "too short"),
+    (COMPARE + "--output_dir {place}/folder", "add --overwrite"),
+    (COMPARE + "--output_dir {place}/student", "holds a student"),
+    (COMPARE + "--output_dir {small} --overwrite", "would be replaced"),
+    ("export {small} --output_dir {new}", "--to"),
+    ("export {small} --to pickle --output_dir {new}", "invalid choice: 'pickle'"),
+    ("export {small} --to gguf --output_dir {place}/text.txt", "is a file"),
+    ("export {small} --to gguf --output_dir {place}/student", "holds a student"),
+    ("export {small} --to gguf --output_dir {place} --overwrite", "would be replaced"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD_COMMANDS, ids=[row[0] for row in BAD_COMMANDS])
+def test_a_bad_command_is_one_line_and_exit_code_2_and_writes_nothing(
+    arguments, said, place, tmp_path, capsys
+):
+    before = sorted(place.rglob("*"))
+    given = {"place": place, "new": tmp_path / "new"}
+    given |= {name: place / name for name in ("small", "large")}
+    assert run(shlex.split(arguments.format(**given))) == 2
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"error: [^\n]+\n", shown.err)
+    assert said in shown.err
+    assert sorted(place.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["onnx", "onnx-int8", "gguf"])
+def test_without_its_packages_export_says_what_to_install(to, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    output = tmp_path / "out"
+    assert run(["export", str(place / "small"), "--to", to, "--output_dir", str(output)]) == 2
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r'error: .* needs .*; pip install "willows-kd\[export\]"\n', shown)
+    assert not output.exists()
 
 
 # -- odd, but good ---------------------------------------------------------------------

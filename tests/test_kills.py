@@ -40,7 +40,9 @@ def options(model_dir, story, tmp_path) -> list[str]:
     """A job of some forty steps, each followed by a checkpoint."""
     text = tmp_path / "text.txt"
     text.write_text(story.text[:40_000], encoding="utf-8")
-    given = f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --epochs 2"
+    given = (
+        f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --epochs 2 --dtype float32"
+    )
     return [*given.split(), "--checkpoint_minutes", "0"]
 
 
@@ -67,7 +69,8 @@ def test_killed_at_any_point_of_its_writing_nothing_is_lost(options, tmp_path):
     killed.mkdir()
     (killed / SETTINGS_FILE).write_text("{}")  # an earlier output
     script = Path(__file__).with_name("killed_runs.py")
-    found = json.loads(python(script, 0, killed, "--resume", "--cache_teacher", *options))
+    again = ["--resume", "--overwrite", "--cache_teacher"]
+    found = json.loads(python(script, 0, killed, *again, *options))
     assert found["end"] == 0
     earlier, new = [SETTINGS_FILE], sorted(path.name for path in whole.iterdir())
     for point, names in found["after"].items():

@@ -42,16 +42,8 @@ def start(command: list) -> str:
 def run(launcher: list[str], model_dir, text, output, *more: str) -> str:
     """Distil in new processes; returns what they said."""
     options = f"--model_dir {model_dir} --dataset_path {text} --output_dir {output}".split()
-    options += [
-        "--block_size",
-        "32",
-        "--batch_size",
-        "5",
-        "--gradient_accumulation_steps",
-        "2",
-        "--epochs",
-        "2",
-    ]
+    options += ["--block_size", "32", "--batch_size", "5", "--gradient_accumulation_steps", "2"]
+    options += ["--epochs", "2", "--dtype", "float32"]
     return start(["-m", *launcher, "willows_kd", "distill", *options, *more])
 
 
@@ -66,7 +58,7 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
     [
         (TORCHRUN, ["--cache_teacher"]),
         (ACCELERATE, []),
-        (TORCHRUN, ["--text", "mix", "--hidden_weight", "0.5"]),
+        (TORCHRUN, ["--on_policy_share", "0.5", "--hidden_weight", "0.5"]),
     ],
     ids=["run", "launch", "writing"],
 )

@@ -1,8 +1,7 @@
-"""The commands for trained models: what they print and save, and what they refuse."""
+"""The commands for trained models: what they print and save."""
 
 import errno
 import functools
-import importlib.util
 import os
 import re
 from types import SimpleNamespace
@@ -14,15 +13,12 @@ from test_cli import make_text, run, save
 import willows_kd as kd
 from willows_kd import evaluation, files
 from willows_kd.cli import distill as commands
-from willows_kd.cli import parse
 from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
-
-COMMANDS = ("generate", "compare", "export")
 
 
 @pytest.fixture(scope="module")
 def place(tokenizer, tmp_path_factory):
-    """Two models with one vocabulary and one with its own, a text, and other files."""
+    """Models with one vocabulary, one with its own, and a text."""
     place = tmp_path_factory.mktemp("place")
     save(place / "large", tokenizer)
     save(place / "small", tokenizer, n_layer=1)
@@ -31,9 +27,6 @@ def place(tokenizer, tmp_path_factory):
     save(place / "stranger", larger, n_layer=1)
     save(place / "elsewhere" / "large", tokenizer, n_layer=1)
     (place / "text.txt").write_text(make_text(1000), encoding="utf-8")
-    (place / "short.txt").write_text("The Mole had been working.\n", encoding="utf-8")
-    (place / "folder").mkdir()
-    (place / "folder" / "poem.txt").write_text("by me")
     return place
 
 
@@ -52,9 +45,11 @@ def compare(place, tmp_path, monkeypatch):
 
 
 def table_in(said: str) -> dict[str, list[str]]:
-    """The rows of a printed table."""
-    lines = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("|")]
-    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+    """The rows of a printed table, which ends at an empty line."""
+    head, *lines = said.split("\n\n")[0].splitlines()
+    assert all(len(line) <= 80 for line in [head, *lines])
+    rows = (re.split("  +", line, maxsplit=1) for line in lines)
+    return {"": head.split()} | {name: cells.split() for name, cells in rows}
 
 
 # -- generate --------------------------------------------------------------------------
@@ -90,7 +85,7 @@ def test_compare_prints_and_saves_the_table(compare, tmp_path, capsys):
     assert rows[""] == ["large", "small"]
     assert rows["KL from the teacher (nats per token)"][0] == "0.000"
     assert float(rows["KL from the teacher (nats per token)"][1]) > 0
-    assert "Measured on the held-out test text of text, " in said.out
+    assert "\nMeasured on the held-out test text of text,\nwith " in said.out
     assert "Traceback" not in said.err
     assert {path.name for path in output.iterdir()} == {"comparison.csv", "tradeoff.png"}
     table = pd.read_csv(output / "comparison.csv", index_col="model")
@@ -118,8 +113,8 @@ def test_models_of_several_vocabularies_are_compared_by_bytes(compare, tmp_path,
 
 def test_models_of_one_name_are_called_by_their_paths(compare, place, capsys):
     assert compare("large elsewhere/large") == 0
-    names = table_in(capsys.readouterr().out)[""]
-    assert names == [str(place / "large"), str(place / "elsewhere" / "large")]
+    said = capsys.readouterr().out
+    assert str(place / "large") in said and str(place / "elsewhere" / "large") in said
 
 
 # -- export ----------------------------------------------------------------------------
@@ -149,73 +144,6 @@ def test_an_export_to_onnx_is_measured_and_goes_on_with_a_prompt(
     wanted = capsys.readouterr().out
     assert run(["generate", output, *greedy]) == 0
     assert capsys.readouterr().out == wanted
-
-
-# -- help and bad input ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_names_every_option_and_exit_code(command, capsys):
-    assert run([command, "--help"]) == 0
-    shown = capsys.readouterr().out
-    needed = {"generate": ["--prompt", "a"], "export": ["--to", "gguf", "--output_dir", "b"]}
-    for option in vars(parse([command, "m", *needed.get(command, [])])):
-        assert option in ("command", "model_dir") or f"--{option}" in shown
-    assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == ["0", "1", "2", "3", "130"]
-
-
-BAD_INPUTS = [
-    ("generate {small}", "--prompt"),
-    ("generate --prompt A", "DIR"),
-    ("generate {place}/missing --prompt A", "does not exist"),
-    ("generate {place}/folder --prompt A", "no config.json"),
-    ("generate {small} --prompt A --max_new_tokens 0", "at least 1"),
-    ("generate {small} --prompt A --max_new_tokens few", "--max_new_tokens"),
-    ("generate {small} --prompt A --temperature -1", "at least 0"),
-    ("generate {small} --prompt A --temperature nan", "at least 0"),
-    ("generate {small} --prompt A --top_k -1", "0 for all tokens"),
-    ("generate {small} --prompt A --seed -1", "from 0 to"),
-    ("compare {small}", "at least two models"),
-    ("compare {small} {small}", "each once"),
-    ("compare {small} {place}/missing", "does not exist"),
-    ("compare {small} {large} --device tpu9", "cannot be used here"),
-    ("compare {small} {large} --block_size 1", "block_size is 1"),
-    ("compare {small} {large} --block_size 4096", "this model takes 2 to 128"),
-    ("compare {small} {large} --dataset_path {place}/missing.txt", "does not exist"),
-    ("compare {small} {large} --dataset_path {place}/short.txt", "too short"),
-    ("compare {small} {large} --output_dir {place}/text.txt", "is a file"),
-    ("compare {small} {large} --output_dir {place}/folder", "add --overwrite"),
-    ("compare {small} {large} --output_dir {small} --overwrite", "would be replaced"),
-    ("export {small} --output_dir {new}", "--to"),
-    ("export {small} --to gguf", "--output_dir"),
-    ("export {small} --to pickle --output_dir {new}", "invalid choice: 'pickle'"),
-    ("export {small} --to gguf --output_dir {place}/text.txt", "is a file"),
-    ("export {small} --to gguf --output_dir {place} --overwrite", "would be replaced"),
-    ("export {place}/missing --to onnx --output_dir {new}", "does not exist"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "said"), BAD_INPUTS, ids=[row[0] for row in BAD_INPUTS])
-def test_bad_input_is_one_line_and_exit_code_2(arguments, said, place, tmp_path, capsys):
-    before = sorted(place.rglob("*"))
-    given = {"place": place, "new": tmp_path / "new"}
-    given |= {name: place / name for name in ("small", "large")}
-    assert run(arguments.format(**given).split()) == 2
-    shown = capsys.readouterr()
-    assert re.fullmatch(r"error: [^\n]+\n", shown.err)
-    assert said in shown.err
-    assert sorted(place.rglob("*")) == before
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("to", ["onnx", "onnx-int8", "gguf"])
-def test_without_its_packages_export_says_what_to_install(to, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    output = tmp_path / "out"
-    assert run(["export", str(place / "small"), "--to", to, "--output_dir", str(output)]) == 2
-    shown = capsys.readouterr().err
-    assert re.fullmatch(r'error: .* needs .*; pip install "willows-kd\[export\]"\n', shown)
-    assert not output.exists()
 
 
 def test_a_full_disk_is_exit_code_3_and_leaves_nothing(compare, tmp_path, capsys, monkeypatch):

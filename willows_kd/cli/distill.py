@@ -465,9 +465,9 @@ def as_text(table: pd.DataFrame) -> str:
     """The table of `compare` in plain text, at most 80 columns wide."""
     rows = [line.split("|")[1:-1] for line in as_markdown(table).splitlines()]
     names, _, *rows = [[cell.strip() for cell in row] for row in rows]
-    columns = [f" {name}" for name in names[1:]]  # names may be of several words
-    cells = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], columns)
-    return cells.to_string(line_width=80)
+    cells = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], names[1:])
+    widths = [len(name) + 1 for name in cells]  # names may be of several words
+    return cells.to_string(line_width=80, col_space=widths)
 
 
 def describe(table: pd.DataFrame) -> str:
