@@ -27,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from willows_kd import corpus, evaluation, gutenberg, models
+from willows_kd import corpus, evaluation, files, models
 from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
 from willows_kd.errors import WriteError
@@ -855,7 +855,7 @@ sys.exit(f"imported: {slow}" if slow else 0)
 
 def test_with_the_cache_the_student_is_the_same_to_the_bit(good_run, quick, place, tmp_path):
     assert run(command_line(place, tmp_path / "student", *GOOD, "--cache_teacher")) == 0
-    assert len(list((gutenberg.cache_folder() / "teachers").iterdir())) == 1
+    assert len(list((files.cache_folder() / "teachers").iterdir())) == 1
     wanted = load_file(good_run.folder / "model.safetensors")
     found = load_file(tmp_path / "student" / "model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
