@@ -154,7 +154,7 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
         "⚙️ Tokenizing dataset...",
         "✂️ Layers 0,3 of 4 (spaced): perplexity",
         "🚀 Starting distillation training...",
-        f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or chapters)",
+        f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or rows)",
         "✅ Epoch 1: Average Loss",
         "✅ Epoch 2: Average Loss",
         f"💾 Saving distilled student model to: {good_run.folder}",

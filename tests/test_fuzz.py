@@ -30,22 +30,8 @@ FRAGMENTS = [
     *("*** START OF THE PROJECT GUTENBERG EBOOK ***", "*** END OF THE BOOK ***", "* * *"),
     *("[Illustration: a toad]", "[Pg 12]", "{99}", "_rat_", "__", "_", "I said so.", "Mole"),
     *("\n", "\n\n", "\r\n", "\r", "\t", " ", "   \n  ", "\f", "\v", "\x1a", "\0", "\ufeff"),
-    *(
-        "\u2028",
-        "\x85",
-        "\xa0",
-        "é",
-        "ß",
-        "İ",
-        "ﬁ",
-        "☃",
-        "🐀",
-        "שלום",
-        "a" * 130,
-        "<b>&amp;",
-        "---",
-        "a: b",
-    ),
+    *("\u2028", "\x85", "\xa0", "é", "ß", "İ", "ﬁ", "☃", "🐀", "שלום", "a" * 130, "<b>&amp;"),
+    *("---\n", "title: a\n"),
 ]
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=40).map("".join)
 codecs = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])

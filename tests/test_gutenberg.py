@@ -159,9 +159,9 @@ def test_what_is_not_the_whole_book_is_refused_and_not_kept(body, answer, proble
 
 def test_a_server_that_does_not_answer_is_given_up(site, fetch, monkeypatch):
     monkeypatch.setattr(corpus, "TIMEOUT", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(kd.InputError, match="timed out"):
-            fetch(f"https://127.0.0.1:{silent.getsockname()[1]}/book")
+    refused = pytest.raises(kd.InputError, match="timed out")
+    with socket.create_server(("127.0.0.1", 0)) as silent, refused:
+        fetch(f"https://127.0.0.1:{silent.getsockname()[1]}/book")
 
 
 def test_each_problem_is_named_once(site, fetch):

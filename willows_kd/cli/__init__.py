@@ -180,8 +180,8 @@ def add_text(parser: Parser) -> None:
     add = parser.add_argument
     text = "a text (default: The Wind in the Willows; offline, the sample story)"
     add("--dataset_path", help=text)
-    add("--text_column", help="column of a JSON Lines or Parquet file that holds the text")
-    add("--encoding", help="encoding of the text, such as cp1251 (default: found out)")
+    add("--text_column", help="column of a table that holds the text")
+    add("--encoding", help="encoding of the text, such as cp1251 (default: UTF-8)")
     add("--block_size", type=int, default=128, help="tokens in a block (default: 128)")
     add_device(parser)
 

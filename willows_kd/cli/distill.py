@@ -161,7 +161,7 @@ def train(
     """
     print("🚀 Starting distillation training...")
     if job.corpus.skipped:
-        print(f"⚠️ Skipping empty input batch... ({job.corpus.skipped} empty lines or chapters)")
+        print(f"⚠️ Skipping empty input batch... ({job.corpus.skipped} empty lines or rows)")
     sys.stdout.flush()
     kept: dict = {"epoch": 0}
 
