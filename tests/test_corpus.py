@@ -531,7 +531,6 @@ def test_a_block_is_as_long_as_the_models_positions(positions, expected, story, 
     [
         (["It rained."], 1_000, "train"),
         (["It rained. " * 40], 40, "validation"),
-        (["It."], 2, "validation"),
     ],
 )
 def test_a_text_too_short_for_one_block_is_refused(texts, block_size, part, tokenizer):

@@ -8,6 +8,7 @@ import os
 import re
 import urllib.request
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -123,8 +124,8 @@ def read_file(path, provenance=None, text_column=None, encoding=None) -> Corpus:
     """Read a text file into a `Corpus`: the book and the sample story by chapter."""
     path = Path(path)
     require(text_column is None, f"{path} has no columns; text_column is for {', '.join(READERS)}")
-    text = decode(read_bytes(path), str(path), encoding)
-    return parse_text(text, path.stem, provenance or str(path))
+    provenance = provenance or str(path)
+    return parse_text(decode(read_bytes(path), str(path), encoding), path.stem, provenance)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -173,6 +174,7 @@ def parse_text(raw: str, title: str, provenance: str) -> Corpus:
     """
     raw = strip_licence(METADATA.sub("", raw)).strip("\n")
     skipped = sum(1 for _ in SURPLUS_BLANK_LINE.finditer(raw))
+    raw = FURNITURE.sub("", raw)  # under the same name: one copy less of a large text
     found, chapters = chapters_of(raw)
     texts = tuple(map(clean, chapters))
     require(all(texts), f"{provenance} holds no text; give a file with a few paragraphs in it")
@@ -197,9 +199,9 @@ def chapters_of(text: str) -> tuple[str | None, list[str]]:
 
 
 def clean(text: str) -> str:
-    """A text without page furniture and hand-made line ends, a blank line between paragraphs."""
+    """A text without hand-made line ends, a blank line between its paragraphs."""
     tidy, between = io.StringIO(), ""  # not a list: the paragraphs of 20 MB take as much again
-    for piece in pieces_of(FURNITURE.sub("", text).strip("\n")):
+    for piece in pieces_of(text.strip("\n")):
         for paragraph in unwrap(piece):
             tidy.write(between + paragraph)
             between = "\n\n"
@@ -472,7 +474,7 @@ def place_of(texts: Sequence[str], share: float) -> tuple[int, int]:
     end = text.find("\n\n", at)
     end = len(text) if end < 0 else end
     if end - start > total / 10:
-        spaces = text.rfind(" ", start, at), text.rfind("\n", start, at)
+        spaces = text.rfind(" ", start, at + 1), text.rfind("\n", start, at + 1)
         return number, max(spaces) if max(spaces) > start else at
     return number, start if at - start <= end - at else end
 
@@ -590,20 +592,18 @@ def in_blocks(tokens: torch.Tensor, width: int, first: int | None) -> torch.Tens
 def tokenize(texts: Iterable[str], tokenizer) -> torch.Tensor:
     """The token ids of some texts in a row, an end-of-text token between them, shape (tokens,)."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    found = [np.empty(0, np.int32)]
+    tokens = array("q")  # int64, of a quarter of the memory that a list takes
     for text in texts:
         for piece in cut(text, LONGEST_PIECE):
-            found.append(encode(piece, tokenizer))
-        found.append(np.array(end, np.int32))
-    tokens = np.concatenate(found, dtype=np.int64)
-    return torch.from_numpy(tokens[: len(tokens) - len(end)])
+            tokens.extend(encode(piece, tokenizer))
+        tokens.extend(end)
+    return torch.from_numpy(np.asarray(tokens)[: len(tokens) - len(end)])
 
 
-def encode(text: str, tokenizer) -> np.ndarray:
-    """The token ids of a text and nothing before or after them, int32."""
+def encode(text: str, tokenizer) -> list[int]:
+    """The token ids of a text and nothing before or after them."""
     # verbose=False: a text longer than the model's context is what we are here to cut
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.array(ids, np.int32)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def tokenize_chats(
@@ -615,20 +615,19 @@ def tokenize_chats(
     are no answers.
     """
     end, first = tokenizer.eos_token_id or 0, first_token(tokenizer)
-    tokens, is_answer = [np.empty(0, np.int32)], [np.empty(0, bool)]
+    tokens, is_answer = array("q"), array("b")
     for row in rows:
-        turns = [(encode(text, tokenizer), answers) for text, answers in turns_of(row, tokenizer)]
-        ids = np.concatenate([ids for ids, _ in turns])
-        answers = np.concatenate([np.full(len(ids), answer) for ids, answer in turns])
-        if first is not None and ids[0] == first:  # a template's own
-            ids, answers = ids[1:], answers[1:]
-        more = -len(ids) % width
-        tokens.append(np.pad(ids, (0, more), constant_values=end))
-        is_answer.append(np.pad(answers, (0, more)))
-    return (
-        torch.from_numpy(np.concatenate(tokens, dtype=np.int64)),
-        torch.from_numpy(np.concatenate(is_answer)),
-    )
+        begin = len(tokens)
+        for text, answers in turns_of(row, tokenizer):
+            ids = encode(text, tokenizer)
+            if len(tokens) == begin and ids[:1] == [first]:  # a template's own
+                ids = ids[1:]
+            tokens.extend(ids)
+            is_answer.extend([answers] * len(ids))
+        more = -len(tokens) % width
+        tokens.extend([end] * more)
+        is_answer.extend([False] * more)
+    return torch.from_numpy(np.asarray(tokens)), torch.from_numpy(np.asarray(is_answer)) > 0
 
 
 def turns_of(row: dict, tokenizer) -> list[tuple[str, bool]]:
