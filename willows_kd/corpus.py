@@ -117,6 +117,7 @@ EMPHASIS = re.compile(r"(?<!\w)_([^_]+)_(?!\w)")
 PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
 LINE_BREAK = re.compile(r"\n")
 SURPLUS_BLANK_LINE = re.compile(r"^[^\S\n]*\n(?=[^\S\n]*\n)", re.MULTILINE)
+ODD_SPACES = re.compile(r"\s{2,}|[^\S ]")  # all but one plain space
 LONGEST_WRAPPED_LINE = 120  # characters: a longer line was never broken by hand
 
 
@@ -225,7 +226,7 @@ def unwrap(piece: str) -> list[str]:
     keep their breaks; lines too long to have been broken are paragraphs themselves.
     """
     lines = [line for line in piece.split("\n") if line.strip()]
-    tidy = [EMPHASIS.sub(r"\1", " ".join(line.split())) for line in lines]
+    tidy = [EMPHASIS.sub(r"\1", ODD_SPACES.sub(" ", line.strip())) for line in lines]
     if any(len(line) > LONGEST_WRAPPED_LINE for line in lines):
         return tidy
     verse = len(lines) > 1 and all(line[0].isspace() for line in lines)
