@@ -146,7 +146,7 @@ HOSTILE_CELLS = [
     "Path('hostile.txt').write_text(chr(10).join([text, ''] * 400))\n"
     "corpus = kd.load_corpus('hostile.txt')\n"
     "blocks = kd.pack(corpus, tokenizer)\n"
-    "corpus.chapters[0].title, corpus.text[:200]",
+    "corpus.title, corpus.text[:200]",
     "kd.prompt_box({text: teacher, 'student': student}, tokenizer, prompt=text)",
     "kd.explore_temperature(teacher, tokenizer, [text, 'The Mole'])",
     "kd.explore_tokens(teacher, student, tokenizer, text)",

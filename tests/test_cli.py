@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import willows_kd
-from willows_kd import corpus, evaluation, gutenberg, models
+from willows_kd import corpus, evaluation, files, models
 from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
 from willows_kd.errors import InputError, WriteError
@@ -163,7 +163,7 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
         "   Its perplexity before training:",
         f"⚠️ {UNTRAINED}",
         "🚀 Starting distillation training...",
-        f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or chapters)",
+        f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or rows)",
         "✅ Epoch 1: Average Loss",
         "✅ Epoch 2: Average Loss",
         f"💾 Saving distilled student model to: {good_run.folder}",
@@ -860,7 +860,7 @@ sys.exit(f"imported: {slow}" if slow else 0)
 
 def test_with_the_cache_the_student_is_the_same_to_the_bit(good_run, quick, place, tmp_path):
     assert run(command_line(place, tmp_path / "student", *GOOD, "--cache_teacher")) == 0
-    assert len(list((gutenberg.cache_folder() / "teachers").iterdir())) == 1
+    assert len(list((files.cache_folder() / "teachers").iterdir())) == 1
     wanted = load_file(good_run.folder / "model.safetensors")
     found = load_file(tmp_path / "student" / "model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

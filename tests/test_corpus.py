@@ -1,33 +1,23 @@
-"""Reading a book: bytes to text, text to chapters, chapters to splits, splits to blocks."""
+"""Reading: bytes and tables to texts, texts to splits, splits to blocks with their masks."""
 
 import codecs
 import copy
 import gzip
+import hashlib
 import json
 import textwrap
 
 import datasets
-import numpy as np
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import willows_kd as kd
 from willows_kd import corpus as corpus_file
-from willows_kd import gutenberg
-from willows_kd.chapters import roman
-from willows_kd.corpus import (
-    FRONT_MATTER_LIMIT,
-    LENGTH_OF_A_BOOK,
-    LONGEST_WRAPPED_LINE,
-    decode,
-    is_willows,
-    parse_book,
-    read_book,
-    split,
-    tokenize,
-)
+from willows_kd.corpus import LONGEST_WRAPPED_LINE, WILLOWS, decode, parse_text, split, tokenize
 from willows_kd.models import BUNDLED_TEACHER
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
@@ -38,17 +28,19 @@ WILLOWS_TITLES = ["THE RIVER BANK", *(f"TITLE {n}" for n in ROMAN[1:11]), "THE R
 repeatable = settings(derandomize=True, deadline=None, max_examples=50)
 
 
+@pytest.fixture(autouse=True)
+def own_tables(tmp_path_factory, monkeypatch):
+    """Tables are not mapped into the user's cache."""
+    folder = tmp_path_factory.mktemp("tables")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+
+
 def parse(text: str) -> kd.Corpus:
-    return parse_book(text, "file-name", "a test")
+    return parse_text(text, "file-name", "a test")
 
 
-def chapters(text: str) -> list[tuple[str, str]]:
-    return [(chapter.title, chapter.text) for chapter in parse(text).chapters]
-
-
-def corpus_of(texts: list[str], skipped: int = 0) -> kd.Corpus:
-    found = (kd.Chapter(n, f"Title {n}", text) for n, text in enumerate(texts, start=1))
-    return kd.Corpus("A test", "a test", tuple(found), skipped)
+def corpus_of(texts: list, skipped: int = 0) -> kd.Corpus:
+    return kd.Corpus("A test", "a test", tuple(texts), skipped)
 
 
 # -- bytes to text ---------------------------------------------------------------------
@@ -56,79 +48,46 @@ def corpus_of(texts: list[str], skipped: int = 0) -> kd.Corpus:
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize(
-    ("mark", "codec"),
+    ("mark", "codec", "named"),
     [
-        (b"", "utf-8"),
-        (codecs.BOM_UTF8, "utf-8"),
-        (b"", "utf-16-le"),
-        (b"", "utf-16-be"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"),
-        (b"", "cp1252"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "BOM" if value else "plain",
-)
-def test_text_is_decoded_whatever_its_encoding_and_line_ends(mark, codec, line_end):
-    text = "‘Ho!’ cried the naïve badger.\n\n“So late?” — it was.\n"
-    assert decode(mark + text.replace("\n", line_end).encode(codec)) == text
-
-
-def test_marks_of_files_are_no_text():
-    assert decode("One.\n\ufeffTwo.\n\x1a".encode(), encoding="utf-8") == "One.\nTwo.\n"
-
-
-RUSSIAN = "Крот трудился всё утро. "
-FRENCH = "« L’été, où naît la forêt », dit-il — ça ira, très élégant, n’est-ce pas ? "
-
-
-@pytest.mark.parametrize(
-    ("text", "encoding", "warned"),
-    [
-        (RUSSIAN, "cp1251", True),
-        (RUSSIAN, "koi8-r", True),
-        ("鼹鼠整个上午都在努力工作，", "gbk", True),
-        ("It’s ‘so’. é", "utf-8", True),  # with a byte that is not
-        (FRENCH, "cp1252", False),
-        (RUSSIAN, "utf-8", False),
+        (b"", "utf-8", None),
+        (codecs.BOM_UTF8, "utf-8", None),
+        (codecs.BOM_UTF16_LE, "utf-16-le", None),
+        (codecs.BOM_UTF16_BE, "utf-16-be", None),
+        (b"", "cp1252", "cp1252"),
     ],
 )
-def test_text_that_looks_wrong_is_warned_of_once_unless_its_encoding_is_named(
-    text, encoding, warned, recwarn
+def test_utf8_and_marked_utf16_are_read_and_another_encoding_if_it_is_named(
+    mark, codec, named, line_end
 ):
-    raw = (text * 5).encode(encoding)
-    decode(raw + (b"\xe9" if "é" in text and encoding == "utf-8" else b""), "my_file")
-    messages = [str(warning.message) for warning in recwarn]
-    assert len(messages) == warned
-    assert all("my_file" in message and "--encoding" in message for message in messages)
-    recwarn.clear()
-    assert decode(raw, encoding=encoding) == text * 5
-    assert not recwarn
+    text = "‘Ho!’ cried the naïve badger.\n\n“So late?” — it was.\n"
+    raw = mark + text.replace("\n", line_end).encode(codec)
+    assert decode(raw, encoding=named) == text
+    assert decode(raw + "\x1a\ufeff".encode(codec, "ignore"), encoding=named) == text
 
 
 @pytest.mark.parametrize(
-    ("encoding", "problem"),
-    [("utf-8", "not text in utf-8"), ("cp1", "'cp1' is no known"), ("hex", "'hex' is no known")],
-)
-def test_an_encoding_that_does_not_fit_is_refused(encoding, problem):
-    with pytest.raises(kd.InputError, match=problem):
-        decode(RUSSIAN.encode("cp1251"), encoding=encoding)
-
-
-@pytest.mark.parametrize(
-    "raw",
+    ("raw", "encoding", "problem"),
     [
-        bytes(1_000),
-        bytes(range(256)),
-        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00",
-        gzip.compress(b"It rained.", mtime=0),
-        (BUNDLED_TEACHER / "model.safetensors").read_bytes(),
-        codecs.BOM_UTF16_LE + b"\x41",
+        ("Крот".encode("cp1251"), None, "my_file is not text in UTF-8; .*--encoding"),
+        ("naïve".encode("cp1252"), None, "my_file is not text in UTF-8; .*--encoding"),
+        ("It rained.".encode("utf-16-le"), None, "my_file is not text in UTF-8; .*--encoding"),
+        ("Крот".encode("cp1251"), "utf-8", "not text in utf-8"),
+        (b"It rained.", "cp1", "'cp1' is no known encoding"),
+        (b"It rained.", "hex", "'hex' is no known encoding"),
+        (bytes(1_000), None, "my_file is not text"),
+        (gzip.compress(b"It rained.", mtime=0), None, "my_file is not text"),
+        ((BUNDLED_TEACHER / "model.safetensors").read_bytes(), None, "my_file is not text"),
+        (codecs.BOM_UTF16_LE + b"\x41", None, "my_file is not text"),
+        (b"%PDF-1.7\n%\xe2\xe3", None, "my_file is a PDF; save it as plain text"),
+        (b"\xef\xbb\xbf\n <!DOCTYPE HTML>\n<p>It rained.", None, "my_file is HTML"),
+        ("<html><p>It rained.".encode("utf-16"), None, "my_file is HTML"),
     ],
-    ids=["zeros", "every byte", "a picture", "an archive", "weights", "half a character"],
 )
-def test_what_is_not_text_is_refused(raw):
-    with pytest.raises(kd.InputError, match="my_file is not text"):
-        decode(raw, "my_file")
+def test_what_is_no_text_or_in_an_encoding_not_named_is_refused(raw, encoding, problem):
+    with pytest.raises(kd.InputError, match=problem) as caught:
+        decode(raw, "my_file", encoding)
+    assert "\n" not in str(caught.value)
 
 
 # -- text to chapters ------------------------------------------------------------------
@@ -149,13 +108,10 @@ LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
             id="verse",
         ),
         pytest.param("  One day\nit rained.\n\nSo.", "One day it rained.\n\nSo.", id="indent"),
-        pytest.param("One.\n\n[Illustration]\n\nTwo.", "One.\n\nTwo.", id="picture"),
         pytest.param(
             "One.\n\n[Illustration: A badger\n\nin bed]\n\nTwo.", "One.\n\nTwo.", id="caption"
         ),
-        pytest.param("One.\n\n  *    *    *\n\nTwo.", "One.\n\nTwo.", id="spaced asterisks"),
-        pytest.param("One.\n\n*****\n\nTwo.", "One.\n\nTwo.", id="asterisks"),
-        pytest.param("One.\n\n· · ·\n\nTwo.", "One.\n\nTwo.", id="dots"),
+        pytest.param("One.\n\n  *    *    *\n\n· · ·\n\nTwo.", "One.\n\nTwo.", id="asterisks"),
         pytest.param("One {12}day [Pg 13] it rained.", "One day it rained.", id="page numbers"),
         pytest.param(
             "It was _very_ wet, _far\ntoo_ wet.\n\nSo.",
@@ -164,180 +120,92 @@ LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
         ),
         pytest.param("Call it my_own_name.", "Call it my_own_name.", id="underscores in a word"),
         pytest.param(
-            f"One.\n\n{LONG_LINE}\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo.", id="over-long line"
+            f"One.\n\n_{LONG_LINE}_\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo.", id="over-long line"
         ),
+        pytest.param("I. FOG\n\nSo.\n\nII. RAIN\n\nSo.", None, id="headings of another book"),
+        pytest.param("---\ntitle: Fog\ntags:\n- wet\n---\n\nSo.", "So.", id="metadata"),
+        pytest.param("---\n\nIt rained: so.\n\n---\n\nSo.", None, id="a rule is no metadata"),
         pytest.param(
-            f"One.\n\n_{LONG_LINE}_", f"One.\n\n{LONG_LINE}", id="emphasis in an over-long line"
+            "---\na: b\n---\n\nSo: it rained.\n\n---\n\nSo.",
+            "So: it rained.\n\n---\n\nSo.",
+            id="a rule after metadata",
         ),
     ],
 )
-def test_text_is_cleaned(raw, clean):
-    assert parse(raw).text == clean
+def test_text_is_cleaned_and_is_one_text(raw, clean):
+    assert parse(raw).texts == (raw if clean is None else clean,)
+    assert parse(raw).title == "file-name"
 
 
-@pytest.mark.parametrize(
-    "raw", ["", " \n\n\t\n", "[Illustration]\n\n* * *", "I. SPRING\n\nII. FOG"]
-)
+@pytest.mark.parametrize("raw", ["", " \n\n\t\n", "[Illustration]\n\n* * *"])
 def test_a_text_with_nothing_to_learn_from_is_refused(raw):
     with pytest.raises(kd.InputError, match="a test holds no text"):
         parse(raw)
 
 
-@pytest.mark.parametrize(("length", "kept"), [(FRONT_MATTER_LIMIT, 0), (FRONT_MATTER_LIMIT + 1, 1)])
-def test_a_preface_is_a_chapter_if_it_is_long(length, kept):
-    preface = "x" * (length - 1) + "."
-    book = parse(f"BY NOBODY\n\n{preface}\n\nCONTENTS\n\nI. SPRING\n\nIt rained.\n\nII. FOG\n\nSo.")
-    expected = [("SPRING", "It rained."), ("FOG", "So.")]
-    assert [(c.title, c.text) for c in book.chapters] == [("file-name", preface)][:kept] + expected
-    assert [c.number for c in book.chapters] == list(range(1, kept + 3))
-    assert book.title == ("file-name" if kept else "BY NOBODY")
+START = "*** START OF THE PROJECT GUTENBERG EBOOK A BOOK ***"
+END = "*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***"
 
 
-SEASONS = ["The Wet Spring", "The Dry Summer", "The Fog"]
-TEXT = "It was _very_ wet that year, said the badger. " * 5 + "So he went to bed."
+def willows(heading: str = "{roman}. {title}", titles=WILLOWS_TITLES, front: str = "") -> str:
+    """A text with the headings of the book; its last chapter is as long as all the others."""
+    return front + "\n\n".join(
+        heading.format(n=n, roman=ROMAN[n - 1], title=title)
+        + f"\n\nWords of chapter <{n}>." * (12 if n == 12 else 1)
+        for n, title in enumerate(titles, start=1)
+    )
 
 
-def book_of(headings: list[str], front: str = "") -> str:
-    """A book with some text below each heading."""
-    return front + "\n\n".join(f"{heading}\n\n{TEXT}\n\n{TEXT}" for heading in headings)
+CONTENTS = "\n\n".join(f"{n}. {title}" for n, title in enumerate(WILLOWS_TITLES, start=1))
 
 
 @pytest.mark.parametrize(
-    ("style", "titles"),
+    "raw",
     [
-        ("{roman}. {upper}", "{upper}"),
-        ("{n}.  {title}", "{title}"),
-        ("  {roman}.   {title}  ", "{title}"),
-        ("0{n} {title}", "{title}"),
-        ("CHAPTER {roman}--{upper}", "{upper}"),
-        ("Chapter {n}: {title}", "{title}"),
-        ("Chapter {roman}. {lower}.", "{lower}."),
-        ("Chapter {word}: {title}", "{title}"),
-        ("ADVENTURE {roman}. {upper}", "{upper}"),
-        ("CHAPTER {n}\n{upper}", "{upper}"),
-        ("{n}\n\n{title}", "{title}"),
-        ("CHAPTER {roman}.\n\n“{title}”", "“{title}”"),
-        ("_THE {ordinal} CHAPTER_\n\n_{upper}_", "{upper}"),
-        ("CHAPTER {roman}", "CHAPTER {roman}"),
-        ("{n}", "{n}"),
-        ("{roman}.", "{roman}."),
+        pytest.param(willows(), id="as it is"),
+        pytest.param(willows("CHAPTER {n}.  {title}"), id="another numbering"),
+        pytest.param(willows(front=f"THE BOOK\n\nCONTENTS\n\n{CONTENTS}\n\n"), id="with contents"),
+        pytest.param(f"Licence.\n{START}\n\n\n{willows()}\n\n{END}\nLicence.", id="with licence"),
+        pytest.param(f"{willows()}\n\n{END.replace('*** ', '***')}\nLicence.", id="its end only"),
     ],
 )
-def test_headings_of_every_style_begin_chapters(style, titles):
-    names = ("n", "roman", "word", "ordinal", "title", "upper", "lower")
-    words, ordinals = ["ONE", "TWO", "THREE"], ["FIRST", "SECOND", "LAST"]
-    cases = [SEASONS, [t.upper() for t in SEASONS], [t.lower() for t in SEASONS]]
-    columns = zip(range(1, 4), ROMAN, words, ordinals, *cases, strict=False)
-    forms = [dict(zip(names, column, strict=True)) for column in columns]
-    book = parse(book_of([style.format(**form) for form in forms]))
-    assert [chapter.title for chapter in book.chapters] == [titles.format(**form) for form in forms]
-    assert {chapter.text for chapter in book.chapters} == {f"{TEXT}\n\n{TEXT}".replace("_", "")}
+def test_the_book_is_split_by_chapter_and_its_front_left_out(raw):
+    corpus = parse(raw)
+    assert corpus.title == WILLOWS
+    assert "Licence" not in corpus.text and "BOOK" not in corpus.text and "TITLE" not in corpus.text
+    for name, wanted in {"train": range(1, 11), "validation": [11], "test": [12]}.items():
+        found = getattr(split(corpus), name)
+        texts = "\n\n".join(found)
+        assert [f"<{n}>" in texts for n in range(1, 13)] == [n in wanted for n in range(1, 13)]
+        assert len(found) == len(wanted)
 
 
-@pytest.mark.parametrize(
-    ("headings", "found"),
-    [
-        pytest.param("1. A|2. B|4. D|5. E", "A B D E", id="one is missing"),
-        pytest.param("1. A|2. B|2. C|4. D", "A B C D", id="a number printed twice"),
-        pytest.param("1. A|2. B|1. C|2. D", "A B C D", id="parts begin again"),
-        pytest.param("CHAPTER I. A|CHAPTER II. B|CHAPTER I. C", "A B C", id="a wrong number"),
-        pytest.param("1. A|2. B|9. I|3. C", "A B C", id="one far off"),
-        pytest.param("ADVENTURE I. A|I|II|ADVENTURE II. B|III. C", "A B C", id="two series"),
-        pytest.param("Chapter 1. A|1|2|3|4|Chapter 2. B", "A B", id="page numbers"),
-        pytest.param("I. A", "", id="a number alone counts nothing"),
-    ],
-)
-def test_the_series_that_counts_furthest_is_the_chapters(headings, found):
-    book = parse(book_of(headings.split("|")))
-    assert [c.title for c in book.chapters] == (found.split() or ["file-name"])
-    assert book.text.count("bed") == 2 * len(headings.split("|"))  # what does not count is text
+@pytest.mark.parametrize("titles", [WILLOWS_TITLES[:11], [*WILLOWS_TITLES[1:], "MORE"]])
+def test_a_part_of_the_book_is_not_the_book(titles):
+    assert len(parse(willows(titles=titles)).texts) == 1
 
 
-@pytest.mark.parametrize(
-    "heading", ["{n}. {upper}", "Chapter {n} {title}", "CHAPTER {n}\n\n{title}"]
-)
-@pytest.mark.parametrize("between", ["\n  ", "\n\n"], ids=["in one block", "a paragraph each"])
-def test_a_contents_page_is_left_out(heading, between):
-    forms = [{"n": n, "title": t, "upper": t.upper()} for n, t in enumerate(SEASONS, start=1)]
-    headings = [heading.format(**form) for form in forms]
-    book = parse(book_of(headings, f"A YEAR\n\n{between.join(['CONTENTS', *headings])}\n\n"))
-    assert [chapter.title.title() for chapter in book.chapters] == SEASONS
-    assert book.title == "A YEAR"
-    assert len(book.text.split()) == 6 * len(TEXT.split())
-    assert book.skipped == 0
+def test_marks_of_project_gutenberg_within_a_line_are_text():
+    assert parse(f"It said {START} and {END}.").text == f"It said {START} and {END}."
 
 
-def test_headings_without_numbers_are_found_by_the_contents_page():
-    contents = "\n".join(f"    {title}\n      A Song" for title in SEASONS)
-    headings = [f"{title.upper()}.\n\nA Song" for title in SEASONS]
-    book = parse(book_of(headings, f"Contents:\n\n{contents}\n\nA YEAR\n\n"))
-    assert [chapter.title for chapter in book.chapters] == [f"{t.upper()}." for t in SEASONS]
-    assert book.text.count("A Song") == 3
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "I. Ho, what a night!|II. Ho, what a day!",
-        "I’ll go.|II’ll go.",
-        "I went.|I WENT OUT",
-        "i. spring|ii. fog",
-        "1908|1909",
-        "1. wash the pan|2. dry it",
-        "Chapter and verse.|Chapter and verse.",
-        "IV. THE FOURTH|V. THE FIFTH",
-        "I. " + "LONG " * 20 + "|II. " + "LONG " * 20,
-    ],
-)
-def test_a_speech_that_begins_like_a_number_is_no_heading(lines):
-    text = "\n\n".join(f"It rained.\n\n{line.strip()}" for line in lines.split("|"))
-    assert chapters(text) == [("file-name", text)]
-
-
-@pytest.mark.parametrize("length", [LENGTH_OF_A_BOOK - 100, LENGTH_OF_A_BOOK + 100])
-@pytest.mark.parametrize("headings", [[], ["I. SPRING", "II. FOG"]])
-def test_one_line_says_that_a_book_has_no_headings(headings, length, recwarn):
-    parse(book_of(headings) + "\n\n" + "It rained. " * (length // 11 + 1))
-    said = [str(warning.message) for warning in recwarn]
-    assert len(said) == (length > LENGTH_OF_A_BOOK and not headings)
-    assert all("no chapter headings" in line and "a test" in line for line in said)
-
-
-def test_roman_numerals_are_read():
-    assert [roman(numeral) for numeral in [*ROMAN, "xl", "XCIX"]] == [*range(1, 13), 40, 99]
-
-
-def test_skipped_lines_and_chapters_are_counted():
-    surplus_lines, empty_chapters = "\n\n", "II. FOG\n\n"
-    book = parse(f"I. SPRING\n\n{surplus_lines}It rained.\n\n{empty_chapters}III. SNOW\n\nSo.")
-    assert [c.title for c in book.chapters] == ["SPRING", "SNOW"]
-    assert book.skipped == 3
+def test_surplus_blank_lines_are_counted():
+    assert parse("One.\n\n\n \nTwo.\n\nThree.").skipped == 2
 
 
 words = st.text("abcdefghivxlmé’", min_size=1, max_size=8)
-paragraphs_of_words = st.lists(st.lists(words, min_size=1, max_size=30), min_size=1, max_size=4)
+paragraphs_of_words = st.lists(st.lists(words, min_size=1, max_size=30), min_size=2, max_size=6)
 
 
 @repeatable
-@given(
-    book=st.lists(paragraphs_of_words, min_size=2, max_size=12),
-    width=st.integers(10, LONGEST_WRAPPED_LINE),
-    gap=st.integers(1, 3),
-    front=st.sampled_from(["", "A TITLE\n\n", "A TITLE\n\nCONTENTS\n  I. THIS\n  II. THAT\n\n"]),
-    heading=st.sampled_from(["{roman}. TITLE", "Chapter {number}: A Title", "{roman}"]),
-)
-def test_no_word_of_a_chapter_is_lost(book, width, gap, front, heading):
-    raw, expected = front, []
-    for number, paragraphs in enumerate(book, start=1):
-        texts = [" ".join(words) for words in paragraphs]
-        lines = [heading.format(number=number, roman=ROMAN[number - 1])]
-        lines += [textwrap.fill(text, width, break_on_hyphens=False) for text in texts]
-        raw += ("\n" * (gap + 1)).join([*lines, ""])
-        expected.append("\n\n".join(texts))
-    assert [text for _, text in chapters(raw)] == expected
+@given(paragraphs_of_words, st.integers(10, LONGEST_WRAPPED_LINE), st.integers(1, 3))
+def test_no_word_of_a_text_is_lost(paragraphs, width, gap):
+    texts = [" ".join(words) for words in paragraphs]
+    lines = [textwrap.fill(text, width, break_on_hyphens=False) for text in texts]
+    assert parse(("\n" * (gap + 1)).join(lines)).text == "\n\n".join(texts)
 
 
-# -- where the book comes from ---------------------------------------------------------
+# -- where the text comes from ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,109 +222,142 @@ def test_no_word_of_a_chapter_is_lost(book, width, gap, front, heading):
 def test_the_first_source_that_can_be_had_is_read(
     source, there, read, story, tmp_path, monkeypatch, capsys
 ):
-    cache = gutenberg.cache_folder() / "wind_in_the_willows.txt"
+    cache = corpus_file.cache_folder() / "wind_in_the_willows.txt"
     cache.parent.mkdir(parents=True)
     files = {"path": tmp_path / "a.txt", "variable": tmp_path / "b.txt", "cache": cache}
     for name in there.split():
         files[name].write_text(f"This is the {name}.\n\nIt rained.")
     if "variable" in there:
         monkeypatch.setenv("WILLOWS_KD_CORPUS", str(files["variable"]))
-    monkeypatch.setattr(gutenberg, "download", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(corpus_file, "download_book", lambda url: pytest.fail("asked the network"))
 
     book = kd.load_corpus(files.get(source, source))
 
     expected = story.text if read == "sample" else f"This is the {read}.\n\nIt rained."
     assert book.text == expected
+    from_variable = f"{files['variable']} (WILLOWS_KD_CORPUS)"
+    assert (book.provenance == from_variable) == (read == "variable")
+    assert (book.title, book.provenance) == ("a", str(files["path"])) or read != "path"
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.fixture
-def dead_network(monkeypatch):
-    def download(url):
-        raise gutenberg.DownloadError("the line is dead")
-
-    monkeypatch.setattr(gutenberg, "download", download)
-
-
-def test_without_the_book_the_sample_story_is_read_and_one_line_says_so(
-    dead_network, story, capsys
-):
+def test_without_the_book_the_sample_story_is_read_and_one_line_says_so(story, capsys):
     assert kd.load_corpus() == story
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and not err
-    assert "the line is dead" in out and "sample story" in out
+    assert "a test tried to look up" in out and "sample story" in out
 
 
-def test_the_book_and_nothing_else_is_refused_where_it_cannot_be_had(dead_network, capsys):
-    with pytest.raises(kd.InputError, match="the line is dead.*WILLOWS_KD_CORPUS") as caught:
+def test_the_book_and_nothing_else_is_refused_where_it_cannot_be_had(capsys):
+    with pytest.raises(kd.InputError, match="a test tried.*WILLOWS_KD_CORPUS") as caught:
         kd.load_corpus("willows")
     assert "\n" not in str(caught.value)
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("through_variable", [False, True], ids=["path", "variable"])
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("missing.txt", "does not exist"),
+        ("missing.csv", "does not exist"),
         ("folder", "is a directory"),
         ("empty.txt", "holds no text"),
         ("zeros.bin", "is not text"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_by_name(
-    name, problem, through_variable, tmp_path, monkeypatch
-):
+def test_a_file_that_cannot_be_read_is_refused_by_name(name, problem, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "zeros.bin").write_bytes(bytes(100))
-    path = tmp_path / name
-    if through_variable:
-        monkeypatch.setenv("WILLOWS_KD_CORPUS", str(path))
-    with pytest.raises(kd.InputError, match=problem) as caught:
-        kd.load_corpus(None if through_variable else path)
-    assert name in str(caught.value)
+    for through_variable in (False, True):
+        if through_variable:
+            monkeypatch.setenv("WILLOWS_KD_CORPUS", str(tmp_path / name))
+        with pytest.raises(kd.InputError, match=f"{name}.*{problem}"):
+            kd.load_corpus(None if through_variable else tmp_path / name)
 
 
-TEXTS = {"a": "It rained.\r\nSo.", "b": None, "c": " ", "d": "1. ЭТО"}
+def test_the_sample_story_is_what_the_stored_results_were_measured_on(story, tokenizer):
+    assert len(story.texts) == 12 and story.title == "THE KETTLE ON LAMMAS DOWN"
+    found = {}
+    for name, texts in vars(split(story)).items():
+        ids = tokenize(texts, tokenizer)
+        found[name] = len(ids), hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+    assert found == {
+        "train": (25123, "4c81d54f50f19393"),
+        "validation": (3174, "038cb735a433f97b"),
+        "test": (3194, "8c70386982678be8"),
+    }
+
+
+# -- tables ----------------------------------------------------------------------------
+
+TEXTS = {"a": "It rained,\r\n\r\nso.", "b": None, "c": " ", "d": "NA"}
 ROWS = [{"id": name, "text": text} for name, text in TEXTS.items()]
+CHAT = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "So."}]
 
 
 @pytest.fixture
 def write_rows(tmp_path):
-    """A function that writes a file of rows, in the format of its name, or of any text."""
+    """A function that writes a file of rows in the format of its name, or any text."""
 
-    def write(name: str, rows: list[dict] | str, encoding: str = "utf-8"):
+    def write(name: str, rows: list | str, encoding: str = "utf-8"):
         path = tmp_path / name
         if isinstance(rows, str):
-            path.write_text(rows)
-        elif path.suffix == ".parquet":
-            with corpus_file.quiet_progress():
-                datasets.Dataset.from_list(rows).to_parquet(path)
-        else:
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-            path.write_text("\n".join(lines), encoding=encoding)
+            path.write_bytes(rows.encode(encoding))
+            return path
+        table = datasets.Dataset.from_list(rows)
+        with corpus_file.quiet_datasets():
+            if path.suffix == ".parquet":
+                table.to_parquet(path)
+            elif "json" in path.suffix:
+                table.to_json(path)
+            else:
+                table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
         return path
 
     return write
 
 
-@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.csv", "a.TSV", "a.parquet"])
 def test_each_row_of_a_table_is_a_text(name, write_rows, capfd):
-    path = write_rows(name, ROWS)
-    book = kd.load_corpus(path)
-    expected = [("Row 1", "It rained.\nSo."), ("Row 4", "1. ЭТО")]
-    assert [(c.title, c.text) for c in book.chapters] == expected
-    assert (book.title, book.provenance, book.skipped) == (path.stem, str(path), 2)
+    path = write_rows(name.lower(), ROWS)
+    path = path.rename(path.with_name(name))
+    corpus = kd.load_corpus(path)
+    assert corpus.texts == ("It rained,\n\nso.", "NA")
+    assert (corpus.title, corpus.provenance, corpus.skipped) == (path.stem, str(path), 2)
     assert kd.load_corpus(path, text_column="id").text == "a\n\nb\n\nc\n\nd"
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_only_column_of_text_needs_no_name_and_an_encoding_is_honoured(write_rows):
-    path = write_rows("a.jsonl", [{"id": 1, "body": "Дождь."}], "cp1251")
-    assert kd.load_corpus(path, encoding="cp1251").text == "Дождь."
-    with pytest.raises(kd.InputError, match="--encoding"):
-        kd.load_corpus(path)
+def test_a_table_is_read_again_when_it_has_changed(write_rows):
+    for text in ("It rained.", "It rains."):
+        assert kd.load_corpus(write_rows("a.csv", f"id,text\n1,{text}\n")).text == text
+
+
+def test_rows_are_read_from_the_disk_and_none_is_in_two_splits(write_rows):
+    texts = [f"Row {n}." for n in range(25)]
+    corpus = kd.load_corpus(write_rows("a.jsonl", [{"text": text} for text in texts]))
+    parts = split(corpus)
+    for part in (corpus.texts, parts.train, parts.test):
+        assert isinstance(part, corpus_file.Rows) and not isinstance(part.table, list)
+    found = [[*parts.train], [*parts.validation], [*parts.test]]
+    assert found == [texts[:21], texts[21:23], texts[23:]]
+
+
+@pytest.mark.parametrize(
+    ("raw", "codec", "named"),
+    [
+        ("\ufeffid,text\n1,Дождь.\n", "utf-8", None),
+        ("\ufeffid,text\n1,Дождь.\n", "utf-16-le", None),
+        ("id,text\n1,Дождь.\n", "cp1251", "cp1251"),
+    ],
+)
+def test_a_table_has_the_encodings_of_a_text(raw, codec, named, write_rows):
+    path = write_rows("a.csv", raw, codec)
+    assert kd.load_corpus(path, encoding=named).text == "Дождь."
+    if named:
+        with pytest.raises(kd.InputError, match="--encoding"):
+            kd.load_corpus(path)
 
 
 @pytest.mark.parametrize(
@@ -466,14 +367,17 @@ def test_an_only_column_of_text_needs_no_name_and_an_encoding_is_honoured(write_
         ("a.parquet", ROWS, "body", "no column 'body' .* are id, text: .*--text_column"),
         ("a.jsonl", [{"n": 1, "text": "a"}], "n", "no column 'n' of text"),
         ("a.jsonl", [{"text": " "}], None, "holds no text"),
-        ("a.jsonl", [], None, "cannot be read as json"),
-        ("a.jsonl", ["a", "b"], None, "cannot be read as json"),
+        ("a.csv", "id;text\n1;It rained.\n", None, "one column, 'id;text'; put commas"),
+        ("a.jsonl", "", None, "cannot be read as json"),
+        ("a.csv", "", None, "cannot be read as csv"),
         ("a.jsonl", '{"text": "It rained.', None, "cannot be read as json"),
         ("a.parquet", '{"text": "It rained.', None, "cannot be read as parquet"),
-        ("a.txt", ROWS, "text", "has no columns"),
+        ("a.txt", "It rained.", "text", "has no columns"),
+        ("a.jsonl", [{"messages": ["a", "b"]}], None, "messages without a role and a content"),
+        ("a.jsonl", [{"prompt": ["a"], "completion": "b"}], None, "no column 'prompt' of text"),
     ],
 )
-def test_a_table_that_gives_no_such_column_of_text_is_refused(
+def test_a_table_without_texts_is_refused_in_one_line(
     name, rows, column, problem, write_rows, capfd
 ):
     with pytest.raises(kd.InputError, match=problem) as caught:
@@ -482,54 +386,31 @@ def test_a_table_that_gives_no_such_column_of_text_is_refused(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_gives_its_name_and_its_provenance(tmp_path):
-    path = tmp_path / "my_story.txt"
-    path.write_text("It rained.")
-    book = read_book(path)
-    assert (book.title, book.provenance) == ("my_story", str(path))
-
-
-def test_the_sample_story_is_a_book_of_twelve_chapters_but_not_the_book(story):
-    assert [chapter.number for chapter in story.chapters] == list(range(1, 13))
-    assert all(len(chapter.text.split()) > 1_000 for chapter in story.chapters)
-    assert len(story.text.split()) >= 15_000
-    assert story.skipped == 0
-    assert not is_willows(story)
-
-
-# -- chapters to splits ----------------------------------------------------------------
-
-PREFACE = "It is said. " * (FRONT_MATTER_LIMIT // 10) + "\n\n"
-
-
-@pytest.mark.parametrize(
-    ("front", "heading"),
-    [
-        pytest.param("", "{roman}. {title}", id="as Project Gutenberg has it"),
-        pytest.param("", "{roman}\n\n{title}", id="title under a bare number"),
-        pytest.param(PREFACE, "{roman}. {title}", id="with a long preface"),
-    ],
-)
-def test_the_book_is_split_by_chapter_whoever_made_the_copy(front, heading):
-    # a last chapter as long as all the others: a split by length would cut it
-    book = front + "\n\n".join(
-        heading.format(number=n, roman=ROMAN[n - 1], title=title)
-        + f"\n\nWords of chapter <{n}>." * (12 if n == 12 else 1)
-        for n, title in enumerate(WILLOWS_TITLES, start=1)
+def test_a_name_on_the_hub_is_loaded_by_datasets(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name)
     )
-    found = {name: "\n\n".join(texts) for name, texts in vars(split(parse(book))).items()}
-    chapters_of = {"train": range(1, 11), "validation": [11], "test": [12]}
-    for name, text in found.items():
-        expected = [n in chapters_of[name] for n in range(1, 13)]
-        assert [f"<{n}>" in text for n in range(1, 13)] == expected, name
+    rows = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    corpus = kd.load_corpus("nobody/fog-1.5")
+    assert (corpus.text, corpus.provenance) == ("It rained,\n\nso.\n\nNA", "nobody/fog-1.5")
+    assert asked == ["nobody/fog-1.5"]
 
 
-@pytest.mark.parametrize("titles", [WILLOWS_TITLES[:11], WILLOWS_TITLES[1:] + ["MORE"]])
-def test_a_part_of_the_book_is_not_the_book(titles):
-    numbered = enumerate(titles, start=1)
-    book = parse("\n\n".join(f"{n}. {title}\n\nWords." for n, title in numbered))
-    assert len(book.chapters) == len(titles)
-    assert not is_willows(book)
+def test_a_hub_that_does_not_answer_is_one_line_and_a_path_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("tried again"))
+    with pytest.raises(kd.InputError, match="nobody/fog cannot be read as a file or") as caught:
+        kd.load_corpus("nobody/fog")
+    assert "\n" not in str(caught.value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for path in ("texts/fog", "nobody/fog.txt", "nobody/fog.csv", "./nobody/fog", "a/b/c"):
+        with pytest.raises(kd.InputError, match="does not exist"):
+            kd.load_corpus(path)
+
+
+# -- texts to splits -------------------------------------------------------------------
 
 
 def test_another_text_is_split_where_paragraphs_end():
@@ -540,20 +421,27 @@ def test_another_text_is_split_where_paragraphs_end():
     assert splits.test == ["Paragraph 33.\n\nParagraph 34."]
 
 
+def test_a_text_of_one_paragraph_is_split_between_words():
+    splits = split(corpus_of(["word " * 99 + "word"]))
+    parts = [texts[0] for texts in vars(splits).values()]
+    assert [len(part.split()) for part in parts] == [80, 10, 10]
+    assert {word for part in parts for word in part.split()} == {"word"}
+
+
 @repeatable
-@given(st.lists(st.lists(st.text("ab c", min_size=1), min_size=1, max_size=6), min_size=1))
+@given(st.lists(st.lists(st.text("abc", min_size=1), min_size=1, max_size=6), min_size=1))
 def test_a_split_loses_nothing_and_holds_out_the_end(book):
-    paragraphs = [paragraph for chapter in book for paragraph in chapter]
-    texts = ["\n\n".join(chapter) for chapter in book]
-    splits = vars(split(corpus_of(texts))).values()
+    paragraphs = [paragraph for text in book for paragraph in text]
+    splits = vars(split(corpus_of(["\n\n".join(text) for text in book]))).values()
     parts = [[p for text in part for p in text.split("\n\n")] for part in splits]
-    total, longest = sum(map(len, paragraphs)), max(map(len, paragraphs))
-    if longest <= total // 10:  # none is so long that it is cut
+    total = sum(len("\n\n".join(text)) for text in book)
+    longest = max(map(len, paragraphs))
+    if longest <= total / 10:  # none is so long that it is cut
         assert sum(parts, []) == paragraphs
-    assert "".join("".join(sum(parts, [])).split()) == "".join("".join(paragraphs).split())
-    train, validation, _ = (sum(map(len, part)) for part in parts)
-    assert abs(train - 0.8 * total) <= longest
-    assert abs(train + validation - 0.9 * total) <= longest
+    assert "".join(sum(parts, [])) == "".join(paragraphs)
+    train, validation, _ = (sum(map(len, part)) + 2 * len(part) for part in parts)
+    assert abs(train - 0.8 * total) <= longest + 2 * len(paragraphs)
+    assert abs(train + validation - 0.9 * total) <= longest + 2 * len(paragraphs)
 
 
 # -- splits to blocks ------------------------------------------------------------------
@@ -568,21 +456,33 @@ long_texts = st.lists(
 )
 
 
+def with_first_token(tokenizer):
+    """A tokenizer that begins every text with a token of its own, as Llama's does."""
+    changed = copy.deepcopy(tokenizer)
+    begin = changed.convert_ids_to_tokens(7)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, 7)]
+    )
+    return changed
+
+
 @settings(repeatable, max_examples=20)
-@given(texts=long_texts, block_size=st.integers(2, 20))
-def test_no_token_is_lost(texts, block_size, tokenizer):
+@given(texts=long_texts, block_size=st.integers(2, 20), first=st.booleans())
+def test_no_token_is_lost(texts, block_size, first, tokenizer):
     corpus = corpus_of(texts)
-    packed = kd.pack(corpus, tokenizer, block_size)
+    own = with_first_token(tokenizer) if first else tokenizer
+    packed = kd.pack(corpus, own, block_size)
+    assert packed.first_token == (7 if first else None) and packed.masks == {}
     for name, parts in vars(split(corpus)).items():
-        tokens = tokenize(parts, tokenizer)
+        tokens = tokenize(parts, own)
         assert tokenizer.decode(tokens) == tokenizer.eos_token.join(parts)
         assert tokens.tolist().count(tokenizer.eos_token_id) == len(parts) - 1
 
         blocks, left = getattr(packed, name), packed.remainder[name]
         assert blocks.dtype == torch.int64
-        assert blocks.shape == (len(tokens) // block_size, block_size)
-        assert torch.equal(blocks.flatten(), tokens[: len(tokens) - left])
-        assert blocks.numel() + left == len(tokens)
+        assert blocks.shape == (len(tokens) // (block_size - first), block_size)
+        assert not first or (blocks[:, 0] == 7).all()
+        assert torch.equal(blocks[:, first:].flatten(), tokens[: len(tokens) - left])
     assert packed.block_size == block_size
 
 
@@ -593,6 +493,7 @@ def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
     first, second = (tokenizer(text)["input_ids"] for text in texts)
     assert tokenize(texts, tokenizer).tolist() == [*first, tokenizer.eos_token_id, *second]
     assert tokenize(texts, without).tolist() == [*first, *second]
+    assert tokenize([], tokenizer).tolist() == []
 
 
 @repeatable
@@ -602,46 +503,42 @@ def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
 )
 def test_a_long_text_that_is_cut_has_the_tokens_of_the_whole(tokenizer, words, longest):
     text = "".join(words)
-    pieces = corpus_file.cut(text, longest)
-    assert "".join(pieces) == text
-    whole = tokenizer(text)["input_ids"]
+    pieces = [*corpus_file.cut(text, longest)]
+    assert "".join(pieces) == text and max(map(len, pieces)) <= longest
+    found = [i for piece in pieces for i in tokenizer(piece)["input_ids"]]
     if all(piece[:1].isspace() for piece in pieces[1:]):  # no word was longer than a piece
-        assert [i for piece in pieces for i in tokenizer(piece)["input_ids"]] == whole
+        assert found == tokenizer(text)["input_ids"]
     else:
-        assert tokenizer.decode([i for p in pieces for i in tokenizer(p)["input_ids"]]) == text
+        assert tokenizer.decode(found) == text
 
 
-def test_a_chapter_in_several_pieces_is_one_text(story, tokenizer, monkeypatch):
+def test_a_text_in_several_pieces_is_one_text(story, tokenizer, monkeypatch):
     monkeypatch.setattr(corpus_file, "LONGEST_PIECE", 5_000)
-    assert len(story.text) > 50_000
-    tokens = tokenize([story.text, "The end."], tokenizer)
-    first, last = (tokenizer(t, verbose=False)["input_ids"] for t in (story.text, "The end."))
+    tokens = tokenize([story.texts[0], "The end."], tokenizer)
+    first, last = (tokenizer(t, verbose=False)["input_ids"] for t in (story.texts[0], "The end."))
     assert tokens.tolist() == [*first, tokenizer.eos_token_id, *last]
 
 
-def test_the_sample_story_fills_blocks_of_the_default_size(story, tokenizer):
-    packed = kd.pack(story, tokenizer)
-    assert packed.block_size == 128
-    assert torch.equal(kd.pack(story, tokenizer, np.int64(128)).train, packed.train)
-    assert min(len(packed.validation), len(packed.test)) >= 8
+@pytest.mark.parametrize(("positions", "expected"), [(256, 256), (10**30, 1024)])
+def test_a_block_is_as_long_as_the_models_positions(positions, expected, story, tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.model_max_length = positions
+    assert kd.pack(story, changed).block_size == expected
 
 
 @pytest.mark.parametrize(
     ("texts", "block_size", "part"),
     [
         (["It rained."], 1_000, "train"),
-        (["It rained. "] * 40, 40, "validation"),
-        (["It rained."], 2, "validation"),
+        (["It rained. " * 40], 40, "validation"),
     ],
-    ids=["train too short", "validation too short", "validation empty"],
 )
 def test_a_text_too_short_for_one_block_is_refused(texts, block_size, part, tokenizer):
     corpus = corpus_of(texts)
     tokens = tokenizer(tokenizer.eos_token.join(getattr(split(corpus), part)))["input_ids"]
-    with pytest.raises(kd.InputError) as caught:
+    said = f"{part} part holds {len(tokens)} tokens, .* block of {block_size};"
+    with pytest.raises(kd.InputError, match=said):
         kd.pack(corpus, tokenizer, block_size)
-    assert f"{part} part holds {len(tokens)} tokens" in str(caught.value)
-    assert f"block of {block_size};" in str(caught.value)
 
 
 @pytest.mark.parametrize("block_size", [1, -8, 8.0, True, "8"])
@@ -652,17 +549,112 @@ def test_a_block_without_a_next_token_is_refused(block_size, story, tokenizer):
 
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_one_warning_counts_the_skipped_lines(skipped, tokenizer, recwarn):
-    kd.pack(corpus_of(["It rained."] * 40, skipped), tokenizer, 2)
+    kd.pack(corpus_of(["It rained. " * 40], skipped), tokenizer, 2)
     found = [str(w.message) for w in recwarn if "skipped" in str(w.message)]
-    assert found == [f"skipped {skipped} empty lines or chapters"] * bool(skipped)
+    assert found == [f"skipped {skipped} empty lines or rows"] * bool(skipped)
+
+
+# -- chats -----------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def with_template(tokenizer, template: str | None = TEMPLATE):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def chat_corpus(write_rows, rows: list[dict]) -> kd.Corpus:
+    return kd.load_corpus(write_rows("a.jsonl", rows))
+
+
+def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:
+    """The text that counts in a split."""
+    return tokenizer.decode(getattr(blocks, name)[blocks.masks[name]])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_exactly_the_completion_and_its_end_count(first, tokenizer, write_rows):
+    own = with_first_token(tokenizer) if first else tokenizer
+    rows = [{"prompt": f"Rain {n}?", "completion": f" So {n}."} for n in range(12)]
+    blocks = kd.pack(chat_corpus(write_rows, rows), own, 16)
+    asked, said = (tokenizer(text)["input_ids"] for text in ("Rain 0?", " So 0."))
+    begin, end = [7] * first, tokenizer.eos_token_id
+    pads = 16 - len(begin + asked + said) - 1
+    assert blocks.train[0].tolist() == [*begin, *asked, *said, *[end] * (1 + pads)]
+    counted = [False] * len(begin + asked) + [True] * (len(said) + 1) + [False] * pads
+    assert blocks.masks["train"][0].tolist() == counted
+    assert [len(part) for part in (blocks.train, blocks.validation, blocks.test)] == [10, 1, 1]
+    assert answers(blocks, own, "test") == " So 11." + tokenizer.eos_token
+    assert set(blocks.remainder.values()) == {0}
+
+
+def test_a_long_chat_goes_on_in_blocks_of_its_own(tokenizer, write_rows):
+    rows = [{"prompt": "Rain?", "completion": " It rained and rained."}] * 12
+    blocks = kd.pack(chat_corpus(write_rows, rows), tokenizer, 4)
+    per_row = len(blocks.train) // 10
+    assert per_row > 1 and len(blocks.train) == 10 * per_row
+    whole = blocks.train.view(10, -1)
+    assert all(torch.equal(row, whole[0]) for row in whole)
+    assert answers(blocks, tokenizer) == 10 * (" It rained and rained." + tokenizer.eos_token)
+
+
+def test_every_answer_of_a_chat_counts_and_nothing_of_its_form(tokenizer, write_rows):
+    rows = [{"messages": CHAT + [CHAT[0], {"role": "assistant", "content": "Yes."}]}] * 12
+    own, end = with_template(tokenizer), tokenizer.eos_token
+    blocks = kd.pack(chat_corpus(write_rows, rows), own, 64)
+    assert answers(blocks, own, "test") == f"So.{end}Yes.{end}"
+    form = f"user: Rain?{end}\nassistant: So.{end}\nuser: Rain?{end}\nassistant: Yes.{end}"
+    assert tokenizer.decode(blocks.test[0]).startswith(form)
+    assert tokenizer.decode(blocks.test[0]).removeprefix(form).replace(end, "") == ""
+
+
+def test_a_first_token_that_a_template_writes_stands_once(tokenizer, write_rows):
+    own = with_first_token(with_template(tokenizer, "{{ '" + "X' }}" + TEMPLATE))
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="X $A", special_tokens=[("X", first := tokenizer("X")["input_ids"][0])]
+    )
+    blocks = kd.pack(chat_corpus(write_rows, [{"messages": CHAT}] * 12), own, 64)
+    assert blocks.train[0].tolist().count(first) == 1 and blocks.train[0, 0] == first
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "problem"),
+    [
+        (None, CHAT, "no chat template, which rows with messages need"),
+        ("{{ raise_exception('no\n system') }}", CHAT, "template refuses a row: no system"),
+        ("{{ messages | length }}", CHAT, "writes a chat otherwise once it is answered"),
+        (TEMPLATE, CHAT[:1], "has no answer"),
+    ],
+)
+def test_a_chat_that_cannot_be_formed_is_one_line(
+    template, messages, problem, tokenizer, write_rows
+):
+    corpus = chat_corpus(write_rows, [{"messages": messages}] * 12)
+    with pytest.raises(kd.InputError, match=problem) as caught:
+        kd.pack(corpus, with_template(tokenizer, template), 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_without_an_answer_are_skipped_and_a_column_can_be_named(write_rows):
+    rows = [{"prompt": "Rain?", "completion": text} for text in ["So.", "", None, "No."]]
+    path = write_rows("a.jsonl", "\n".join(map(json.dumps, rows)))
+    corpus = kd.load_corpus(path)
+    assert [row["completion"] for row in corpus.texts] == ["So.", "No."] and corpus.skipped == 2
+    assert kd.load_corpus(path, text_column="completion").text == "So.\n\nNo."
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_packing_is_quiet_and_leaves_progress_bars_as_they_were(shown, story, tokenizer, capfd):
+def test_reading_is_quiet_and_leaves_progress_bars_as_they_were(shown, write_rows, capfd):
+    path = write_rows("a.jsonl", ROWS)
     before = datasets.are_progress_bars_disabled()
     (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
     try:
-        kd.pack(story, tokenizer)
+        kd.load_corpus(path)
         assert datasets.are_progress_bars_disabled() != shown
     finally:
         (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()

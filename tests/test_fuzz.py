@@ -24,13 +24,14 @@ EXAMPLES = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")), deadline=None, derandomize=True
 )
 
-# What chapters, licences, encodings and line ends are told by, and what looks like them.
+# What headings, licences, encodings and line ends are told by, and what looks like them.
 FRAGMENTS = [
     *("CHAPTER I", "Chapter 2", "I.", "II. THE OPEN ROAD", "III", "iv.", "12.", "1", "XIIII."),
     *("*** START OF THE PROJECT GUTENBERG EBOOK ***", "*** END OF THE BOOK ***", "* * *"),
     *("[Illustration: a toad]", "[Pg 12]", "{99}", "_rat_", "__", "_", "I said so.", "Mole"),
     *("\n", "\n\n", "\r\n", "\r", "\t", " ", "   \n  ", "\f", "\v", "\x1a", "\0", "\ufeff"),
     *("\u2028", "\x85", "\xa0", "é", "ß", "İ", "ﬁ", "☃", "🐀", "שלום", "a" * 130, "<b>&amp;"),
+    *("---\n", "title: a\n"),
 ]
 texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=40).map("".join)
 codecs = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
@@ -65,7 +66,6 @@ def test_any_file_is_a_corpus_or_refused(raw):
             assert one_line(error)
             return
     assert book.text.strip()
-    assert [chapter.number for chapter in book.chapters] == list(range(1, len(book.chapters) + 1))
     parts = kd.split(book)
     held = [p for part in vars(parts).values() for text in part for p in text.split()]
     whole = book.text.split()
@@ -76,21 +76,20 @@ def test_any_file_is_a_corpus_or_refused(raw):
 
 @EXAMPLES
 @given(texts)
-def test_any_text_falls_into_chapters_that_read_the_same_again(raw):
+def test_any_text_is_cleaned_and_nothing_is_made_up(raw):
     try:
-        book = corpus.parse_book(raw, "title", "somewhere")
+        book = corpus.parse_text(raw, "title", "somewhere")
     except kd.InputError as error:
         assert one_line(error)
         return
-    assert all(chapter.text and chapter.title for chapter in book.chapters)
-    letters = set("".join(chapter.text for chapter in book.chapters))
-    assert letters <= set(raw) | {" ", "\n"}  # nothing is made up
+    assert all(book.texts)
+    assert set("".join(book.texts)) <= set(raw) | {" ", "\n"}
 
 
 @EXAMPLES
 @given(texts.filter(str.strip), st.integers(2, 9))
 def test_any_text_is_packed_or_refused(tokenizer, raw, block_size):
-    book = corpus.Corpus("t", "somewhere", (corpus.Chapter(1, "t", raw),))
+    book = corpus.Corpus("t", "somewhere", (raw,))
     try:
         blocks = kd.pack(book, tokenizer, block_size)
     except kd.InputError as error:

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 TEXT = 20_000_000  # characters
-FACTOR = 50  # bytes of memory per character, at most: twice what it takes
+FACTOR = 16  # bytes of memory per character, at most: twice what it takes
 
 
 def test_tensors_and_open_files_stay_as_many_over_the_steps(make_gpt2, blocks, tmp_path):

@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 PUBLIC_NAMES = {
-    "corpus": "load_corpus split pack Corpus Chapter Blocks",
+    "corpus": "load_corpus split pack Corpus Blocks",
     "models": (
         "load_teacher load_bundled bundled_history stored_results load_student hidden_states "
         "weights_digest save_model"

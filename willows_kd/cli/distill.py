@@ -296,7 +296,7 @@ def train(job: Job, config: DistillConfig, checkpoints: Checkpoints, options) ->
         teacher = warnings_printed(cache_teacher, teacher, job.blocks)
     print("🚀 Starting distillation training...")
     if job.corpus.skipped:
-        print(f"⚠️ Skipping empty input batch... ({job.corpus.skipped} empty lines or chapters)")
+        print(f"⚠️ Skipping empty input batch... ({job.corpus.skipped} empty lines or rows)")
     sys.stdout.flush()
     if not options.resume:
         checkpoints.clear()
