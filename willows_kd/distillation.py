@@ -412,7 +412,8 @@ def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) 
     sizes = [len(step) for step in steps_of_epoch(len(blocks.train), config, epoch - 1)]
     weighted = (row["loss"] * n for row, n in zip(history[-len(sizes) :], sizes, strict=True))
     teacher = None if getattr(teacher, "samples", None) else teacher  # it knows no other blocks
-    found = quality(student, blocks.validation, teacher=teacher)
+    mask = blocks.masks.get("validation")
+    found = quality(student, blocks.validation, teacher=teacher, mask=mask)
     return {
         "average_loss": sum(weighted) / sum(sizes),
         "validation_perplexity": found["perplexity"],

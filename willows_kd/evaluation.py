@@ -67,15 +67,15 @@ def quality(
     else:
         at_once = windows_at_once(blocks.shape[1], vocabulary)
         parts = zip(blocks.split(at_once), mask.split(at_once), strict=True)
-    per_token: dict[str, list[torch.Tensor]] = {}
+    counted, per_token = [], {}
     for window, scored in parts:
+        counted.append(window[:, 1:][scored[:, 1:]])
         for name, values in token_scores(model, teacher, window.to(model.device)).items():
             per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
     found = {name: torch.cat(values).double() for name, values in per_token.items()}
     result = {"perplexity": found["nats"].mean().exp().item()}
     if tokenizer is not None:
-        counted = blocks.flatten()[1:] if mask is None else blocks[:, 1:][mask[:, 1:]]
-        text = tokenizer.decode(counted.tolist(), skip_special_tokens=True)
+        text = tokenizer.decode(torch.cat(counted).tolist(), skip_special_tokens=True)
         bits = found["nats"].sum().item() / math.log(2)
         result["bits_per_byte"] = bits / len(text.encode())
     result["calibration_error"] = calibration_error(found["confidence"], found["correct"])
@@ -97,7 +97,9 @@ def loss_by_position(model, blocks: torch.Tensor) -> torch.Tensor:
     """
     check_blocks(model, blocks, "model")
     length = window_length(blocks, model)
-    rows = blocks.flatten().unfold(0, length, max(1, length // 8))
+    stream, first = one_stream(blocks)
+    rows = stream.unfold(0, length - len(first), max(1, length // 8))
+    rows = torch.cat([first.expand(len(rows), -1), rows], dim=1)
     found = [
         token_scores(model, None, part.to(model.device))["nats"].double().cpu()
         for part in rows.split(windows_at_once(length, vocabulary_size(model)))
@@ -120,10 +122,22 @@ def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
     check_positions(model, blocks, name)
 
 
+def one_stream(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks in a row, and the token that a tokenizer puts before each text, if it does.
+
+    Every block then begins with it: it is taken out of the row, shape (tokens,), and stands by
+    itself, shape (1,) or, if there is none, (0,).
+    """
+    if len(blocks) > 1 and (blocks[:, 0] == blocks[0, 0]).all():
+        return blocks[:, 1:].flatten(), blocks[0, :1]
+    return blocks.flatten(), blocks[0, :0]
+
+
 def window_length(blocks: torch.Tensor, *models) -> int:
     """Tokens of a window: the models' positions, at most 1,024, and no more than there are."""
     positions = [max_positions(model.config) for model in models if model is not None]
-    return min([LONGEST_WINDOW, blocks.numel(), *(p for p in positions if p is not None)])
+    tokens = sum(map(len, one_stream(blocks)))
+    return min([LONGEST_WINDOW, tokens, *(p for p in positions if p is not None)])
 
 
 def windows_at_once(length: int, vocabulary: int) -> int:
@@ -136,19 +150,27 @@ def windows(blocks: torch.Tensor, length: int, vocabulary: int):
 
     Yields:
         token ids, shape (windows, length), and a mask of the same shape that is
-        True where a token is to be scored: each token of the stream but the first is
-        scored in exactly one window.
+        True where a token is to be scored: each token of the stream that has one before it
+        is scored in exactly one window.
     """
-    stream = blocks.flatten()
-    starts = list(range(0, len(stream) - length + 1, length // 2))
+    stream, first = one_stream(blocks)
+    length -= len(first)
+    starts = list(range(0, len(stream) - length + 1, max(1, length // 2)))
     if starts[-1] + length < len(stream):
         starts.append(len(stream) - length)
-    ends = [1] + [start + length for start in starts[:-1]]  # where the window before ended
-    at_once = windows_at_once(length, vocabulary)
+    ends = [1 - len(first)] + [
+        start + length for start in starts[:-1]
+    ]  # where the window before ended
+    at_once = windows_at_once(length + len(first), vocabulary)
     offsets = torch.arange(length)
     for i in range(0, len(starts), at_once):
         positions = torch.tensor(starts[i : i + at_once])[:, None] + offsets
-        yield stream[positions], positions >= torch.tensor(ends[i : i + at_once])[:, None]
+        scored = positions >= torch.tensor(ends[i : i + at_once])[:, None]
+        before = first.expand(len(positions), -1)
+        yield (
+            torch.cat([before, stream[positions]], dim=1),
+            torch.cat([torch.zeros_like(before, dtype=torch.bool), scored], dim=1),
+        )
 
 
 @torch.inference_mode()
@@ -349,7 +371,7 @@ def compare(models: dict[str, nn.Module], blocks: Blocks, tokenizer) -> pd.DataF
     for name, model in models.items():
         check_blocks(model, blocks.test, name)
     teacher = next(iter(models.values()))
-    training_text = tokenizer.decode(blocks.train.flatten())
+    training_text = tokenizer.decode(blocks.train.flatten(), skip_special_tokens=True)
     speed = latency(models, blocks.test[:1])
     rows = {}
     for name, model in models.items():
@@ -359,7 +381,7 @@ def compare(models: dict[str, nn.Module], blocks: Blocks, tokenizer) -> pd.DataF
             "memory_mb": peak_memory(model, blocks.test[:1]) / 1e6,
             "forward_ms": speed[name]["forward"] * 1e3,
             "token_ms": speed[name]["per_token"] * 1e3,
-            **quality(model, blocks.test, tokenizer, teacher),
+            **quality(model, blocks.test, tokenizer, teacher, blocks.masks.get("test")),
             "verbatim": statistics.mean(
                 verbatim(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
                 for seed, prompt in enumerate(prompts(blocks.test, tokenizer))
