@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 import willows_kd as kd
 from willows_kd.corpus import split
-from willows_kd.distillation import parameter_groups, steps_of_epoch, warm_up_and_cosine
+from willows_kd.distillation import epoch_batches, parameter_groups, warm_up_and_cosine
 from willows_kd.models import best_device
 from willows_kd.scale.chunked_loss import chunked_distillation_loss
 
@@ -99,7 +99,7 @@ class Course:
     def order(self) -> torch.Tensor:
         """Which block comes when, over all epochs: as `distill` takes them."""
         epochs = range(self.config.epochs)
-        steps = (steps_of_epoch(len(self.blocks.train), self.config, epoch) for epoch in epochs)
+        steps = (epoch_batches(self.blocks.train, self.config, epoch) for epoch in epochs)
         return torch.cat(list(itertools.chain.from_iterable(steps)))
 
     def optimizer(self, student) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -173,10 +173,8 @@ def ours(course: Course, student, on_step: OnStep, cached=False, chunked=True, *
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # the progress bar
             stack.enter_context(patch("willows_kd.distillation.end_of_epoch", return_value={}))
-            if not chunked:
-                no_stream = patch("willows_kd.distillation.has_linear_head", return_value=False)
-                stack.enter_context(no_stream)
-            kd.distill(teacher, student, course.blocks, config, on_step)
+            loss = kd.ChunkedLoss if chunked else None
+            kd.distill(teacher, student, course.blocks, config, on_step, loss)
 
     return train
 

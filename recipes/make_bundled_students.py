@@ -117,7 +117,7 @@ def train(teacher, student, blocks, config):
             weights = {name: w.clone() for name, w in student.state_dict().items()}
             best.update(perplexity=row["validation_perplexity"], weights=weights)
 
-    history = kd.distill(teacher, student, blocks, config, on_step=look)
+    history = kd.distill(teacher, student, blocks, config, look, kd.ChunkedLoss)
     student.load_state_dict(best["weights"])
     return student, [r for r in history if r["step"] % 10 == 1 or "validation_perplexity" in r]
 

@@ -173,5 +173,5 @@ def test_an_output_directory_that_vanishes_is_made_again(job, tmp_path, teacher,
 
     student = kd.student_from_teacher(teacher, 1)
     kept = Checkpoints(output.with_name("student.checkpoints"), 0)
-    kd.distill(teacher, student, blocks, kd.DistillConfig(epochs=1), vanish, kept)
+    kd.distill(teacher, student, blocks, kd.DistillConfig(epochs=1), vanish, None, kept)
     assert kept.newest() is not None

@@ -192,9 +192,9 @@ def test_arrows_point_one_way():
 
 
 def test_the_mathematics_knows_tensors_only():
-    for name in ("soft_labels", "losses", "scale.chunked_loss"):
+    for name in ("losses", "scale.chunked_loss"):
         assert outside(name) <= {"torch"}
-        assert inside(name) <= {"errors", "soft_labels", "losses"}
+        assert inside(name) <= {"errors", "losses"}
 
 
 def test_only_the_files_that_draw_know_how_to():

@@ -33,7 +33,7 @@ def test_tensors_and_open_files_stay_as_many_over_the_steps(make_gpt2, blocks, t
             tensors.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
             files.append(len(os.listdir("/proc/self/fd")))
 
-    kd.distill(teacher, student, few, config, watch, Checkpoints(tmp_path, minutes=0))
+    kd.distill(teacher, student, few, config, watch, None, Checkpoints(tmp_path, minutes=0))
     assert set(tensors[2:]) == {tensors[2]}  # until then it makes what it needs
     assert set(files[2:]) == {files[2]}
 

@@ -12,20 +12,22 @@ PUBLIC_NAMES = {
     "corpus": "load_corpus split pack Corpus Blocks",
     "models": (
         "load_teacher load_bundled bundled_history stored_results load_student hidden_states "
-        "weights_digest save_model"
+        "fingerprint save_model"
     ),
     "compress.layers": "block_influence choose_layers",
     "students": "student_from_teacher",
     "generation": "complete write_text write_blocks prompt_length",
-    "soft_labels": "soften entropy top_k",
     "losses": (
-        "forward_kl reverse_kl jensen_shannon skewed_forward_kl skewed_reverse_kl total_variation "
+        "soften entropy top_k forward_kl reverse_kl jensen_shannon skewed_forward_kl "
+        "skewed_reverse_kl total_variation "
         "hard_label_loss mix cosine_distance shift"
     ),
     "config": "DistillConfig",
-    "distillation": "distill shard_teacher steps_of_epoch parameter_groups",
+    "distillation": "distill epoch_batches parameter_groups",
     "scale.checkpoints": "Checkpoints",
     "scale.chunked_loss": "chunked_distillation_loss",
+    "scale.linear_head": "ChunkedLoss",
+    "scale.processes": "shard_teacher",
     "scale.teacher_cache": "cache_teacher",
     "evaluation": (
         "quality loss_by_position importance token_scores block_nats paired_bootstrap verbatim "
@@ -46,7 +48,7 @@ PUBLIC_NAMES = {
     "figures.explorers": (
         "explore_temperature explore_tokens explore_attention explore_speedup prompt_box"
     ),
-    "errors": "InputError",
+    "errors": "InputError Stopped",
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names.split()}
 __all__ = list(HOME)

@@ -15,6 +15,19 @@ class WriteError(InputError):
     """A file or directory cannot be written: the disk is full, or access is denied."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C ended a training run after a whole step.
+
+    Attributes:
+        history: the rows of the steps that were done; the student is as of the last one.
+    """
+
+    def __init__(self, history: list[dict], steps: int):
+        """Keep the rows of a run that was to take so many steps."""
+        super().__init__(f"stopped after step {len(history)} of {steps}")
+        self.history = history
+
+
 def require(condition: bool, message: str) -> None:
     """Raise an `InputError` with this message unless a condition holds."""
     if not condition:

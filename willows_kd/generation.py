@@ -16,11 +16,11 @@ from willows_kd.files import cache_folder, load_tensors, save_tensors
 from willows_kd.models import (
     distributed_state,
     eval_mode,
+    fingerprint,
     max_positions,
     quiet_transformers,
     require_model,
     vocabulary_size,
-    weights_digest,
 )
 
 PROMPTS_AT_ONCE = 64
@@ -242,7 +242,7 @@ def write_blocks(
     require(are_blocks, f"blocks are {type_name(blocks)}; give what pack returns, such as .train")
     prompts = blocks[:, : prompt_length(blocks.shape[1])].contiguous()
     made = {
-        "writer": weights_digest(model),
+        "writer": fingerprint(model),
         "prompts": hashlib.sha256(prompts.numpy().tobytes()).hexdigest(),
         **{"shape": list(blocks.shape), "temperature": temperature, "seed": seed, "beams": beams},
     }

@@ -1,7 +1,7 @@
-"""Divergences: how far the student's predictions are from the teacher's soft labels.
+"""Temperature, and how far the student's predictions are from the teacher's soft labels.
 
-Every divergence takes the logits of student and teacher, in this order, of shape
-(..., vocabulary), and a mask of shape (...) that is True for each token that counts. It
+Tensors only. Every divergence takes the logits of student and teacher, in this order, of
+shape (..., vocabulary), and a mask of shape (...) that is True for each token that counts. It
 returns one number: the sum over the vocabulary, averaged over the tokens that count, in
 nats per token (total variation has no unit), times a power of T that keeps the size of
 the gradients as T grows (Hinton, Vinyals & Dean 2015, section 2). With the softened
@@ -28,20 +28,81 @@ The mixtures weigh the two distributions differently from one source to the next
 Here beta is GKD's and the skew DistiLLM's, so that Jensen-Shannon is beta times the skewed
 forward KL of skew beta, plus 1 - beta times the skewed reverse KL of skew 1 - beta.
 
-`DIVERGENCES`, the registry, holds the formulas. The functions here, the full-logits
-losses, take its values and leave the gradients to autograd; `chunked_distillation_loss` takes its
-values and its gradients. To add a divergence, add an entry, and its name to
-`config.DIVERGENCE_NAMES`.
+To add a divergence, write its function here, its gradient in `scale/chunked_loss.py`, and its
+name into `config.DIVERGENCE_NAMES`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Callable
+from numbers import Real
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from willows_kd.errors import require
-from willows_kd.soft_labels import at_least_float32, check_temperature
+from willows_kd.errors import is_integer, require, type_name
+
+# -- soft labels -----------------------------------------------------------------------
+
+
+def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Soft labels: softmax(logits / T), over the vocabulary.
+
+    T = 1 gives the model's own distribution, T > 1 flattens it, T < 1 sharpens it
+    (Hinton, Vinyals & Dean 2015, equation 1). The arithmetic is in float32 at least.
+
+    Raises:
+        InputError: the temperature is not a positive, finite number.
+    """
+    check_temperature(temperature)
+    require(isinstance(logits, torch.Tensor), f"logits are {type_name(logits)}; give a tensor")
+    return torch.softmax(at_least_float32(logits) / temperature, dim=-1)
+
+
+def check_temperature(temperature: float) -> None:
+    """Require a positive, finite number."""
+    number = isinstance(temperature, Real | torch.Tensor)
+    require(
+        number and 0 < temperature < float("inf"),
+        f"temperature is {temperature!r}; it must be a positive, finite number",
+    )
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half-precision logits in float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy of distributions in nats, shape (...): 0 for a hard label, log V if uniform."""
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
+class TopK(NamedTuple):
+    """The k likeliest tokens, and the probability of all the others.
+
+    Attributes:
+        probabilities: shape (..., k), in falling order.
+        tokens: token ids, shape (..., k).
+        rest: probability mass outside the k, shape (...).
+    """
+
+    probabilities: torch.Tensor
+    tokens: torch.Tensor
+    rest: torch.Tensor
+
+
+def top_k(logits: torch.Tensor, k: int = 10, temperature: float = 1.0) -> TopK:
+    """The k likeliest tokens at a temperature; their order is the same at every temperature."""
+    softened = soften(logits, temperature)
+    vocabulary = softened.shape[-1]
+    fits = is_integer(k) and k <= vocabulary
+    require(fits, f"k is {k!r}; it must be a whole number from 1 to {vocabulary}")
+    probabilities, tokens = softened.topk(k, dim=-1)
+    return TopK(probabilities, tokens, (1 - probabilities.sum(dim=-1)).clamp_min(0))
+
+
+# -- divergences -----------------------------------------------------------------------
 
 
 def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
@@ -62,7 +123,8 @@ def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> to
     Raises:
         InputError: the shapes do not fit together, or T is not positive and finite.
     """
-    return DIVERGENCES["forward_kl"](student_logits, teacher_logits, temperature, mask)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * masked_mean(kl(log_p, log_q), mask)
 
 
 def reverse_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
@@ -70,7 +132,8 @@ def reverse_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> to
 
     The arguments are those of `forward_kl`.
     """
-    return DIVERGENCES["reverse_kl"](student_logits, teacher_logits, temperature, mask)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * masked_mean(kl(log_q, log_p), mask)
 
 
 def jensen_shannon(
@@ -83,8 +146,11 @@ def jensen_shannon(
     the forward KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends
     to 1. The other arguments are those of `forward_kl`.
     """
-    divergence = DIVERGENCES["jensen_shannon"].with_parameters(beta=beta)
-    return divergence(student_logits, teacher_logits, temperature, mask)
+    check_beta(beta)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+    log_m = log_mixture(log_p, log_q, beta)
+    per_token = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    return temperature**2 * masked_mean(per_token, mask)
 
 
 def skewed_forward_kl(
@@ -96,8 +162,9 @@ def skewed_forward_kl(
     forward KL has no bound. 0 <= skew < 1; at 0 it is the forward KL itself,
     infinities included. The other arguments are those of `forward_kl`.
     """
-    divergence = DIVERGENCES["skewed_forward_kl"].with_parameters(skew=skew)
-    return divergence(student_logits, teacher_logits, temperature, mask)
+    check_skew(skew)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * masked_mean(kl(log_p, log_mixture(log_p, log_q, skew)), mask)
 
 
 def skewed_reverse_kl(
@@ -109,8 +176,9 @@ def skewed_reverse_kl(
     reverse KL has no bound. 0 <= skew < 1; at 0 it is the reverse KL itself,
     infinities included. The other arguments are those of `forward_kl`.
     """
-    divergence = DIVERGENCES["skewed_reverse_kl"].with_parameters(skew=skew)
-    return divergence(student_logits, teacher_logits, temperature, mask)
+    check_skew(skew)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+    return temperature**2 * masked_mean(kl(log_q, log_mixture(log_q, log_p, skew)), mask)
 
 
 def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
@@ -120,114 +188,27 @@ def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) 
     its gradient shrinks as 1/T, that of a KL as 1/T². Used for distillation by Wen et al.
     2023 (f-divergence minimisation, section 3). The arguments are those of `forward_kl`.
     """
-    return DIVERGENCES["total_variation"](student_logits, teacher_logits, temperature, mask)
+    log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
+    return temperature * masked_mean((log_q.exp() - log_p.exp()).abs().sum(dim=-1) / 2, mask)
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence of the student's distribution q from the teacher's, p.
-
-    Attributes:
-        formula: a function of (log q, log p), shapes (..., vocabulary), and the parameters.
-            It returns the value of each token, shape (...), and a function that returns the
-            gradient of the value with respect to the softened logits z_s / T, in closed
-            form, shape (..., vocabulary).
-        power: exponent of T. The loss is T^power · value.
-        parameters: further keyword arguments of `formula`.
-    """
-
-    formula: Callable[..., tuple[torch.Tensor, Callable[[], torch.Tensor]]]
-    power: int = 2
-    parameters: Mapping[str, float] = field(default_factory=dict)
-
-    def with_parameters(self, **given) -> "Divergence":
-        """The same divergence with these parameters; it ignores those it does not have."""
-        own = {name: given.get(name, value) for name, value in self.parameters.items()}
-        return replace(self, parameters=own)
-
-    def __call__(self, student_logits, teacher_logits, temperature, mask=None) -> torch.Tensor:
-        """The full-logits loss: T^power · value, averaged over the tokens that count."""
-        log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
-        per_token, _ = self.formula(log_q, log_p, **self.parameters)
-        return temperature**self.power * masked_mean(per_token, mask)
+DIVERGENCES: dict[str, Callable] = {
+    function.__name__: function
+    for function in (
+        *(forward_kl, reverse_kl, jensen_shannon),
+        *(skewed_forward_kl, skewed_reverse_kl, total_variation),
+    )
+}
 
 
-def forward_kl_formula(log_q, log_p):
-    """KL(p || q), and its gradient q - p."""
-    p = log_p.exp()
-    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1), lambda: log_q.exp().sub_(p)
-
-
-def reverse_kl_formula(log_q, log_p):
-    """KL(q || p), and its gradient q · (log(q/p) - KL(q || p))."""
-    q = log_q.exp()
-    slope = log_ratio(log_q, log_p, q)
-    value = (q * slope).sum(dim=-1)
-    return value, lambda: (slope - value[..., None]).mul_(q)
-
-
-def jensen_shannon_formula(log_q, log_p, beta):
-    """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
-    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
-    p, q = log_p.exp(), log_q.exp()
-    log_m = log_mixture(p, q, beta)
-    slope = log_ratio(log_q, log_m, q)
-    from_p, from_q = (p * log_ratio(log_p, log_m, p)).sum(dim=-1), (q * slope).sum(dim=-1)
-    value = beta * from_p + (1 - beta) * from_q
-    return value, lambda: (slope - from_q[..., None]).mul_(q).mul_(1 - beta)
-
-
-def skewed_forward_kl_formula(log_q, log_p, skew):
-    """KL(p || m); its gradient is q · sum(w) - w, with w = (1 - skew) · p · q/m."""
-    check_skew(skew)
-    if skew == 0:
-        return forward_kl_formula(log_q, log_p)
-    p, q = log_p.exp(), log_q.exp()
-    log_m = log_mixture(p, q, skew)
-
-    def gradient():
-        weight = (log_q - log_m).exp_().mul_(p).mul_(1 - skew)
-        return (q * weight.sum(dim=-1, keepdim=True)).sub_(weight)
-
-    return (p * log_ratio(log_p, log_m, p)).sum(dim=-1), gradient
-
-
-def skewed_reverse_kl_formula(log_q, log_p, skew):
-    """KL(q || m); its gradient is q · (g - sum(q · g)), with g = log(q/m) - skew · q/m."""
-    check_skew(skew)
-    if skew == 0:
-        return reverse_kl_formula(log_q, log_p)
-    p, q = log_p.exp(), log_q.exp()
-    log_ratios = log_ratio(log_q, log_mixture(p, q, 1 - skew), q)
-
-    def gradient():
-        slope = log_ratios - skew * log_ratios.exp()
-        return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
-
-    return (q * log_ratios).sum(dim=-1), gradient
-
-
-def check_skew(skew: float) -> None:
-    """Require a share below 1, at which nothing of the other distribution is left."""
-    require(0 <= skew < 1, f"skew is {skew}; it must be at least 0 (a plain KL) and below 1")
-
-
-def log_mixture(p: torch.Tensor, q: torch.Tensor, weight: float) -> torch.Tensor:
-    """log(weight · p + (1 - weight) · q)."""
-    smallest = torch.finfo(q.dtype).tiny  # not 0: autograd would divide 0 by 0
-    return (weight * p + (1 - weight) * q).clamp_min(smallest).log()
-
-
-def total_variation_formula(log_q, log_p):
-    """Half the sum of |q - p|; its gradient is q · (g - sum(q · g)), g half the sign of q - p."""
-    q = log_q.exp()
-    gap = q - log_p.exp()
-
-    def gradient():
-        slope = gap.sign() / 2
-        return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
-
-    return gap.abs().sum(dim=-1) / 2, gradient
+def divergence_of(config) -> Callable:
+    """The divergence that a `DistillConfig` names, with its beta or skew if it has one."""
+    function = DIVERGENCES[config.divergence]
+    if config.divergence == "jensen_shannon":
+        return functools.partial(function, beta=config.beta)
+    if config.divergence.startswith("skewed"):
+        return functools.partial(function, skew=config.skew)
+    return function
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -241,14 +222,25 @@ def log_ratio(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor) -> torc
     return (log_p - log_q).masked_fill_(p == 0, 0)
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": Divergence(forward_kl_formula),
-    "reverse_kl": Divergence(reverse_kl_formula),
-    "jensen_shannon": Divergence(jensen_shannon_formula, parameters={"beta": 0.5}),
-    "skewed_forward_kl": Divergence(skewed_forward_kl_formula, parameters={"skew": 0.1}),
-    "skewed_reverse_kl": Divergence(skewed_reverse_kl_formula, parameters={"skew": 0.1}),
-    "total_variation": Divergence(total_variation_formula, power=1),
-}
+def log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
+    """log(weight · p + (1 - weight) · q)."""
+    if weight == 0:
+        return log_q
+    smallest = torch.finfo(log_q.dtype).tiny  # not 0: autograd would divide 0 by 0
+    return (weight * log_p.exp() + (1 - weight) * log_q.exp()).clamp_min(smallest).log()
+
+
+def check_beta(beta: float) -> None:
+    """Require a weight strictly between the two ends."""
+    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
+
+
+def check_skew(skew: float) -> None:
+    """Require a share below 1, at which nothing of the other distribution is left."""
+    require(0 <= skew < 1, f"skew is {skew}; it must be at least 0 (a plain KL) and below 1")
+
+
+# -- hard labels, hidden states, and what all losses need ------------------------------
 
 
 def hard_label_loss(student_logits, labels, mask=None) -> torch.Tensor:

@@ -18,7 +18,6 @@ import transformers
 from accelerate import PartialState
 from huggingface_hub.utils import get_session
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -335,47 +334,30 @@ def hub_answer(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def eval_mode(*models):
-    """Models in eval mode, and afterwards each in the mode it was in."""
-    modes = [(model, model.training) for model in models if model is not None]
-    for model, _ in modes:
+    """Models in eval mode, and afterwards each of their modules in the mode it was in."""
+    given = [model for model in models if model is not None]
+    modes = [(module, module.training) for model in given for module in model.modules()]
+    for model in given:
         model.eval()
     try:
         yield
     finally:
-        for model, training in modes:
-            model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager
 def dropout_set_to(model, p: float):
-    """All dropout of a model at one probability, and afterwards as it was.
-
-    Some families have no `nn.Dropout` but read a number when they are called, from an
-    attribute of a layer (OPT, XGLM) or from the config: these numbers are set too.
-    Whole layers are never dropped (`layerdrop`).
-    """
-    before = []
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
-    owners = [*model.modules(), *(part for config in configs for part in configs_of(config))]
-    for settings in map(vars, {id(owner): owner for owner in owners}.values()):
-        is_layer = "p" in settings and "inplace" in settings  # an nn.Dropout of any shape
-        for name in ["p"] if is_layer else [n for n in settings if "drop" in n.lower()]:
-            if isinstance(settings[name], float | int) and not isinstance(settings[name], bool):
-                before.append((settings, name, settings[name]))
-                settings[name] = 0.0 if "layerdrop" in name.lower().replace("_", "") else p
+    """Every `nn.Dropout` of a model at one probability, and afterwards as it was."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = p
     try:
         yield
     finally:
-        for settings, name, value in reversed(before):
-            settings[name] = value
-
-
-def configs_of(config):
-    """A config and the configs inside it."""
-    yield config
-    for part in vars(config).values():
-        if isinstance(part, transformers.PreTrainedConfig):
-            yield from configs_of(part)
+        for layer, value in zip(layers, before, strict=True):
+            layer.p = value
 
 
 @contextlib.contextmanager
@@ -489,50 +471,7 @@ def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
     return model.base_model(ids, use_cache=False).last_hidden_state
 
 
-def output_weights(model, vocabulary: int) -> torch.Tensor:
-    """A model's output weights for the first tokens of its vocabulary, (vocabulary, width)."""
-    weights = model.get_output_embeddings().weight
-    return weights if len(weights) == vocabulary else weights[:vocabulary]
-
-
-@torch.no_grad()
-def has_linear_head(model, ids: torch.Tensor) -> bool:
-    """Whether a model's logits are hidden states times output weights: seen by trying.
-
-    They are more than that where a head has a bias, or where logits are capped or scaled.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        return False
-    if isinstance(head.weight, FakeTensor):  # no values to compare, in `plan`
-        return puts_out_logits(model, head, ids)
-    with eval_mode(model):
-        hidden = getattr(model.base_model(ids, use_cache=False), "last_hidden_state", None)
-        return hidden is not None and torch.allclose(
-            head(hidden), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
-        )
-
-
-def puts_out_logits(model, head: nn.Linear, ids: torch.Tensor) -> bool:
-    """Whether a head is given the final hidden states and puts out the logits: the same memory."""
-    seen = {}
-    hooks = [
-        module.register_forward_hook(lambda module, *call: seen.update({module: call}))
-        for module in (model.base_model, head)
-    ]
-    with eval_mode(model):
-        logits = model(ids, use_cache=False).logits
-    for hook in hooks:
-        hook.remove()
-    (given, *_), product = seen[head]
-    hidden = getattr(seen[model.base_model][1], "last_hidden_state", None)
-    return hidden is not None and all(
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata
-        for a, b in ((hidden, given), (product, logits))
-    )
-
-
-def weights_digest(model) -> str:
+def fingerprint(model) -> str:
     """A name for a model's weights and settings: another as soon as any of them is."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):

@@ -25,10 +25,11 @@ from willows_kd.compress.layers import choose_layers, depth_of, layers_to_keep, 
 from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.distillation import distill
-from willows_kd.errors import InputError, WriteError, require
+from willows_kd.errors import InputError, Stopped, WriteError, require
 from willows_kd.evaluation import as_markdown, compare, number
 from willows_kd.generation import write_blocks
 from willows_kd.scale.checkpoints import Checkpoints
+from willows_kd.scale.linear_head import ChunkedLoss
 from willows_kd.scale.teacher_cache import cache_teacher
 from willows_kd.students import student_from_teacher
 
@@ -307,10 +308,8 @@ def train(job: Job, config: DistillConfig, checkpoints: Checkpoints, options) ->
 
     more = {"on_step": on_step, "checkpoints": checkpoints, "resume": options.resume}
     try:
-        history = distill(teacher, job.student, job.blocks, config, **more)
-    except KeyboardInterrupt as stopped:
-        if not hasattr(stopped, "history"):  # in the midst of a step
-            raise
+        history = distill(teacher, job.student, job.blocks, config, loss=ChunkedLoss, **more)
+    except Stopped as stopped:
         history = stopped.history
     if history and is_finished(history, config):
         return history

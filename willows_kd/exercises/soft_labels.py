@@ -16,7 +16,7 @@ from willows_kd.exercises import (
     random_logits,
     well_done,
 )
-from willows_kd.soft_labels import entropy, soften
+from willows_kd.losses import entropy, soften
 
 KL = (
     {

@@ -17,7 +17,7 @@ from willows_kd.compress.speculative import expected_speedup
 from willows_kd.errors import require
 from willows_kd.evaluation import LABELS, with_intervals
 from willows_kd.figures.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
-from willows_kd.soft_labels import entropy, soften, top_k
+from willows_kd.losses import entropy, soften, top_k
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
 

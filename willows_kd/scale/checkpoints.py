@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,7 +32,7 @@ from willows_kd.files import (
     save_tensors,
     write_errors,
 )
-from willows_kd.models import weights_digest
+from willows_kd.models import distributed_state, fingerprint
 
 KEPT = 2
 NAMES = "step_*.safetensors"
@@ -93,6 +94,49 @@ class Checkpoints:
         """The checkpoint after a step."""
         return self.folder / f"step_{step:08d}.safetensors"
 
+    @contextlib.contextmanager
+    def opened(self, teacher, student, optimizer, blocks, config: DistillConfig, resume=False):
+        """The folder while a run uses it; the arguments are those of `distill`, and its AdamW.
+
+        Of several processes the main one writes for all.
+
+        Yields:
+            the history of the run that is resumed (empty if none is), whose student and
+            optimiser are then restored; and what saves a checkpoint if one is due.
+        """
+        speaks = distributed_state().is_main_process
+        with self.locked() if speaks else contextlib.nullcontext():
+            run = describe(teacher, student, blocks, config)
+            history = self.resume(student, optimizer, run) if resume else []
+
+            def save(history: list[dict], at_once: bool) -> None:
+                if speaks and (at_once or self.due()):
+                    self.try_save(student, optimizer, history, run)
+
+            try:
+                yield history, save
+            except InputError as error:
+                files = self.files()
+                last = f" (the last good checkpoint: {files[0]})" if files else ""
+                raise InputError(f"{error}{last}") from error
+
+    def resume(self, student: nn.Module, optimizer, run: dict) -> list[dict]:
+        """Restore student and optimiser from the newest checkpoint, if any; returns its history."""
+        found, history, state = self.newest(), [], distributed_state()
+        if found:
+            found.check(student, run)
+            run["student"] = found.run["student"]  # the weights that the run began with
+            history = found.restore(student, optimizer)
+        steps = gather(torch.tensor([len(history)], device=state.device))
+        shared = "differs between the machines; put it on a disk that they share"
+        require(steps.min() == steps.max(), f"{self.folder} {shared}")
+        if state.is_main_process and found:
+            place = f"{self.folder.name}/{found.file.name}"
+            tqdm.write(f"Resuming from step {len(history)} ({place})")
+        elif state.is_main_process:
+            tqdm.write(f"No checkpoint found in {self.folder}: training from scratch")
+        return history
+
     def files(self) -> list[Path]:
         """The checkpoints, newest first."""
         return sorted(self.folder.glob(NAMES), reverse=True)
@@ -138,45 +182,10 @@ class Checkpoints:
             self.last_time = time.monotonic()
             tqdm.write(f"⚠️ No checkpoint at step {len(history)}: {error}. Training goes on.")
 
-    def describe(self, teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
-        """What has to be the same for a run to be resumed."""
-        weights = teacher.digest if hasattr(teacher, "digest") else weights_digest(teacher)
-        text = hashlib.sha256()
-        for part in (blocks.train, blocks.validation):
-            text.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
-        return {
-            "settings": json.loads(
-                json.dumps(dataclasses.asdict(config))
-            ),  # as they are read again
-            "teacher": weights,
-            "text": text.hexdigest(),
-            "student": weights_digest(student),
-        }
-
     def clear(self) -> None:
         """Remove all checkpoints."""
         for file in self.files():
             file.unlink(missing_ok=True)
-
-
-class NoCheckpoints:
-    """Stands in for `Checkpoints` if none are to be written: nothing is, and none is ever due."""
-
-    locked = staticmethod(contextlib.nullcontext)
-
-    def files(self) -> list[Path]:
-        """None."""
-        return []
-
-    def describe(self, *_) -> None:
-        """Nothing: no checkpoint needs it."""
-
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-    def try_save(self, *_) -> None:
-        """Write nothing."""
 
 
 class Checkpoint:
@@ -224,23 +233,17 @@ class Checkpoint:
         return list(self.history)
 
 
-def resume_run(accelerator, checkpoints: Checkpoints, student, optimizer, run: dict) -> list[dict]:
-    """Restore student and optimiser from the newest checkpoint, if any; returns its history."""
-    found = checkpoints.newest()
-    history = []
-    if found:
-        found.check(student, run)
-        run["student"] = found.run["student"]  # the weights that the run began with
-        history = found.restore(student, optimizer)
-    steps = accelerator.gather(torch.tensor([len(history)], device=accelerator.device))
-    shared = "differs between the machines; put it on a disk that they share"
-    require(steps.min() == steps.max(), f"{checkpoints.folder} {shared}")
-    if accelerator.is_main_process and found:
-        place = f"{checkpoints.folder.name}/{found.file.name}"
-        tqdm.write(f"Going on after step {len(history)}, from {place}")
-    elif accelerator.is_main_process:
-        tqdm.write(f"Nothing to resume in {checkpoints.folder}: starting from the beginning")
-    return history
+def describe(teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
+    """What has to be the same for a run to be resumed."""
+    text = hashlib.sha256()
+    for part in (blocks.train, blocks.validation, *(blocks.masks[n] for n in sorted(blocks.masks))):
+        text.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
+    return {
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),  # as they are read again
+        "teacher": getattr(teacher, "fingerprint", None) or fingerprint(teacher),
+        "text": text.hexdigest(),
+        "student": fingerprint(student),
+    }
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -1,19 +1,29 @@
-"""The same losses without all the logits: from hidden states to gradients, chunk by chunk.
+"""The losses without all the logits: from hidden states to gradients, chunk by chunk.
 
 A full-logits loss holds several tensors of shape (tokens, vocabulary): the logits of
 student and teacher, their log-softmax, and the gradients of all of these. Here no such
-tensor exists. Tokens are taken a chunk at a time; the registry's closed form turns a
+tensor exists. Tokens are taken a chunk at a time; a divergence's closed form turns a
 chunk's logits into their own gradient, and this is added at once to the gradients of the
 hidden states and of the head. (Computing gradients in the forward pass, chunk by chunk,
 is the idea of Liger Kernel's fused linear losses, Hsu et al. 2024.)
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from willows_kd.errors import is_integer, require
-from willows_kd.losses import DIVERGENCES, check_alpha, check_labels
-from willows_kd.soft_labels import at_least_float32, check_temperature
+from willows_kd.losses import (
+    at_least_float32,
+    check_alpha,
+    check_beta,
+    check_labels,
+    check_skew,
+    check_temperature,
+    log_mixture,
+    log_ratio,
+)
 
 CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT-2's vocabulary
 ROWS = 2**19  # logits in one step of the arithmetic: 2 MiB, to stay in a CPU's cache
@@ -60,8 +70,8 @@ def chunked_distillation_loss(
     check_temperature(temperature)
     check_alpha(alpha)
     check_labels(labels, student_hidden.shape[:-1])
-    known = ", ".join(DIVERGENCES)
-    require(divergence in DIVERGENCES, f"divergence is {divergence!r}; it must be one of {known}")
+    known = ", ".join(CLOSED_FORMS)
+    require(divergence in CLOSED_FORMS, f"divergence is {divergence!r}; it must be one of {known}")
     require(chunk is None or is_integer(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
     counted = ... if mask is None else mask.bool()
     if alpha < 1:
@@ -71,9 +81,9 @@ def chunked_distillation_loss(
     else:
         teacher_hidden = teacher_head = None
     student_hidden, labels = student_hidden[counted].flatten(0, -2), labels[counted].flatten()
-    soft_loss = DIVERGENCES[divergence].with_parameters(beta=beta, skew=skew)
-    settings = temperature, alpha, soft_loss, chunk or max(1, CHUNK // len(student_head))
-    return ChunkedLoss.apply(
+    objective = temperature, alpha, divergence, {"beta": beta, "skew": skew}
+    settings = *objective, chunk or max(1, CHUNK // len(student_head))
+    return LossWithGradients.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, settings
     )
 
@@ -91,7 +101,7 @@ def check_teacher(student_hidden, student_head, teacher_hidden, teacher_head) ->
     )
 
 
-class ChunkedLoss(torch.autograd.Function):
+class LossWithGradients(torch.autograd.Function):
     """Loss and gradients in one pass over the tokens; backward only hands them out."""
 
     @staticmethod
@@ -163,7 +173,8 @@ def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torc
     Returns:
         the sums over the tokens of the soft-label and the hard-label loss, shape (2,).
     """
-    temperature, alpha, divergence = objective
+    temperature, alpha, divergence, parameters = objective
+    power = 1 if divergence == "total_variation" else 2  # of T, as in `losses`
     sums = logits.new_zeros(2)
     rows = max(1, ROWS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for begin in range(0, len(logits), rows):
@@ -178,11 +189,92 @@ def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torc
         if alpha < 1:
             log_q = F.log_softmax(z / temperature, dim=-1)
             log_p = F.log_softmax(teacher_logits[begin : begin + rows] / temperature, dim=-1)
-            value, gradient = divergence.formula(log_q, log_p, **divergence.parameters)
-            sums[0] += temperature**divergence.power * value.sum()
-            weight = (1 - alpha) * temperature ** (divergence.power - 1) / total
+            value, gradient = CLOSED_FORMS[divergence](log_q, log_p, **parameters)
+            sums[0] += temperature**power * value.sum()
+            weight = (1 - alpha) * temperature ** (power - 1) / total
             torch.mul(gradient(), weight, out=z)
             z += hard_gradient
         else:
             z.copy_(hard_gradient)
     return sums
+
+
+# -- closed forms ----------------------------------------------------------------------
+# Each takes log q of the student and log p of the teacher, shapes (..., vocabulary), and returns
+# the divergence of each token, shape (...), and a function that returns its gradient with
+# respect to the softened logits z_s / T, shape (..., vocabulary).
+
+
+def forward_kl(log_q, log_p, **_):
+    """KL(p || q), and its gradient q - p."""
+    p = log_p.exp()
+    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1), lambda: log_q.exp().sub_(p)
+
+
+def reverse_kl(log_q, log_p, **_):
+    """KL(q || p), and its gradient q · (log(q/p) - KL(q || p))."""
+    q = log_q.exp()
+    slope = log_ratio(log_q, log_p, q)
+    value = (q * slope).sum(dim=-1)
+    return value, lambda: (slope - value[..., None]).mul_(q)
+
+
+def jensen_shannon(log_q, log_p, beta, **_):
+    """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
+    check_beta(beta)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = log_mixture(log_p, log_q, beta)
+    slope = log_ratio(log_q, log_m, q)
+    from_p, from_q = (p * log_ratio(log_p, log_m, p)).sum(dim=-1), (q * slope).sum(dim=-1)
+    value = beta * from_p + (1 - beta) * from_q
+    return value, lambda: (slope - from_q[..., None]).mul_(q).mul_(1 - beta)
+
+
+def skewed_forward_kl(log_q, log_p, skew, **_):
+    """KL(p || m); its gradient is q · sum(w) - w, with w = (1 - skew) · p · q/m."""
+    check_skew(skew)
+    if skew == 0:
+        return forward_kl(log_q, log_p)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = log_mixture(log_p, log_q, skew)
+
+    def gradient():
+        weight = (log_q - log_m).exp_().mul_(p).mul_(1 - skew)
+        return (q * weight.sum(dim=-1, keepdim=True)).sub_(weight)
+
+    return (p * log_ratio(log_p, log_m, p)).sum(dim=-1), gradient
+
+
+def skewed_reverse_kl(log_q, log_p, skew, **_):
+    """KL(q || m); its gradient is q · (g - sum(q · g)), with g = log(q/m) - skew · q/m."""
+    check_skew(skew)
+    if skew == 0:
+        return reverse_kl(log_q, log_p)
+    q = log_q.exp()
+    slope = log_ratio(log_q, log_mixture(log_q, log_p, skew), q)
+
+    def gradient():
+        return centred(slope - skew * slope.exp(), q)
+
+    return (q * slope).sum(dim=-1), gradient
+
+
+def total_variation(log_q, log_p, **_):
+    """Half the sum of |q - p|; its gradient is q · (g - sum(q · g)), g half the sign of q - p."""
+    q = log_q.exp()
+    gap = q - log_p.exp()
+    return gap.abs().sum(dim=-1) / 2, lambda: centred(gap.sign() / 2, q)
+
+
+def centred(slope: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """q · (g - sum(q · g)): the gradient of softened logits, from g, that of q."""
+    return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
+
+
+CLOSED_FORMS: dict[str, Callable] = {
+    form.__name__: form
+    for form in (
+        *(forward_kl, reverse_kl, jensen_shannon),
+        *(skewed_forward_kl, skewed_reverse_kl, total_variation),
+    )
+}

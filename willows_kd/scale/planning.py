@@ -7,6 +7,7 @@ numbers: the code that will train runs, and operations and bytes are counted as 
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +23,14 @@ from willows_kd.cost import MemoryWatch
 from willows_kd.distillation import (
     DistillationLoss,
     asks_teacher,
-    check,
     parameter_groups,
     train_mode,
+    validate_inputs,
 )
 from willows_kd.errors import is_integer, require, type_name
 from willows_kd.models import load_config, quiet_transformers
-from willows_kd.scale.teacher_cache import Kept, blocks_to_cache, bytes_per_token
+from willows_kd.scale.linear_head import has_linear_head
+from willows_kd.scale.teacher_cache import CacheSpec, blocks_to_cache, bytes_per_token
 from willows_kd.students import config_of_layers
 
 ATEN = torch.ops.aten
@@ -108,6 +110,7 @@ def plan(
     blocks: Blocks,
     config: DistillConfig | None = None,
     rate: float | None = None,
+    loss: Callable[..., nn.Module] | None = None,
 ) -> Plan:
     """What `distill` would take, without loading, downloading or training anything new.
 
@@ -116,11 +119,12 @@ def plan(
             A name stands for a teacher in float32, a config for one in the config's own dtype.
         student: likewise; or how many of the teacher's layers it takes.
         blocks: the packed corpus.
-        config: the settings; None for the defaults. Writing, as for `on_policy_share`, is not
-            counted.
+        config: the settings; None for the defaults. Sampling, as for `on_policy_share`, is
+            not counted.
         rate: FLOP a second, such as that of a machine you may rent. None measures it here:
             on a step's forward and backward pass if both models are given, else on a matrix
             product as wide as the student, which training seldom reaches.
+        loss: as for `distill`.
 
     Raises:
         InputError: teacher, student or blocks do not fit together.
@@ -133,26 +137,28 @@ def plan(
         student = config_of_layers(teacher.config, depth_of(teacher), kept)
     student = fake(student, mode, torch.float32)
     with mode:
-        check(teacher, student, blocks, config)
-        ids = torch.zeros(
-            min(config.blocks_per_pass(blocks.block_size), len(blocks.train)), blocks.block_size
-        ).long()
-        ids = ids.to(student.device)
-        objective = DistillationLoss(teacher, student, config, ids[:1])
+        validate_inputs(teacher, student, blocks, config)
+        at_once = min(config.blocks_per_pass(blocks.block_size), len(blocks.train))
+        ids = torch.zeros(at_once, blocks.block_size, dtype=torch.long, device=student.device)
+        objective = (loss or DistillationLoss)(teacher, student, config, ids[:1])
+        linear = has_linear_head(teacher, ids[:1])
         with train_mode(teacher, student, config):
-            passes = count_flops(objective, teacher, ids)
+            passes = count_flops(objective, teacher, ids, linear)
             memory = memory_parts(objective, teacher, ids)
     measured = "given"
     if rate is None and all(isinstance(model, nn.Module) for model in real):
-        rate, measured = step_rate(*real, ids, config, sum(passes.values())), "a step of this run"
+        flops = sum(passes.values())
+        rate, measured = step_rate(*real, ids, config, loss, flops), "a step of this run"
     elif rate is None:
         rate, measured = matrix_rate(ids, student, config), "matrix products: training is slower"
-    linear = objective.chunked and asks_teacher(config)
-    stored = blocks_to_cache(blocks, objective.vocabulary, Kept())
+    cached = None
+    if linear and asks_teacher(config):
+        stored = sum(part.numel() for part in blocks_to_cache(blocks, teacher, CacheSpec()))
+        cached = bytes_per_token(teacher, CacheSpec()) * stored
     return Plan(
         parameters={"teacher": count(teacher), "student": count(student)},
         memory=memory,
-        cache=bytes_per_token(teacher, Kept()) * stored.numel() if linear else None,
+        cache=cached,
         flops={name: n * len(blocks.train) / len(ids) for name, n in passes.items()},
         epochs=config.epochs,
         rate=rate,
@@ -185,7 +191,7 @@ def nbytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-def count_flops(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dict[str, float]:
+def count_flops(objective: DistillationLoss, teacher, ids, linear: bool) -> dict[str, float]:
     """Floating-point operations of one batch, forward and backward."""
     teacher_flops, all_flops = (
         flop_counter.FlopCounterMode(display=False, custom_mapping=COUNTED) for _ in range(2)
@@ -193,8 +199,9 @@ def count_flops(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dict
     with all_flops:
         objective(teacher, ids)[0].backward()
     if asks_teacher(objective.config):
+        layers = teacher.base_model if linear else teacher
         with teacher_flops, torch.no_grad(), objective.autocast(ids):
-            objective.look(teacher, ids, objective.layers["teacher"])
+            layers(ids, use_cache=False)
     flops = teacher_flops.get_total_flops()
     return {"teacher": flops, "student": all_flops.get_total_flops() - flops}
 
@@ -220,12 +227,12 @@ def memory_parts(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dic
     }
 
 
-def step_rate(teacher, student, ids: torch.Tensor, config, flops: float) -> float:
+def step_rate(teacher, student, ids: torch.Tensor, config, loss, flops: float) -> float:
     """FLOP a second of a batch's forward and backward pass: the second of two."""
     ids = torch.zeros(ids.shape, dtype=torch.long, device=student.device)
     trained = [p for p in student.parameters() if p.requires_grad]
     with torch.random.fork_rng(), train_mode(teacher, student, config):
-        objective = DistillationLoss(teacher, student, config, ids[:1])
+        objective = (loss or DistillationLoss)(teacher, student, config, ids[:1])
         for _ in range(2):
             start = time.perf_counter()
             torch.autograd.grad(objective(teacher, ids)[0], trained, allow_unused=True)

@@ -25,9 +25,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, is_integer, require, type_name
-from willows_kd.evaluation import windows
+from willows_kd.evaluation import LONGEST_WINDOW, window_length, windows
 from willows_kd.files import (
     cache_folder,
     load_tensors,
@@ -40,18 +41,18 @@ from willows_kd.models import (
     check_positions,
     distributed_state,
     eval_mode,
-    has_linear_head,
+    fingerprint,
     hidden_states,
+    max_positions,
     require_model,
-    weights_digest,
 )
+from willows_kd.scale.linear_head import has_linear_head
 
-BATCH_SIZE = 8  # blocks per pass through the teacher: as in training, for the same rounding
-SHARD = 32  # blocks in a file, a multiple of BATCH_SIZE
+SHARD = 32  # blocks in a file
 DTYPES = ("float32", "float16")
 
 
-class Kept(NamedTuple):
+class CacheSpec(NamedTuple):
     """What is kept of a teacher: hidden states, or the k likeliest tokens, or k drawn ones."""
 
     dtype: str = "float32"
@@ -96,29 +97,23 @@ def cache_teacher(
     Raises:
         InputError: an argument does not fit this teacher.
     """
-    check(teacher, blocks, Kept(dtype, top_k, samples))
-    kept = Kept(dtype, top_k and int(top_k), samples and int(samples))
-    ids = blocks_to_cache(blocks, teacher.config.vocab_size, kept)
+    validate_inputs(teacher, blocks, CacheSpec(dtype, top_k, samples))
+    spec = CacheSpec(dtype, top_k and int(top_k), samples and int(samples))
+    parts = blocks_to_cache(blocks, teacher, spec)
     folder = Path(folder) if folder else cache_folder() / "teachers"
-    weights = weights_digest(teacher)
-    place = folder / digest(weights, ids, kept)
+    weights = fingerprint(teacher)
+    place = folder / digest(weights, parts, spec)
     try:
-        shards = find_or_make(place, teacher, ids, kept)
+        shards = load_or_build(place, teacher, parts, spec)
     except WriteError as error:
         warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
         return teacher
-    cache = TeacherCache(teacher, ids, shards, kept)
-    exact = kept == Kept()
-    cache.digest = weights if exact else place.name  # whether it may stand in for the teacher
+    cache = TeacherCache(teacher, parts, shards, spec)
+    exact = spec == CacheSpec()
+    cache.fingerprint = weights if exact else place.name  # a run may go on with it or the teacher
     if not exact:
-        print_cache_error(teacher, cache, ids)
+        print_cache_error(teacher, cache, parts)
     return cache
-
-
-def with_tilde(path: Path) -> str:
-    """A path as a person writes it, with ~ for the home directory."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 class TeacherCache(nn.Module):
@@ -129,14 +124,16 @@ class TeacherCache(nn.Module):
     Attributes:
         top_k, samples: the arguments of `cache_teacher`. If `samples` is not None, only the
             forward KL at T = 1 can use the answers, and only for training blocks.
+        fingerprint: the teacher's if the answers are exact, else the cache's own.
     """
 
-    def __init__(self, teacher, ids: torch.Tensor, shards: list[dict], kept: Kept):
-        """Stand in for a teacher with its outputs for the blocks `ids`, shard by shard."""
+    def __init__(self, teacher, parts: list[torch.Tensor], shards: list[dict], spec: CacheSpec):
+        """Stand in for a teacher with its outputs for some blocks, part by part."""
         super().__init__()
-        self.config, self.top_k, self.samples = teacher.config, kept.top_k, kept.samples
+        self.config, self.top_k, self.samples = teacher.config, spec.top_k, spec.samples
+        self.training_blocks_only = spec.samples is not None
         self.head = teacher.get_output_embeddings()
-        self.base_model = CachedHiddenStates(ids, shards, self.head.weight.dtype)
+        self.base_model = CachedHiddenStates(parts, shards, self.head.weight.dtype)
         self.nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
 
     @property
@@ -144,12 +141,38 @@ class TeacherCache(nn.Module):
         """The device of the teacher's head, on which it answers."""
         return self.head.weight.device
 
+    def validate(self, config: DistillConfig, student) -> None:
+        """Require what lets the cache stand in for its teacher in `distill`."""
+        own, others = (
+            min(max_positions(model.config) or LONGEST_WINDOW, LONGEST_WINDOW)
+            for model in (self, student)
+        )
+        require(
+            own <= others or self.training_blocks_only,
+            f"the student reads {others} tokens, the teacher {own}, and its cache is asked about "
+            "windows of validation text as long as both read; give the teacher itself",
+        )
+        require(
+            not config.on_policy_share,
+            "the teacher's cache knows only the text it was made for, not what the student will "
+            "write; for on_policy_share give the teacher itself",
+        )
+        require(
+            not self.samples or (config.divergence, config.temperature) == ("forward_kl", 1),
+            "sampled labels are right on average for the forward KL at temperature 1 only",
+        )
+        require(
+            not config.hidden_weight or (not config.hidden_layers and self.get_output_embeddings()),
+            "the teacher's cache holds its final hidden states, with top_k or samples none at "
+            "all; to match others give the teacher itself",
+        )
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The teacher's head; None if the cache holds no hidden states."""
         return None if self.top_k or self.samples else self.head
 
-    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
-        """Logits of blocks of shape (blocks, block_size).
+    def forward(self, ids: torch.Tensor, **_) -> CausalLMOutput:
+        """Logits of blocks of shape (blocks, block_size), and the final hidden states if kept.
 
         Raises:
             InputError: a block is not among those that the cache was made for.
@@ -160,7 +183,8 @@ class TeacherCache(nn.Module):
             counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
             return CausalLMOutput(logits=counts.div_(self.samples).log_())
         if not self.top_k:
-            return CausalLMOutput(logits=self.head(self.base_model(ids).last_hidden_state))
+            hidden = self.base_model(ids).last_hidden_state
+            return CausalLMOutput(logits=self.head(hidden), hidden_states=(hidden,))
         tokens = self.base_model.read("tokens", ids, torch.long)
         values = self.base_model.read("values", ids, torch.float32)
         others = self.config.vocab_size - self.top_k
@@ -172,13 +196,17 @@ class TeacherCache(nn.Module):
 class CachedHiddenStates(nn.Module):
     """Looks up the rows of a block by its token ids."""
 
-    def __init__(self, ids: torch.Tensor, shards: list[dict], dtype: torch.dtype):
+    def __init__(self, parts: list[torch.Tensor], shards: list[dict], dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.rows = {block.tobytes(): row for row, block in enumerate(ids.numpy())}
         self.shards = shards
+        self.rows = {
+            block.tobytes(): (shard, row)
+            for shard, part in enumerate(parts)
+            for row, block in enumerate(part.numpy())
+        }
 
-    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> BaseModelOutput:
+    def forward(self, ids: torch.Tensor, **_) -> BaseModelOutput:
         """Final hidden states, shape (blocks, block_size, width), in the teacher's dtype."""
         return BaseModelOutput(last_hidden_state=self.read("hidden", ids, self.dtype))
 
@@ -191,11 +219,11 @@ class CachedHiddenStates(nn.Module):
             if name == "samples":
                 advice = "it holds samples of the training blocks only, so ask the teacher itself"
             raise InputError(f"the teacher's cache was made for other blocks; {advice}") from None
-        found = [self.shards[row // SHARD][name][row % SHARD].to(dtype) for row in rows]
+        found = [self.shards[shard][name][row].to(dtype) for shard, row in rows]
         return torch.stack(found).to(ids.device)
 
 
-def check(teacher, blocks: Blocks, kept: Kept) -> None:
+def validate_inputs(teacher, blocks: Blocks, spec: CacheSpec) -> None:
     """Refuse arguments that allow no cache."""
     require_model(teacher, "teacher")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
@@ -205,22 +233,19 @@ def check(teacher, blocks: Blocks, kept: Kept) -> None:
         "the teacher is sharded, and answers only if all processes ask at once, while a cache is "
         "made by each on its own; give distill the teacher itself",
     )
-    dtype, top_k, samples = kept
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    vocabulary = teacher.config.vocab_size
-    require(
-        top_k is None or samples is None,
-        f"top_k is {top_k!r} and samples is {samples!r}; give only one of them",
-    )
+    dtype, top_k, samples = spec
+    known = teacher.config.vocab_size
+    require(dtype in DTYPES, f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    both = top_k is not None and samples is not None
+    require(not both, f"top_k is {top_k!r} and samples is {samples!r}; give only one of them")
     require(
         samples is None or is_integer(samples),
         f"samples is {samples!r}; it must be a whole number, at least 1",
     )
-    if top_k is not None and not (is_integer(top_k) and top_k < vocabulary):
-        raise InputError(
-            f"top_k is {top_k!r}; it must be a whole number from 1 to {vocabulary - 1}"
-        )
+    require(
+        top_k is None or is_integer(top_k) and top_k < known,
+        f"top_k is {top_k!r}; it must be a whole number from 1 to {known - 1}",
+    )
     require(
         top_k or samples or has_linear_head(teacher, blocks.train[:1].to(teacher.device)),
         "this teacher's logits are more than its hidden states times its output weights; "
@@ -228,46 +253,54 @@ def check(teacher, blocks: Blocks, kept: Kept) -> None:
     )
 
 
-def blocks_to_cache(blocks: Blocks, vocabulary: int, kept: Kept) -> torch.Tensor:
-    """All that `distill` asks a teacher about: training blocks, windows of validation blocks.
+def blocks_to_cache(blocks: Blocks, teacher, spec: CacheSpec) -> list[torch.Tensor]:
+    """All that `distill` asks a teacher about, in parts of the size of a shard: training
+    blocks, and the validation blocks as `quality` reads them.
 
     Samples are for training only: the KL to a few drawn tokens says little of a student.
     """
-    if kept.samples:
-        return blocks.train.contiguous()
-    seen = [window for window, _ in windows(blocks.validation, blocks.block_size, vocabulary)]
-    return torch.cat([blocks.train, *seen]).contiguous()
+    asked = [blocks.train]
+    if "validation" in blocks.masks:
+        asked.append(blocks.validation)
+    else:
+        length = window_length(blocks.validation, teacher)
+        found = windows(blocks.validation, length, teacher.config.vocab_size)
+        asked.append(torch.cat([window for window, _ in found]))
+    if spec.samples:
+        asked = asked[:1]
+    return [part.contiguous() for each in asked for part in each.split(SHARD)]
 
 
-def digest(weights: str, ids: torch.Tensor, kept: Kept) -> str:
+def digest(weights: str, parts: list[torch.Tensor], spec: CacheSpec) -> str:
     """A name that changes with anything that the answers, or their files, depend on."""
-    made = hashlib.sha256(json.dumps([weights, *kept, tuple(ids.shape), SHARD]).encode())
-    made.update(ids.numpy().tobytes())
+    shapes = [tuple(part.shape) for part in parts]
+    made = hashlib.sha256(json.dumps([weights, *spec, shapes]).encode())
+    for part in parts:
+        made.update(part.numpy().tobytes())
     return made.hexdigest()[:24]
 
 
-def find_or_make(place: Path, teacher, ids: torch.Tensor, kept: Kept) -> list[dict]:
+def load_or_build(place: Path, teacher, parts: list[torch.Tensor], spec: CacheSpec) -> list[dict]:
     """The shards of a cache, memory-mapped; those that are missing or damaged are made.
 
     Raises:
         WriteError: one cannot be written, or the disk has no room for all. Those that were
             written stay.
     """
-    parts = ids.split(SHARD)
     files = [place / f"{i:06d}.safetensors" for i in range(len(parts))]
     shards = [load_tensors(file) for file in files]
     missing = [i for i, shard in enumerate(shards) if shard is None]
     if missing:
-        size = bytes_per_token(teacher, kept) * sum(parts[i].numel() for i in missing) / 1e6
+        size = bytes_per_token(teacher, spec) * sum(parts[i].numel() for i in missing) / 1e6
         with write_errors(place):
             place.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(place).free / 1e6
             if size > room:
                 raise OSError(f"it takes {size:,.1f} MB, and {room:,.1f} MB are free")
             if distributed_state().is_local_main_process:
-                where = with_tilde(place.parent)
+                where = str(place.parent).replace(str(Path.home()), "~", 1)
                 print(f"Caching the teacher's outputs: {size:,.1f} MB in {where}")
-            make(files, shards, missing, lambda i: outputs(teacher, parts[i], kept, seed=i))
+            make(files, shards, missing, lambda i: outputs(teacher, parts[i], spec, seed=i))
     remove_partial_writes(place, "*")  # by killed runs: all shards are there
     return shards
 
@@ -298,47 +331,48 @@ def smallest_dtype(vocabulary: int) -> torch.dtype:
     return next(dtype for dtype in dtypes if torch.iinfo(dtype).max >= vocabulary - 1)
 
 
-def bytes_per_token(teacher, kept: Kept) -> int:
+def bytes_per_token(teacher, spec: CacheSpec) -> int:
     """The size of what is kept."""
-    number = getattr(torch, kept.dtype).itemsize
-    if kept.samples:
-        return kept.samples * smallest_dtype(teacher.config.vocab_size).itemsize
-    if kept.top_k:
-        return kept.top_k * (number + torch.int32.itemsize)
+    number = getattr(torch, spec.dtype).itemsize
+    if spec.samples:
+        return spec.samples * smallest_dtype(teacher.config.vocab_size).itemsize
+    if spec.top_k:
+        return spec.top_k * (number + torch.int32.itemsize)
     return teacher.get_output_embeddings().in_features * number
 
 
 @torch.no_grad()
-def outputs(teacher, ids: torch.Tensor, kept: Kept, seed: int) -> dict[str, torch.Tensor]:
+def outputs(teacher, ids: torch.Tensor, spec: CacheSpec, seed: int) -> dict[str, torch.Tensor]:
     """What is kept of a teacher's outputs for a shard of blocks."""
     generator = torch.Generator(teacher.device).manual_seed(seed)
     found = []
     with eval_mode(teacher):
-        for part in ids.to(teacher.device).split(BATCH_SIZE):
-            if not (kept.top_k or kept.samples):
+        # as many at a time as in training, for the same rounding
+        for part in ids.to(teacher.device).split(DistillConfig().blocks_per_pass(ids.shape[1])):
+            if not (spec.top_k or spec.samples):
                 found.append({"hidden": hidden_states(teacher, part).cpu()})
                 continue
             log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
-            if kept.top_k:
-                values, tokens = log_p.topk(kept.top_k, dim=-1)
+            if spec.top_k:
+                values, tokens = log_p.topk(spec.top_k, dim=-1)
                 found.append({"values": values.cpu(), "tokens": tokens.cpu()})
             else:
                 p = log_p.exp_().flatten(0, -2)
-                drawn = p.multinomial(kept.samples, replacement=True, generator=generator)
+                drawn = p.multinomial(spec.samples, replacement=True, generator=generator)
                 found.append({"samples": drawn.view(*part.shape, -1).cpu()})
-    number, token = getattr(torch, kept.dtype), smallest_dtype(teacher.config.vocab_size)
+    number, token = getattr(torch, spec.dtype), smallest_dtype(teacher.config.vocab_size)
     dtypes = {"hidden": number, "values": number, "tokens": torch.int32, "samples": token}
     return {name: torch.cat([each[name] for each in found]).to(dtypes[name]) for name in found[0]}
 
 
 @torch.no_grad()
-def print_cache_error(teacher, cache: TeacherCache, ids: torch.Tensor) -> None:
+def print_cache_error(teacher, cache: TeacherCache, parts: list[torch.Tensor]) -> None:
     """Print the size of a cache that is not exact, and its error on a few blocks."""
-    size = f"{cache.nbytes / ids.numel():,.0f} bytes per token"
+    size = f"{cache.nbytes / sum(part.numel() for part in parts):,.0f} bytes per token"
     if cache.samples:
         print(f"{size}; {cache.samples} drawn at each position, right only on average")
         return
-    few = ids[:: max(1, len(ids) // 8)][:8].to(teacher.device)
+    few = parts[0][:8].to(teacher.device)
     with eval_mode(teacher):
         error = forward_kl(cache(few).logits.float(), teacher(few).logits.float()).item()
     print(f"{size}; the error is {error:.2g} nats per token (KL)")
