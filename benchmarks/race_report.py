@@ -160,20 +160,27 @@ def speed_section(frame, memory: pd.DataFrame | None, base=LINES, title="Speed a
 def plot_race(speeds: pd.DataFrame, curves: pd.DataFrame | None):
     """Speed against line by line as bars, and validation KL against seconds of training."""
     columns, width = (1, 7.0) if curves is None else (2, 12.5)
-    with figure(columns, width, height=5.0) as (fig, axes):
-        draw_speeds(axes if curves is None else axes[0], speeds)
+    ratios = ratios_to_lines(speeds)
+    best = " and ".join(f"{bars[CACHED]:.1f} ({size})" for size, bars in ratios.items())
+    with figure(f"{CACHED}: {best} times {LINES}", columns, width, height=5.0) as (fig, axes):
+        draw_speeds(axes if curves is None else axes[0], ratios)
         if curves is not None:
             draw_curves(axes[1], curves)
             fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
-def draw_speeds(ax, speeds: pd.DataFrame) -> None:
-    """Median tokens a second as multiples of line by line's, a bar a contestant and size."""
+def ratios_to_lines(speeds: pd.DataFrame) -> dict[str, pd.Series]:
+    """Each size's median tokens a second as multiples of line by line's."""
     ratios = {}
     for size, rounds in speeds.groupby("size", sort=False):
         rates = rounds.groupby("contestant", sort=False)["tokens_per_second"].median()
         ratios[size] = rates / rates[LINES]
+    return ratios
+
+
+def draw_speeds(ax, ratios: dict[str, pd.Series]) -> None:
+    """A bar a contestant and size."""
     for i, (size, bars) in enumerate(ratios.items()):
         places = np.arange(len(bars)) + (i - (len(ratios) - 1) / 2) * 0.4
         ax.barh(places, bars, 0.38, color=COLOURS[(0, 3)[i]], label=size)
@@ -184,8 +191,6 @@ def draw_speeds(ax, speeds: pd.DataFrame) -> None:
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.1)
     ax.set_xlabel(f"median tokens a second ÷ that of {LINES}")
-    best = " and ".join(f"{bars[CACHED]:.1f} ({size})" for size, bars in ratios.items())
-    ax.set_title(f"{CACHED}: {best} times {LINES}", x=-0.4)
     if len(ratios) > 1:
         ax.legend(loc="lower right")
 
@@ -262,7 +267,8 @@ def growth_section(frame: pd.DataFrame) -> str:
 def plot_growth(frame: pd.DataFrame):
     """Time and memory of a step, relative to the smallest, as each size grows."""
     groups = frame.groupby("axis", sort=False)
-    with figure(columns=len(groups), width=12, height=3.4) as (fig, axes):
+    title = "Cost of one of our steps as one size grows"
+    with figure(title, columns=len(groups), width=12, height=3.4) as (fig, axes):
         for ax, (axis, points) in zip(axes, groups, strict=True):
             for value, label in {"seconds": "time", "mb": "memory"}.items():
                 growth = points[value] / points[value].iloc[0]
@@ -274,5 +280,4 @@ def plot_growth(frame: pd.DataFrame):
             ax.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
             ax.legend(fontsize=8.5)
         axes[0].set_ylabel("times the smallest")
-        axes[0].set_title("Cost of one of our steps as one size grows")
     return fig

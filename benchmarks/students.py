@@ -35,7 +35,16 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "students.md").write_text(text, encoding="utf-8")
     table.to_csv(options.output_dir / "students.csv")
-    figure = kd.plot_tradeoff(table, untrained=["untrained student"])
+    trained = table.drop(index="untrained student")
+    figure = kd.plot_scatter(
+        {
+            f"{name}, {row['disk_mb']:.1f} MB": [(row["token_ms"], row["perplexity"])]
+            for name, row in trained.iterrows()
+        },
+        title=told.split(";")[0] + ".",
+        xlabel="generating a token (ms)",
+        ylabel="perplexity on held-out text",
+    )
     figure.savefig(options.output_dir / "students.png")
 
 

@@ -207,8 +207,8 @@ BAD = {
     # drawing
     "a history has steps": (
         "give what distill returned",
-        lambda t: kd.plot_history({}),
-        lambda t: kd.plot_history({"a": []}),
+        lambda t: kd.curves({}),
+        lambda t: kd.curves({"a": []}),
     ),
     "there is a text to explore": (
         "at least one text",

@@ -39,15 +39,9 @@ PUBLIC_NAMES = {
     "compress.export": "export_model load_onnx",
     "compress.speculative": "speculative_decode expected_tokens expected_speedup",
     "figures.plots": (
-        "plot_parts plot_split plot_perplexities plot_soft_labels plot_temperatures "
-        "plot_gradients plot_two_peaks plot_pull plot_starts plot_choices plot_history "
-        "plot_progress plot_transfer plot_latency plot_sweep plot_tradeoff plot_token_view "
-        "plot_divergence plot_exposure plot_writing plot_attention plot_bits plot_acceptance "
-        "plot_speedup plot_memory"
+        "plot_bars plot_dots plot_lines plot_scatter plot_heatmaps plot_tokens token_table curves"
     ),
-    "figures.explorers": (
-        "explore_temperature explore_tokens explore_attention explore_speedup prompt_box"
-    ),
+    "figures.explorers": "explore_figure explore_temperature explore_tokens prompt_box",
     "errors": "InputError Stopped",
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names.split()}

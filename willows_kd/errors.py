@@ -7,8 +7,12 @@ class InputError(ValueError):
     """Something that was given cannot be used.
 
     The message is one line: what is wrong, and what would be accepted. The command line
-    prints it as it stands; a notebook shows it as the last line.
+    prints it as it stands, and so does a notebook.
     """
+
+    def _render_traceback_(self):
+        """What IPython shows instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 class WriteError(InputError):

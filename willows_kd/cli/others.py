@@ -9,7 +9,7 @@ from willows_kd import evaluation, files, models
 from willows_kd.cli import distill as commands
 from willows_kd.compress.export import export_model, load_onnx
 from willows_kd.errors import InputError, require
-from willows_kd.figures.plots import plot_tradeoff
+from willows_kd.figures.plots import plot_scatter
 from willows_kd.generation import complete
 
 OF_ONE_VOCABULARY = ["perplexity", "kl_to_teacher", "agreement"]  # measures by token
@@ -83,7 +83,15 @@ def compare(options) -> int:
     if measure == "bits_per_byte":
         print("The models' tokens differ: so does the text of a block and of a token.")
     if options.output_dir is not None:
-        figure = plot_tradeoff(table, names[0], untrained=(), measure=measure)
+        figure = plot_scatter(
+            {
+                f"{name}, {row['disk_mb']:.1f} MB": [(row["token_ms"], row[measure])]
+                for name, row in table.iterrows()
+            },
+            title="Near the lower left corner: good and fast",
+            xlabel=evaluation.LABELS["token_ms"],
+            ylabel=f"{evaluation.LABELS[measure]} on held-out text",
+        )
         with files.atomic_directory(output) as folder:
             table.to_csv(folder / "comparison.csv", index_label="model")
             figure.savefig(folder / "tradeoff.png", dpi=150)

@@ -6,7 +6,6 @@ right ones and with what each usual mistake gives.
 
 import copy
 import itertools
-import math
 import textwrap
 from collections.abc import Callable, Iterable
 
@@ -42,66 +41,96 @@ def attempt(function: Callable, *arguments) -> tuple:
     return result, None
 
 
-def one_number(function: Callable, *arguments) -> tuple[float, str | None]:
-    """What a learner's function returns as a float, and what is wrong with it."""
-    result, problem = attempt(function, *arguments)
+def as_tensor(result, tidy: Callable = torch.as_tensor) -> torch.Tensor:
+    """A number or a tensor, made comparable, in float64."""
+    return tidy(torch.as_tensor(result)).detach().double()
+
+
+def result_of(
+    function: Callable, case: tuple, shape: tuple = (), tidy: Callable = torch.as_tensor
+) -> tuple[torch.Tensor | None, str | None]:
+    """What a learner's function returns, as a tensor of a shape, or what is wrong with it."""
+    result, problem = attempt(function, *case)
     if problem:
-        return math.nan, problem
+        return None, problem
+    what = f"a tensor of shape {tuple(shape)}" if shape else "one number"
     try:
-        result = torch.as_tensor(result, dtype=torch.float64).detach()
+        value = as_tensor(result, tidy)
     except (TypeError, ValueError, RuntimeError):
-        return math.nan, f"your function returns {type(result).__name__}; it is one number"
-    if result.numel() != 1:
-        return math.nan, f"your result has shape {tuple(result.shape)}; it is one number"
-    return result.item(), None
+        return None, f"your function returns {type(result).__name__}; it is {what}"
+    if value.shape != shape and (shape or value.numel() != 1):
+        return None, f"your result has shape {tuple(value.shape)}; it is {what}"
+    return value.reshape(shape), None
 
 
 def judge(
     function: Callable,
     cases: list[tuple],
     right: Callable,
-    mistakes: Iterable[tuple[str, Callable]],
-    praise: str,
+    mistakes: dict[Callable, str] | Iterable[tuple[Callable, str]],
+    praise: str = "",
     not_finite: str = "",
     tolerance: float = 1e-4,
+    tidy: Callable = torch.as_tensor,
+    wrong_shape: str = "",
 ) -> bool:
     """Compare what a learner's function returns with the right numbers and the wrong ones.
 
     Args:
         cases: the arguments of each example.
-        right: gives the right number from the same arguments.
-        mistakes: hints, each with a function that makes that mistake, likeliest first.
+        right: gives the right number, or tensor, from the same arguments.
+        mistakes: functions that make a mistake, likeliest first, each with its hint.
         praise: what is said if all is right.
-        not_finite: the hint if the number is infinite or none.
+        not_finite: the hint if a number is infinite or none.
         tolerance: relative; far above rounding and far below any mistake.
+        tidy: what makes right answers alike, such as sorting.
+        wrong_shape: the hint if the result is of another shape, or none.
     """
-    found = []
-    for case in cases:
-        value, problem = one_number(function, *case)
-        if problem is None and not math.isfinite(value):
-            problem = f"you return {value}. {not_finite}"
+    rights, found = [as_tensor(right(*case), tidy) for case in cases], []
+    for case, wanted in zip(cases, rights, strict=True):
+        value, problem = result_of(function, case, wanted.shape, tidy)
+        if value is not None and not value.isfinite().all():
+            problem = f"you return {shown(value)}. {not_finite}"
         if problem:
-            return not_yet(problem)
+            return not_yet(f"{problem}. {wrong_shape}" if wrong_shape else problem)
         found.append(value)
 
-    def matches(answer: Callable) -> list[bool]:
-        pairs = zip(found, cases, strict=True)
+    def matches(answers: list[torch.Tensor]) -> list[bool]:
+        pairs = zip(found, answers, strict=True)
         return [
-            math.isclose(f, answer(*case), rel_tol=tolerance, abs_tol=1e-9) for f, case in pairs
+            f.shape == a.shape and torch.allclose(f, a, rtol=tolerance, atol=1e-9) for f, a in pairs
         ]
 
-    hits = matches(right)
+    hits = matches(rights)
     if all(hits):
-        return well_done(praise)
-    for hint, wrong in mistakes:
-        if all(matches(wrong)):
+        return well_done(praise) if praise else True
+    for wrong, hint in mistakes.items() if isinstance(mistakes, dict) else mistakes:
+        if all(matches([as_tensor(wrong(*case), tidy) for case in cases])):
             return not_yet(hint)
-    if not any(found):
+    if not any(value.any() for value in found):
         return not_yet("your function returns 0, whatever it is given. Write it first")
     if any(hits):
         return not_yet("right for one example, wrong for another. Is a number written out?")
-    wanted = right(*cases[0])
-    return not_yet(f"on one example you return {found[0]:.6g}; it should be {wanted:.6g}")
+    told = f"on one example you return {shown(found[0])}; it should be {shown(rights[0])}"
+    return not_yet(told)
+
+
+def shown(value: torch.Tensor) -> str:
+    """A number, or the first few of a tensor."""
+    if value.numel() == 1:
+        return f"{value.item():.6g}"
+    few = ", ".join(f"{number:.4g}" for number in value.flatten()[:6].tolist())
+    return f"[{few}{', ...' if value.numel() > 6 else ''}]"
+
+
+def wrong_means(right: Callable, tokens: int, vocabulary: int) -> dict[Callable, str]:
+    """The mistakes of a mean over tokens that is a sum, or divided by too much."""
+    return {
+        lambda *case: tokens * right(*case): "it grows with the number of tokens: sum over the "
+        "vocabulary, then take the mean",
+        lambda *case: right(*case) / vocabulary: "it is divided by the vocabulary too: sum over "
+        "it, then take the mean",
+    }
 
 
 def combined(choices: tuple[dict, ...], answer: Callable, most: int = 3):
@@ -118,7 +147,7 @@ def combined(choices: tuple[dict, ...], answer: Callable, most: int = 3):
             hints = [texts[key] for texts, key in zip(choices, chosen, strict=True) if texts[key]]
             if len(hints) == wrong:
                 more = f". After that, {wrong - 1} more to find" if wrong > 1 else ""
-                yield hints[0] + more, lambda *case, chosen=chosen: answer(*chosen, *case)
+                yield lambda *case, chosen=chosen: answer(*chosen, *case), hints[0] + more
 
 
 def first_choices(choices: tuple[dict, ...]) -> list:

@@ -92,18 +92,18 @@ def check_steps(my_steps: Callable) -> bool:
     """Check `my_steps(blocks, batch_size, gradient_accumulation_steps, epochs)`."""
     cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
     mistakes = {
-        "that is one epoch; every epoch sees all blocks "
-        "again": lambda blocks, size, times, epochs: math.ceil(blocks / (size * times)),
-        "the last step of an epoch is missing; it has fewer blocks, but it is a step: round "
-        "up": lambda blocks, size, times, epochs: epochs * (blocks // (size * times)),
-        "those are forward passes; an optimiser step comes after gradient_accumulation_steps of "
-        "them": lambda blocks, size, times, epochs: epochs * math.ceil(blocks / size),
-        "no step reaches over the end of an epoch; round up in each epoch, then "
-        "multiply": lambda blocks, size, times, epochs: math.ceil(epochs * blocks / (size * times)),
+        lambda blocks, size, times, epochs: math.ceil(blocks / (size * times)): "that is one "
+        "epoch; every epoch sees all blocks again",
+        lambda blocks, size, times, epochs: epochs * (blocks // (size * times)): "the last step "
+        "of an epoch is missing; it has fewer blocks, but it is a step: round up",
+        lambda blocks, size, times, epochs: epochs * math.ceil(blocks / size): "those are "
+        "forward passes; an optimiser step comes after gradient_accumulation_steps of them",
+        lambda blocks, size, times, epochs: math.ceil(epochs * blocks / (size * times)): "no "
+        "step reaches over the end of an epoch; round up in each epoch, then multiply",
     }
 
     def right(blocks, batch_size, gradient_accumulation_steps, epochs) -> int:
         return epochs * math.ceil(blocks / (batch_size * gradient_accumulation_steps))
 
     praise = f"{right(*cases[0])} steps for {cases[0]}"
-    return judge(my_steps, cases, right, mistakes.items(), praise)
+    return judge(my_steps, cases, right, mistakes, praise)

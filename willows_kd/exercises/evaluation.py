@@ -20,25 +20,24 @@ def check_agreement(my_agreement: Callable) -> bool:
     teacher = torch.randn(5, 7, 6, generator=generator)
     student = teacher + torch.randn(5, 7, 6, generator=generator)
     mistakes = {
-        "your argmax runs over dim=1, which is time. The first choice is among the vocabulary: "
-        "dim=-1": lambda t, s: agreement(t, s, dim=1),
-        "your argmax runs over dim=0, which is the batch. The first choice is among the "
-        "vocabulary: dim=-1": lambda t, s: agreement(t, s, dim=0),
-        "the student is one position ahead. Both models answer for the same next token at the "
-        "same position: compare position i with i": lambda t, s: agreement(t[:, :-1], s[:, 1:]),
-        "the last position is left out. It has no label, but needs none: both models have a "
-        "first choice there": lambda t, s: agreement(t[:, :-1], s[:, :-1]),
-        "this is the share of positions that differ": lambda t, s: 1 - agreement(t, s),
-        "this is a number of positions. Divide by how many there are: take the mean": lambda t, s: (
-            agreement(t, s) * t[..., 0].numel()
-        ),
-        "this is a percentage; the share is from 0 to 1": lambda t, s: 100 * agreement(t, s),
-        "you find no agreement at all. If you compare the highest logits: they are never equal. "
-        "Compare where they stand: argmax, not max": lambda t, s: 0,
-        "an argmax without dim looks at all positions at once. Give it dim=-1": lambda t, s: 1,
+        lambda t, s: agreement(t, s, dim=1): "your argmax runs over dim=1, which is time. The "
+        "first choice is among the vocabulary: dim=-1",
+        lambda t, s: agreement(t, s, dim=0): "your argmax runs over dim=0, which is the batch. "
+        "The first choice is among the vocabulary: dim=-1",
+        lambda t, s: agreement(t[:, :-1], s[:, 1:]): "the student is one position ahead. Both "
+        "models answer for the same next token at the same position: compare position i with i",
+        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position is left out. It has no "
+        "label, but needs none: both models have a first choice there",
+        lambda t, s: 1 - agreement(t, s): "this is the share of positions that differ",
+        lambda t, s: agreement(t, s) * t[..., 0].numel(): "this is a number of positions. "
+        "Divide by how many there are: take the mean",
+        lambda t, s: 100 * agreement(t, s): "this is a percentage; the share is from 0 to 1",
+        lambda t, s: 0: "you find no agreement at all. If you compare the highest logits: they "
+        "are never equal. Compare where they stand: argmax, not max",
+        lambda t, s: 1: "an argmax without dim looks at all positions at once. Give it dim=-1",
     }
     praise = f"the first choices agree at {agreement(teacher, student):.0%} of the positions"
-    return judge(my_agreement, [(teacher, student)], agreement, mistakes.items(), praise)
+    return judge(my_agreement, [(teacher, student)], agreement, mistakes, praise)
 
 
 def agreement(teacher: torch.Tensor, student: torch.Tensor, dim: int = -1) -> float:
@@ -90,19 +89,17 @@ def check_half_width(my_half_width: Callable) -> bool:
 def check_perplexity(my_perplexity: Callable) -> bool:
     """Check `my_perplexity(bits_per_byte, bytes_of_text, tokens)`."""
     mistakes = {
-        "you raise 2 to the bits of a byte. A token has several bytes: multiply by bytes per "
-        "token first": lambda bits, size, tokens: 2**bits,
-        "bytes and tokens are the wrong way round: bits per byte times bytes is all the bits, "
-        "and these are shared among the tokens": lambda bits, size, tokens: (
-            2 ** (bits * tokens / size)
-        ),
-        "bits are raised with the base e. exp belongs to nats; the base for bits is "
-        "2": lambda bits, size, tokens: math.exp(bits * size / tokens),
-        "these are bits per token. Perplexity is 2 to this power": lambda bits, size, tokens: (
-            bits * size / tokens
-        ),
-        "these are the bits of the whole text. Share them among the tokens, then raise 2 to this "
-        "power": lambda bits, size, tokens: bits * size,
+        lambda bits, size, tokens: 2**bits: "you raise 2 to the bits of a byte. A token has "
+        "several bytes: multiply by bytes per token first",
+        lambda bits, size, tokens: 2 ** (bits * tokens / size): "bytes and tokens are the "
+        "wrong way round: bits per byte times bytes is all the bits, and these are shared among "
+        "the tokens",
+        lambda bits, size, tokens: math.exp(bits * size / tokens): "bits are raised with the "
+        "base e. exp belongs to nats; the base for bits is 2",
+        lambda bits, size, tokens: bits * size / tokens: "these are bits per token. "
+        "Perplexity is 2 to this power",
+        lambda bits, size, tokens: bits * size: "these are the bits of the whole text. Share "
+        "them among the tokens, then raise 2 to this power",
     }
 
     def right(bits_per_byte, bytes_of_text, tokens) -> float:
@@ -110,4 +107,4 @@ def check_perplexity(my_perplexity: Callable) -> bool:
 
     cases = [(1.25, 320, 80), (2.0, 90, 30)]
     praise = f"5 bits a token are a perplexity of {right(*cases[0]):g}"
-    return judge(my_perplexity, cases, right, mistakes.items(), praise)
+    return judge(my_perplexity, cases, right, mistakes, praise)

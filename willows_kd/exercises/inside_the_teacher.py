@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from willows_kd.exercises import attempt, judge, not_yet, random_logits, well_done
+from willows_kd.exercises import judge, random_logits, wrong_means
 from willows_kd.losses import cosine_distance
 
 
@@ -22,25 +22,18 @@ def check_cosine(my_cosine: Callable) -> bool:
         return cosine_distance(a, b, mask).item()
 
     mistakes = {
-        "the padding counts too: take the mean where the mask is True": (
-            lambda a, b, mask: cosine_distance(a, b).item()
-        ),
-        "you divide by all tokens; divide by the number of those that count": (
-            lambda a, b, mask: right(a, b, mask) * mask.double().mean().item()
-        ),
-        "this is a sum over the tokens; take the mean": (
-            lambda a, b, mask: right(a, b, mask) * mask.sum().item()
-        ),
-        "this is the cosine itself, which is largest for equal directions: subtract it from 1": (
-            lambda a, b, mask: 1 - right(a, b, mask)
-        ),
-        "the cosine runs over the tokens; it compares vectors of the width: dim=-1": (
-            lambda a, b, mask: (1 - F.cosine_similarity(a, b, dim=1)).mean().item()
-        ),
+        lambda a, b, mask: cosine_distance(a, b).item(): "the padding counts too: take the mean "
+        "where the mask is True",
+        lambda a, b, mask: right(a, b, mask) * mask.double().mean().item(): "you divide by all "
+        "tokens; divide by the number of those that count",
+        lambda a, b, mask: right(a, b, mask) * mask.sum().item(): "this is a sum over the "
+        "tokens; take the mean",
+        lambda a, b, mask: 1 - right(a, b, mask): "this is the cosine itself, which is largest "
+        "for equal directions: subtract it from 1",
+        lambda a, b, mask: (1 - F.cosine_similarity(a, b, dim=1)).mean().item(): "the cosine "
+        "runs over the tokens; it compares vectors of the width: dim=-1",
     }
-    return judge(
-        my_cosine, cases, right, mistakes.items(), "directions are compared, and padding is not"
-    )
+    return judge(my_cosine, cases, right, mistakes, "directions are compared, and padding is not")
 
 
 def check_units(my_units: Callable) -> bool:
@@ -48,31 +41,27 @@ def check_units(my_units: Callable) -> bool:
     activations, keep = random_logits(3, 7, 12, seed=0), 5
     activations[..., :3] -= 2.0  # large, and negative
     activations[1, 2, 11] = 12.0  # an outlier
-    chosen, problem = attempt(my_units, activations, keep)
-    if problem:
-        return not_yet(problem)
-    try:
-        found = sorted(torch.as_tensor(chosen).long().tolist())
-    except (TypeError, ValueError, RuntimeError):
-        return not_yet(f"your function returns {type(chosen).__name__}; it is a list of numbers")
-    if len(found) != keep:
-        return not_yet(f"of {activations.shape[-1]} units {keep} stay; you return {len(found)}")
-    size, mean = activations.abs().mean((0, 1)), activations.mean((0, 1))
-    hints = {
-        "these are the units that do least; keep the others": -size,
-        "a large negative activation is passed on too: take the absolute value": mean,
-        "take the absolute value before the mean, or positive and negative cancel": mean.abs(),
-        "one outlier decides: take the mean over tokens, not the largest": activations.abs().amax(
-            (0, 1)
-        ),
+
+    def kept(score: Callable) -> Callable:
+        return lambda activations, keep: score(activations).topk(keep).indices
+
+    mistakes = {
+        kept(lambda a: -a.abs().mean((0, 1))): "these are the units that do least; keep the others",
+        kept(lambda a: a.mean((0, 1))): "a large negative activation is passed on too: take the "
+        "absolute value",
+        kept(lambda a: a.mean((0, 1)).abs()): "take the absolute value before the mean, or "
+        "positive and negative cancel",
+        kept(lambda a: a.abs().amax((0, 1))): "one outlier decides: take the mean over tokens, "
+        "not the largest",
     }
-    wanted = sorted(size.topk(keep).indices.tolist())
-    if found == wanted:
-        return well_done("the units that pass on most, over all tokens, are kept")
-    for hint, scores in hints.items():
-        if found == sorted(scores.topk(keep).indices.tolist()):
-            return not_yet(hint)
-    return not_yet(f"you keep {found}; it should be {wanted}")
+    return judge(
+        my_units,
+        [(activations, keep)],
+        kept(lambda a: a.abs().mean((0, 1))),
+        mistakes,
+        "the units that pass on most, over all tokens, are kept",
+        tidy=lambda units: units.sort().values,
+    )
 
 
 def check_uld(my_uld: Callable) -> bool:
@@ -93,21 +82,14 @@ def check_uld(my_uld: Callable) -> bool:
         return (p - q).abs().sum(-1).mean().item()
 
     mistakes = {
-        "the probabilities are not sorted; token 3 of one is not token 3 of the other": unsorted,
-        "they rise, so that padding meets likely tokens: sort them downwards": (
-            lambda *z: distance(*z, order=-1)
-        ),
-        "the longer list is cut; fill the shorter one with zeros": lambda *z: distance(
-            *z, pad=False
-        ),
-        "you compare logits, not probabilities": lambda *z: distance(*z, of=lambda z, _: z),
-        "differences are squared; take absolute values": lambda *z: distance(*z, power=2),
-        "it grows with the number of tokens: sum over the vocabulary, then take the mean": (
-            lambda *z: 4 * distance(*z)
-        ),
-        "it is divided by the vocabulary too: sum over it, then take the mean": (
-            lambda a, b: distance(a, b) / 9
-        ),
+        unsorted: "the probabilities are not sorted; token 3 of one is not token 3 of the other",
+        lambda *z: distance(*z, order=-1): "they rise, so that padding meets likely tokens: sort "
+        "them downwards",
+        lambda *z: distance(*z, pad=False): "the longer list is cut; fill the shorter one with "
+        "zeros",
+        lambda *z: distance(*z, of=lambda z, _: z): "you compare logits, not probabilities",
+        lambda *z: distance(*z, power=2): "differences are squared; take absolute values",
+        **wrong_means(distance, 4, 9),
     }
     praise = "it compares how sure both are, whatever the names of their tokens"
-    return judge(my_uld, cases, distance, mistakes.items(), praise)
+    return judge(my_uld, cases, distance, mistakes, praise)

@@ -11,44 +11,37 @@ def check_bytes(my_bytes: Callable) -> bool:
     Both are numbers of parameters.
     """
     mistakes = {
-        "the teacher is not trained: it has weights, but no gradients and no moments": (
-            lambda t, s: 16 * (t + s)
-        ),
-        "these are the weights alone; the student also has gradients and moments": (
-            lambda t, s: 4 * (t + s)
-        ),
-        "AdamW's moments are missing: two numbers for each trained parameter": (
-            lambda t, s: 4 * t + 8 * s
-        ),
-        "AdamW keeps two moments for each parameter, not one; or are the gradients missing?": (
-            lambda t, s: 4 * t + 12 * s
-        ),
-        "the teacher's weights are missing": lambda t, s: 16 * s,
-        "you count numbers; in float32 each takes 4 bytes": lambda t, s: t + 4 * s,
+        lambda t, s: 16 * (t + s): "the teacher is not trained: it has weights, but no gradients "
+        "and no moments",
+        lambda t, s: 4 * (t + s): "these are the weights alone; the student also has gradients "
+        "and moments",
+        lambda t, s: 4 * t + 8 * s: "AdamW's moments are missing: two numbers for each trained "
+        "parameter",
+        lambda t, s: 4 * t + 12 * s: "AdamW keeps two moments for each parameter, not one; or "
+        "are the gradients missing?",
+        lambda t, s: 16 * s: "the teacher's weights are missing",
+        lambda t, s: t + 4 * s: "you count numbers; in float32 each takes 4 bytes",
     }
     praise = "what else is alive at the peak, the plan has to rehearse"
-    return judge(my_bytes, CASES, lambda t, s: 4 * t + 16 * s, mistakes.items(), praise)
+    return judge(my_bytes, CASES, lambda t, s: 4 * t + 16 * s, mistakes, praise)
 
 
 def check_flops(my_flops: Callable) -> bool:
     """Check `my_flops(teacher, student, tokens)`: operations of an epoch, by the 6ND rule."""
     mistakes = {
-        "the teacher only runs forward: 2 operations per parameter and token": (
-            lambda t, s, n: 6 * (t + s) * n
-        ),
-        "the backward pass is missing: it takes twice as much as the forward pass": (
-            lambda t, s, n: 2 * (t + s) * n
-        ),
-        "the backward pass has two products for each of the forward pass: 2 + 4 = 6": (
-            lambda t, s, n: (2 * t + 4 * s) * n
-        ),
-        "the teacher's forward pass is missing": lambda t, s, n: 6 * s * n,
-        "a multiplication and an addition are two operations": lambda t, s, n: (t + 3 * s) * n,
-        "that is for one token": lambda t, s, n: 2 * t + 6 * s,
+        lambda t, s, n: 6 * (t + s) * n: "the teacher only runs forward: 2 operations per "
+        "parameter and token",
+        lambda t, s, n: 2 * (t + s) * n: "the backward pass is missing: it takes twice as much "
+        "as the forward pass",
+        lambda t, s, n: (2 * t + 4 * s) * n: "the backward pass has two products for each of the "
+        "forward pass: 2 + 4 = 6",
+        lambda t, s, n: 6 * s * n: "the teacher's forward pass is missing",
+        lambda t, s, n: (t + 3 * s) * n: "a multiplication and an addition are two operations",
+        lambda t, s, n: 2 * t + 6 * s: "that is for one token",
     }
     cases = [(*case, tokens) for case, tokens in zip(CASES, (1000, 300), strict=True)]
     praise = "a good rule while blocks are short; attention adds to it as they grow"
-    return judge(my_flops, cases, lambda t, s, n: (2 * t + 6 * s) * n, mistakes.items(), praise)
+    return judge(my_flops, cases, lambda t, s, n: (2 * t + 6 * s) * n, mistakes, praise)
 
 
 CASES = [(120, 70), (50, 45)]  # parameters of a teacher and a student

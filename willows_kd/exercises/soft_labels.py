@@ -12,8 +12,8 @@ from willows_kd.exercises import (
     first_choices,
     judge,
     not_yet,
-    one_number,
     random_logits,
+    result_of,
     well_done,
 )
 from willows_kd.losses import entropy, soften
@@ -21,10 +21,11 @@ from willows_kd.losses import entropy, soften
 KL = (
     {
         -1: None,
-        1: "the probabilities of one token do not sum to 1: your softmax runs over dim=1, which "
-        "is time. Give it dim=-1, the vocabulary",
-        0: "the probabilities of one token do not sum to 1: your softmax runs over dim=0, which "
-        "is the batch. Give it dim=-1, the vocabulary",
+        **{
+            dim: "the probabilities of one token do not sum to 1: your softmax runs over "
+            f"dim={dim}, which is {what}. Give it dim=-1, the vocabulary"
+            for dim, what in ((1, "time"), (0, "the batch"))
+        },
     },
     {
         "kl": None,
@@ -112,12 +113,12 @@ def check_find_temperature(my_temperature: Callable) -> bool:
     cases = [(size * random_logits(50, seed=i), n) for i, (size, n) in enumerate(wanted.items())]
     found = []
     for case in cases:
-        t, problem = one_number(my_temperature, *case)
+        t, problem = result_of(my_temperature, case)
         if problem is None and not 0 < t < math.inf:
             problem = f"you return {t:g}; a temperature is a positive, finite number"
         if problem:
             return not_yet(problem)
-        found.append(t)
+        found.append(t.item())
     if len(set(found)) == 1:
         return not_yet(f"whatever entropy is asked for, you return {found[0]:g}. Search for it")
 

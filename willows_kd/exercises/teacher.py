@@ -84,7 +84,7 @@ def check_guesser(my_perplexity: Callable) -> bool:
         my_perplexity,
         [(train, test, 6)],
         lambda *_: math.exp(nats),
-        [(hint, lambda *_, value=value: value) for value, hint in wrong.items()],
+        [(lambda *_, value=value: value, hint) for value, hint in wrong.items()],
         "it counts in one text and is tested on another",
         "A token of the test is not in the training text, so its probability is 0. Add 1 to "
         "every count",

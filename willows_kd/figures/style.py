@@ -8,26 +8,33 @@ line, so that it reads the same in grey; a description for whoever cannot see it
 import base64
 import contextlib
 import io
+import textwrap
 
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 COLOURS = ["#0b3c5d", "#d1495b", "#3d9a6a", "#e0a526", "#7a7a7a"]
 MARKERS = ["o", "s", "^", "D", "v"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 QUIET = "#7a7a7a"
-FILLED = {"color": COLOURS[0]}  # of two bars side by side, the first and the second
-HATCHED = {"color": "#f3b3ba", "hatch": "//", "edgecolor": COLOURS[1]}
+BARS = [  # of bars side by side or one after another
+    {"color": COLOURS[0]},
+    {"color": "#f3b3ba", "hatch": "//", "edgecolor": COLOURS[1]},
+    {"color": "#bfe3cf", "hatch": "..", "edgecolor": COLOURS[2]},
+    {"color": COLOURS[3]},
+    {"color": "#dcdcdc", "hatch": "\\\\", "edgecolor": QUIET},
+]
 STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "savefig.facecolor": "white",
     "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
+    "text.parse_math": False,  # a dollar sign in a text is a dollar sign
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
+    "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -59,14 +66,12 @@ class DescribedFigure(Figure):
 
 
 @contextlib.contextmanager
-def figure(columns: int = 1, width: float = 7.0, height: float = 3.6):
-    """A new figure and its axes, to be filled, described and returned."""
+def figure(title: str, columns: int = 1, width: float = 7.0, height: float = 3.6):
+    """A new figure with a title, which also describes it, and its axes, to be filled."""
     with plt.rc_context(STYLE):
         fig = plt.figure(figsize=(width, height), FigureClass=DescribedFigure)
+        fig.description = " ".join(title.split())
         axes = [fig.add_subplot(1, columns, i + 1) for i in range(columns)]
+        fig.suptitle(textwrap.fill(title, round(11 * width)), x=0.01, ha="left")
         yield fig, axes[0] if columns == 1 else axes
-        titles = [ax.get_title(loc="left") for ax in axes]
-        for text in fig.findobj(Text):
-            text.set_wrap(text.get_text() in titles)  # a long title takes a second line
-        fig.description = fig.description or "; ".join(t for t in titles if t)
         plt.close(fig)  # else a notebook would show it a second time
