@@ -11,11 +11,11 @@ import ipywidgets
 import torch
 from IPython.display import display
 
-from willows_kd.compress.layers import evenly_spaced
 from willows_kd.cost import eval_mode
 from willows_kd.errors import require
 from willows_kd.figures.plots import plot_attention, plot_soft_labels, plot_speedup, plot_token_view
 from willows_kd.generation import complete
+from willows_kd.students import evenly_spaced
 
 
 def explore_temperature(model, tokenizer, prompts: list[str], temperatures=(0.5, 8.0)):

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from willows_kd.compress.layers import layer_stack
 from willows_kd.compress.speculative import expected_speedup
 from willows_kd.errors import require
 from willows_kd.evaluation import LABELS, with_intervals
 from willows_kd.figures.style import COLOURS, FILLED, HATCHED, LINES, MARKERS, QUIET, figure
 from willows_kd.losses import entropy, soften, top_k
+from willows_kd.students import layer_stack
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
 
