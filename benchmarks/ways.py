@@ -103,7 +103,7 @@ def trained(teacher, blocks, settings: dict, seed: int):
     blocks = replace(blocks, train=blocks.train[:count], validation=blocks.validation[:2])
     start, asked = time.perf_counter(), teacher
     if text:
-        written = kd.write_blocks(teacher, blocks.train, seed=seed, **text)
+        written = kd.make_transfer_set(teacher, blocks.train, seed=seed, **text)
         blocks = replace(blocks, train=written)
     writing = time.perf_counter() - start
     if cache:
@@ -116,8 +116,7 @@ def trained(teacher, blocks, settings: dict, seed: int):
 def narrower(teacher, blocks):
     """A student with all layers and a quarter of the feed-forward units: as many weights."""
     units = kd.importance(teacher, blocks.train[:16])["feed_forward"]
-    depth, width = units.shape
-    return kd.student_from_teacher(teacher, depth, feed_forward=units.topk(width // 4).indices)
+    return kd.narrowed(teacher, feed_forward=units.topk(units.shape[1] // 4).indices)
 
 
 class Judge:
@@ -132,7 +131,7 @@ class Judge:
     def judged(self, model) -> dict:
         """Quality on the validation chapter, and of what the model writes at temperature 1."""
         found = kd.quality(model, self.blocks.validation, self.tokenizer, self.teacher)
-        text = kd.write_text(model, self.prompts, 96)
+        text = kd.sample_continuations(model, self.prompts, 96)
         own = kd.text_quality(model, self.teacher, self.prompts, text)
         own["kl_on_own_text"] = own.pop("kl_to_teacher")
         written = " . ".join(self.tokenizer.decode(row) for row in text.tolist())
@@ -143,7 +142,7 @@ class Judge:
         """What the model writes at each sampling temperature."""
         rows = []
         for T in TEMPERATURES:
-            text = kd.write_text(model, self.prompts, 96, T, seed=1)
+            text = kd.sample_continuations(model, self.prompts, 96, T, seed=1)
             rows.append(kd.text_quality(model, self.teacher, self.prompts, text) | {"sampling": T})
         return rows
 

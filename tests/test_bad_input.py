@@ -69,7 +69,7 @@ BAD = {
         lambda t: kd.load_teacher(" "),
     ),
     "a model's name is text": ("the model is 5; give a directory", lambda t: kd.load_teacher(5)),
-    "a model's name is one": ("the model hub did not", lambda t: kd.load_teacher("a\0b")),
+    "a model's name is one": ("could not be downloaded", lambda t: kd.load_teacher("a\0b")),
     "a model is no file": ("is a file", lambda t: kd.load_teacher(t.file())),
     "a model has a config": ("no config.json", lambda t: kd.load_teacher(t.folder)),
     "a student needs a tokenizer": (
@@ -97,28 +97,31 @@ BAD = {
     ),
     "a prompt to write on from is token ids": (
         "give token ids of shape (prompts, length)",
-        lambda t: kd.write_text(t.teacher, "The Mole", 3),
-        lambda t: kd.write_text(t.teacher, [[1, 2]], 3),
-        lambda t: kd.write_text(t.teacher, t.ids[0], 3),
-        lambda t: kd.write_text(t.teacher, t.ids.float(), 3),
-        lambda t: kd.write_text(t.teacher, t.ids[:, :0], 3),
-        lambda t: kd.write_text(t.teacher, [], 3),
+        lambda t: kd.sample_continuations(t.teacher, "The Mole", 3),
+        lambda t: kd.sample_continuations(t.teacher, [[1, 2]], 3),
+        lambda t: kd.sample_continuations(t.teacher, t.ids[0], 3),
+        lambda t: kd.sample_continuations(t.teacher, t.ids.float(), 3),
+        lambda t: kd.sample_continuations(t.teacher, t.ids[:, :0], 3),
+        lambda t: kd.sample_continuations(t.teacher, [], 3),
     ),
     "a prompt has ids that the model knows": (
         "the model knows",
-        lambda t: kd.write_text(t.teacher, t.ids * 0 - 1, 3),
-        lambda t: kd.write_text(t.teacher, t.ids * 0 + 10**6, 3),
+        lambda t: kd.sample_continuations(t.teacher, t.ids * 0 - 1, 3),
+        lambda t: kd.sample_continuations(t.teacher, t.ids * 0 + 10**6, 3),
     ),
     "a text ends where the positions end": (
         "this model reads 64",
-        lambda t: kd.write_text(t.teacher, t.ids, 64),
+        lambda t: kd.sample_continuations(t.teacher, t.ids, 64),
     ),
-    "beams are counted": ("1 for none", lambda t: kd.write_text(t.teacher, t.ids, 3, beams=0)),
+    "beams are counted": (
+        "1 for none",
+        lambda t: kd.sample_continuations(t.teacher, t.ids, 3, beams=0),
+    ),
     "blocks are written from blocks": (
         "give what pack returns",
-        lambda t: kd.write_blocks(t.teacher, t.blocks),
-        lambda t: kd.write_blocks(t.teacher, t.ids[0]),
-        lambda t: kd.write_blocks(t.teacher, t.ids[:, :1]),
+        lambda t: kd.make_transfer_set(t.teacher, t.blocks),
+        lambda t: kd.make_transfer_set(t.teacher, t.ids[0]),
+        lambda t: kd.make_transfer_set(t.teacher, t.ids[:, :1]),
     ),
     "a text is judged with its prompt": (
         "3 tokens for each",
@@ -127,15 +130,15 @@ BAD = {
     ),
     "a sampling temperature is not negative": (
         "at least 0",
-        lambda t: kd.write_text(t.teacher, t.ids, 3, math.nan),
-        lambda t: kd.write_text(t.teacher, t.ids, 3, "hot"),
+        lambda t: kd.sample_continuations(t.teacher, t.ids, 3, math.nan),
+        lambda t: kd.sample_continuations(t.teacher, t.ids, 3, "hot"),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, -1),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.nan),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, math.inf),
     ),
     "a seed fits torch": (
         "from 0 to 2**63 - 1",
-        lambda t: kd.write_text(t.teacher, t.ids, 3, seed=-1),
+        lambda t: kd.sample_continuations(t.teacher, t.ids, 3, seed=-1),
         lambda t: kd.complete(t.teacher, t.tokenizer, "A", 3, seed=2**70),
     ),
     "sampling among k": (
@@ -162,7 +165,7 @@ BAD = {
     "a draft model has a cost": ("they are positive", lambda t: kd.expected_speedup(0.5, 4, -1)),
     "a pass has tokens before it": (
         "give numbers from 1",
-        lambda t: kd.pass_seconds({"teacher": t.teacher}, t.ids, [t.ids.shape[1]]),
+        lambda t: kd.decode_latency({"teacher": t.teacher}, t.ids, [t.ids.shape[1]]),
     ),
     "a model is saved in a directory": (
         "is a file; give a directory",

@@ -255,7 +255,7 @@ def test_a_run_goes_on_from_a_checkpoint_there(gpu, on_gpu, blocks, tmp_path):
 
 def test_weights_rounded_to_a_few_bits_are_trained_there(gpu, on_gpu, on_cpu, blocks):
     rounded = [kd.quantized(student, bits=4) for _, student in (on_gpu, on_cpu)]
-    assert kd.packed_size(rounded[0]) == kd.packed_size(rounded[1])
+    assert kd.quantized_size(rounded[0]) == kd.quantized_size(rounded[1])
     found, expected = (
         trained((pair[0], student), blocks)
         for pair, student in zip((on_gpu, on_cpu), rounded, strict=True)
@@ -283,14 +283,15 @@ def test_a_prompt_is_completed(on_gpu, on_cpu, tokenizer):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"beams": 2}], ids=str)
 def test_text_is_written_alike(on_gpu, on_cpu, ids, settings):
     prompts = [ids[0, :5], ids[1, :8]]
-    found, expected = (kd.write_text(m[0], prompts, 8, **settings) for m in (on_gpu, on_cpu))
+    models = on_gpu[0], on_cpu[0]
+    found, expected = (kd.sample_continuations(m, prompts, 8, **settings) for m in models)
     assert found.cpu().tolist() == expected.tolist()
 
 
 def test_blocks_are_written_and_found_again(on_gpu, on_cpu, blocks):
-    found = [kd.write_blocks(on_gpu[0], blocks.train[:4]) for _ in range(2)]
+    found = [kd.make_transfer_set(on_gpu[0], blocks.train[:4]) for _ in range(2)]
     assert torch.equal(*found) and found[0].device.type == "cpu"
-    assert torch.equal(found[0], kd.write_blocks(on_cpu[0], blocks.train[:4]))
+    assert torch.equal(found[0], kd.make_transfer_set(on_cpu[0], blocks.train[:4]))
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -307,7 +308,7 @@ def test_quality_is_measured_alike(on_gpu, on_cpu, blocks, tokenizer, ids):
     found, expected = (kd.quality(s, blocks.test, tokenizer, teacher=t) for t, s in pairs)
     assert found == pytest.approx(expected, rel=CLOSE)
     same(*(kd.block_nats(student, blocks.test) for _, student in pairs))
-    text = kd.write_text(on_cpu[1], ids[:, :8], 8)
+    text = kd.sample_continuations(on_cpu[1], ids[:, :8], 8)
     found = kd.text_quality(*reversed(on_gpu), ids[:, :8], text.to(on_gpu[0].device))
     expected = kd.text_quality(*reversed(on_cpu), ids[:, :8], text)
     assert found == pytest.approx(expected, rel=CLOSE)
@@ -327,7 +328,7 @@ def test_the_table_of_everything(gpu, on_gpu, on_cpu, blocks, tokenizer):
 
 def test_hidden_states_and_passes(gpu, on_gpu, on_cpu, ids):
     same(kd.hidden_states(on_gpu[0], ids.to(gpu)), kd.hidden_states(on_cpu[0], ids))
-    seconds = kd.pass_seconds({"teacher": on_gpu[0]}, ids, [1, 4], repeats=1)
+    seconds = kd.decode_latency({"teacher": on_gpu[0]}, ids, [1, 4], repeats=1)
     assert all(each > 0 for each in seconds["teacher"])
 
 

@@ -90,16 +90,11 @@ def test_writing_leaves_the_mode_and_the_random_numbers_as_they_were(training, w
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_completion_ends_where_the_positions_end(writer, tokenizer):
-    text = kd.complete(writer, tokenizer, "The river", max_new_tokens=200)
-    assert text.startswith("The river")
-
-
 # -- writing many texts as token ids ---------------------------------------------------
 
 
 def test_each_token_is_where_the_cumulative_probability_passes_its_draw(writer, prompts):
-    written = kd.write_text(writer, prompts, 6, temperature=1.5, seed=4)
+    written = kd.sample_continuations(writer, prompts, 6, temperature=1.5, seed=4)
     draws = generation.uniform_draws(len(prompts), 6, seed=4)
     for prompt, text, row in zip(prompts, written, draws, strict=True):
         for i, token in enumerate(text):
@@ -109,7 +104,7 @@ def test_each_token_is_where_the_cumulative_probability_passes_its_draw(writer, 
 
 
 def test_greedy_takes_the_likeliest_token_each_time(writer, prompts):
-    written = kd.write_text(writer, prompts, 6, temperature=0)
+    written = kd.sample_continuations(writer, prompts, 6, temperature=0)
     assert written.shape == (4, 6)
     for prompt, text in zip(prompts, written, strict=True):
         expected = [next_logits(writer, torch.cat([prompt, text[:i]])).argmax() for i in range(6)]
@@ -117,17 +112,17 @@ def test_greedy_takes_the_likeliest_token_each_time(writer, prompts):
 
 
 def test_a_text_does_not_depend_on_those_written_beside_it(writer, prompts, monkeypatch):
-    together = kd.write_text(writer, prompts, 10, seed=2)
+    together = kd.sample_continuations(writer, prompts, 10, seed=2)
     monkeypatch.setattr(generation, "PROMPTS_AT_ONCE", 1)  # without padding, then
-    assert torch.equal(kd.write_text(writer, prompts, 10, seed=2), together)
-    assert not torch.equal(kd.write_text(writer, prompts, 10, seed=3), together)
+    assert torch.equal(kd.sample_continuations(writer, prompts, 10, seed=2), together)
+    assert not torch.equal(kd.sample_continuations(writer, prompts, 10, seed=3), together)
 
 
 def test_the_tokens_have_the_models_own_distribution(make_gpt2):
     model = make_gpt2(layers=1, vocab_size=6, initializer_range=0.5, eos_token_id=0)
     model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
     count = 4000
-    written = kd.write_text(model, torch.tensor([[2, 5]]).expand(count, -1), 2, seed=0)
+    written = kd.sample_continuations(model, torch.tensor([[2, 5]]).expand(count, -1), 2, seed=0)
     first = next_logits(model, torch.tensor([2, 5])).softmax(-1)
     nexts = [next_logits(model, torch.tensor([2, 5, token])).softmax(-1) for token in range(6)]
     expected = (first[:, None] * torch.stack(nexts)).flatten()
@@ -139,13 +134,27 @@ def test_the_tokens_have_the_models_own_distribution(make_gpt2):
     assert first.max() < 0.9  # so that there was a choice
 
 
+def test_a_text_has_its_length_whatever_ends_one_and_whatever_the_model_is_set_to(writer, prompts):
+    """A base model and its instruction-tuned one end texts with different tokens."""
+    writer.config.eos_token_id = 7
+    ends = {7, 8, *kd.sample_continuations(writer, prompts, 6, temperature=0).flatten().tolist()}
+    writer.generation_config.update(eos_token_id=sorted(ends), max_length=3, max_time=0.0)
+    writer.generation_config.update(no_repeat_ngram_size=1, stop_strings=["e"])
+    before = writer.generation_config.to_dict()
+    for temperature in (0, 1):
+        written = kd.sample_continuations(writer, prompts, 30, temperature)
+        assert written.shape == (4, 30)
+        assert not ends & set(written.flatten().tolist())
+    assert writer.generation_config.to_dict() == before
+
+
 def test_a_beam_search_finds_likelier_text_than_greedy(writer, prompts):
     def nats(texts):
         ids = [torch.cat(pair) for pair in zip(prompts, texts, strict=True)]
         scores = [kd.token_scores(writer, None, row[None])["nats"][0, -8:] for row in ids]
         return torch.stack(scores).sum().item()
 
-    greedy, beams = (kd.write_text(writer, prompts, 8, 0, beams=n) for n in (1, 8))
+    greedy, beams = (kd.sample_continuations(writer, prompts, 8, 0, beams=n) for n in (1, 8))
     assert nats(beams) < nats(greedy)
 
 
@@ -162,58 +171,58 @@ def test_keys_and_values_are_kept_even_if_the_model_is_set_not_to(writer, prompt
     writer.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    kd.write_text(writer, prompts, 5)
+    kd.sample_continuations(writer, prompts, 5)
     assert lengths == [12, 1, 1, 1, 1]
 
 
 def test_writing_many_leaves_mode_and_random_numbers_as_they_were(writer, prompts):
     writer.train()
     state = torch.get_rng_state()
-    first = kd.write_text(writer, prompts, 4)
+    first = kd.sample_continuations(writer, prompts, 4)
     assert writer.training and torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(kd.write_text(writer.eval(), prompts, 4), first)  # without dropout
+    assert torch.equal(kd.sample_continuations(writer.eval(), prompts, 4), first)  # without dropout
 
 
 # -- blocks that a model wrote ---------------------------------------------------------
 
 
 def test_written_blocks_keep_the_first_quarter_of_each(writer, blocks):
-    written = kd.write_blocks(writer, blocks.train, seed=3)
+    written = kd.make_transfer_set(writer, blocks.train, seed=3)
     prompt = kd.prompt_length(32)
     assert prompt == 8
     assert written.shape == blocks.train.shape
     assert torch.equal(written[:, :prompt], blocks.train[:, :prompt])
-    expected = kd.write_text(writer, blocks.train[:, :prompt], 24, seed=3)
+    expected = kd.sample_continuations(writer, blocks.train[:, :prompt], 24, seed=3)
     assert torch.equal(written[:, prompt:], expected)
 
 
 def test_written_blocks_are_kept_for_the_same_writer_prompts_and_settings(
     writer, make_gpt2, blocks, monkeypatch
 ):
-    first = kd.write_blocks(writer, blocks.train)
+    first = kd.make_transfer_set(writer, blocks.train)
     calls = []
 
-    def write_text(*arguments):
+    def sample_continuations(*arguments):
         calls.append(arguments)
-        return kd.write_text(*arguments)
+        return kd.sample_continuations(*arguments)
 
-    monkeypatch.setattr(generation, "write_text", write_text)
-    assert torch.equal(kd.write_blocks(writer, blocks.train), first) and not calls
-    kd.write_blocks(make_gpt2(seed=5), blocks.train)
-    kd.write_blocks(writer, blocks.validation)
-    kd.write_blocks(writer, blocks.train, seed=1)
-    kd.write_blocks(writer, blocks.train, temperature=0.5)
+    monkeypatch.setattr(generation, "sample_continuations", sample_continuations)
+    assert torch.equal(kd.make_transfer_set(writer, blocks.train), first) and not calls
+    kd.make_transfer_set(make_gpt2(seed=5), blocks.train)
+    kd.make_transfer_set(writer, blocks.validation)
+    kd.make_transfer_set(writer, blocks.train, seed=1)
+    kd.make_transfer_set(writer, blocks.train, temperature=0.5)
     assert len(calls) == 4
 
 
 def test_a_damaged_file_of_blocks_is_written_anew(writer, blocks):
-    first = kd.write_blocks(writer, blocks.train)
+    first = kd.make_transfer_set(writer, blocks.train)
     (file,) = (generation.cache_folder() / "texts").glob("*.safetensors")
     damaged = bytearray(file.read_bytes())
     damaged[-40] ^= 1
     file.write_bytes(damaged)
     assert load_tensors(file) is None
-    assert torch.equal(kd.write_blocks(writer, blocks.train), first)
+    assert torch.equal(kd.make_transfer_set(writer, blocks.train), first)
     assert torch.equal(load_tensors(file)["blocks"], first.int())
 
 
@@ -223,4 +232,4 @@ def test_where_blocks_cannot_be_kept_a_warning_says_so(writer, blocks, monkeypat
 
     monkeypatch.setattr(generation, "save_tensors", full)
     with pytest.warns(UserWarning, match="not kept for another run: the disk is full"):
-        assert kd.write_blocks(writer, blocks.train).shape == blocks.train.shape
+        assert kd.make_transfer_set(writer, blocks.train).shape == blocks.train.shape

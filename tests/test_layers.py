@@ -10,8 +10,9 @@ from families import random_teacher
 
 import willows_kd as kd
 from conftest import shake
-from willows_kd.compress.layers import evenly_spaced, passes_to_choose
+from willows_kd.compress.layers import passes_to_choose
 from willows_kd.config import INITS
+from willows_kd.students import evenly_spaced
 
 
 @pytest.mark.parametrize(
@@ -126,30 +127,23 @@ def test_so_often_is_the_teacher_read_in_order_to_choose(init, layers, teacher, 
     assert len(found["layers"]) == layers
 
 
-@pytest.mark.parametrize("init", ["influence", "contiguous", "greedy"])
-def test_a_student_is_made_of_the_layers_chosen(init, uneven, few):
-    student = kd.student_from_teacher(uneven, 3, init, blocks=few)
-    kept = kd.choose_layers(uneven, 3, few).loc[init, "layers"]
+def test_a_student_is_made_of_the_layers_chosen(uneven, few):
+    kept = kd.choose_layers(uneven, 3, few, ["greedy"]).loc["greedy", "layers"]
+    student = kd.student_from_teacher(uneven, init=kept)
     for mine, number in zip(student.transformer.h, kept, strict=True):
         assert all(map(torch.equal, mine.parameters(), uneven.transformer.h[number].parameters()))
 
 
-@pytest.mark.parametrize("init", ["influence", "contiguous", "greedy"])
-def test_without_blocks_a_measured_choice_is_refused(init, teacher):
-    with pytest.raises(kd.InputError, match=f"by {init} takes a few blocks of text; give blocks"):
-        kd.student_from_teacher(teacher, 2, init)
-
-
 def test_blocks_that_are_none_and_unknown_ways_are_refused(teacher, few):
     with pytest.raises(kd.InputError, match="blocks are a list; give token ids"):
-        kd.student_from_teacher(teacher, 2, "greedy", blocks=[[1, 2]])
+        kd.choose_layers(teacher, 2, [[1, 2]])
     with pytest.raises(kd.InputError, match="blocks have 32 tokens, the teacher takes at most 16"):
         teacher.config.n_positions = 16
         kd.block_influence(teacher, few)
     teacher.config.n_positions = 64
     with pytest.raises(kd.InputError, match="layers is 5; this teacher allows 1 to 4"):
         kd.choose_layers(teacher, 5, few)
-    with pytest.raises(kd.InputError, match="init is 'last'; it must be spaced"):
+    with pytest.raises(kd.InputError, match="init is 'last'; it must be one of spaced"):
         kd.choose_layers(teacher, 2, few, ["last"])
 
 

@@ -93,18 +93,18 @@ def test_fewer_bits_are_smaller_and_further_away(student, blocks):
     for bits in (8, 4, 3):
         model = kd.quantized(student, bits)
         kl = kd.quality(model, blocks.test[:2], teacher=student)["kl_to_teacher"]
-        found.append((kl, kd.packed_size(model)))
+        found.append((kl, kd.quantized_size(model)))
     assert found == sorted(found, key=lambda pair: -pair[1]) == sorted(found)
     assert found[0][0] < 0.001 < found[1][0]
 
 
-def test_the_packed_size_counts_bits_scales_and_the_rest(student):
+def test_the_quantized_size_counts_bits_scales_and_the_rest(student):
     expected = 0
     for name, weight in student.named_parameters():
         channels = weight.shape[1] if ".h." in name and weight.ndim == 2 else len(weight)
         expected += weight.numel() * 3 / 8 + 4 * channels if weight.ndim == 2 else weight.nbytes
-    assert kd.packed_size(kd.quantized(student, 3)) == expected
-    assert kd.packed_size(student) == 4 * student.num_parameters()
+    assert kd.quantized_size(kd.quantized(student, 3)) == expected
+    assert kd.quantized_size(student) == 4 * student.num_parameters()
 
 
 def test_what_is_saved_is_a_usual_model_of_rounded_weights(student, tokenizer, ids, tmp_path):
@@ -113,7 +113,7 @@ def test_what_is_saved_is_a_usual_model_of_rounded_weights(student, tokenizer, i
     loaded = load_model(tmp_path / "saved", "cpu").eval()
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=0, atol=1e-4)
     assert not any("parametrizations" in name for name in loaded.state_dict())
-    assert kd.packed_size(model) < 0.2 * kd.size_on_disk(student), "saving takes no rounding out"
+    assert kd.quantized_size(model) < 0.2 * kd.size_on_disk(student), "saving takes no rounding out"
     assert kd.fingerprint(loaded) == kd.fingerprint(model)
 
 
@@ -124,17 +124,6 @@ def test_merging_keeps_the_tie_and_the_copies_apart(student, ids):
     assert type(merged.lm_head) is nn.Linear
     torch.testing.assert_close(logits(merged, ids), logits(model, ids))
     assert torch.equal(logits(other, ids), logits(model, ids))
-
-
-def test_a_digest_tells_bits_apart(student):
-    models = student, kd.quantized(student, 3), kd.quantized(student, 4)
-    assert len(set(map(kd.fingerprint, models))) == 3
-
-
-def test_without_bits_it_is_eight(student):
-    assert torch.equal(kd.quantize(MATRIX)[0], kd.quantize(MATRIX, 8)[0])
-    sizes = [kd.packed_size(model) for model in (kd.quantized(student), kd.quantized(student, 8))]
-    assert sizes[0] == sizes[1]
 
 
 def test_distillation_repairs_what_the_rounding_broke(teacher, student, blocks):

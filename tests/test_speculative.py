@@ -22,7 +22,7 @@ PROMPT = torch.tensor([5, 300, 41, 7])
 @pytest.mark.parametrize("k", [0, 1, 3, 50])
 @pytest.mark.parametrize("new_tokens", [1, 2, 17, 60])  # 60: to the last position
 def test_greedy_text_is_the_teachers_own(k, new_tokens, pair):
-    alone = kd.write_text(pair[0], PROMPT[None], new_tokens, temperature=0)[0]
+    alone = kd.sample_continuations(pair[0], PROMPT[None], new_tokens, temperature=0)[0]
     for draft in (pair[1], pair[0]):
         found = kd.speculative_decode(pair[0], draft, PROMPT, new_tokens, k, temperature=0)
         assert torch.equal(found.tokens, alone)
@@ -37,7 +37,7 @@ def test_greedy_text_is_the_teachers_own(k, new_tokens, pair):
 def test_greedy_text_of_the_bundled_teacher(name, blocks):
     teacher, draft = kd.load_bundled(device="cpu"), kd.load_bundled(name, device="cpu")
     for prompt in blocks.test[:2, :12]:
-        alone = kd.write_text(teacher, prompt[None], 30, temperature=0)[0]
+        alone = kd.sample_continuations(teacher, prompt[None], 30, temperature=0)[0]
         found = kd.speculative_decode(teacher, draft, prompt, 30, temperature=0)
         assert torch.equal(found.tokens, alone)
         assert 0.3 < found.acceptance < 1
@@ -45,15 +45,24 @@ def test_greedy_text_of_the_bundled_teacher(name, blocks):
 
 def test_the_end_of_text_is_never_drawn(make_gpt2):
     teacher = make_gpt2(2, initializer_range=0.15)
-    (likeliest,) = kd.write_text(teacher, PROMPT[None], 1, temperature=0)[0].tolist()
+    (likeliest,) = kd.sample_continuations(teacher, PROMPT[None], 1, temperature=0)[0].tolist()
     teacher.config.eos_token_id = teacher.generation_config.eos_token_id = likeliest
-    alone = kd.write_text(teacher, PROMPT[None], 12, temperature=0)[0]
+    alone = kd.sample_continuations(teacher, PROMPT[None], 12, temperature=0)[0]
     draft = make_gpt2(2, seed=1)
     assert torch.equal(kd.speculative_decode(teacher, draft, PROMPT, 12, 4, 0).tokens, alone)
     drawn = kd.speculative_decode(teacher, draft, PROMPT, 40, temperature=1.0).tokens
     assert likeliest not in alone and likeliest not in drawn
-    teacher.config.eos_token_id = None  # then there is none to leave out
+    teacher.config.eos_token_id = teacher.generation_config.eos_token_id = None  # none to leave out
     assert kd.speculative_decode(teacher, draft, PROMPT, 1, 4, 0).tokens.tolist() == [likeliest]
+
+
+def test_a_draft_with_a_padded_head_drafts_the_teachers_tokens(pair, make_gpt2):
+    padded = make_gpt2(2, seed=1, initializer_range=0.15, vocab_size=4096 + 64)
+    alone = kd.sample_continuations(pair[0], PROMPT[None], 12, temperature=0)[0]
+    for draft, teacher in ((padded, pair[0]), (pair[0], padded)):
+        found = kd.speculative_decode(teacher, draft, PROMPT, 12, 3, temperature=0).tokens
+        assert torch.equal(found, alone) == (teacher is pair[0])
+        assert found.max() < 4096
 
 
 def test_each_token_is_read_once(pair, monkeypatch):
@@ -92,7 +101,7 @@ VOCABULARY, DRAWS, K = 4, 1500, 2
 class Table:
     """Stands for `Reader`: the next token depends on the last one alone, as a table says."""
 
-    def __init__(self, table, temperature, never):
+    def __init__(self, table, *_):
         self.p, self.length = table, 0
 
     def next(self, text):

@@ -15,8 +15,9 @@ PUBLIC_NAMES = {
         "fingerprint save_model"
     ),
     "compress.layers": "block_influence choose_layers",
+    "compress.width": "importance narrowed",
     "students": "student_from_teacher",
-    "generation": "complete write_text write_blocks prompt_length",
+    "generation": "complete sample_continuations make_transfer_set prompt_length",
     "losses": (
         "soften entropy top_k forward_kl reverse_kl jensen_shannon skewed_forward_kl "
         "skewed_reverse_kl total_variation "
@@ -30,12 +31,12 @@ PUBLIC_NAMES = {
     "scale.processes": "shard_teacher",
     "scale.teacher_cache": "cache_teacher",
     "evaluation": (
-        "quality loss_by_position importance token_scores block_nats paired_bootstrap verbatim "
+        "quality loss_by_position token_scores block_nats paired_bootstrap verbatim "
         "text_quality compare as_markdown"
     ),
     "scale.planning": "plan",
-    "cost": "latency pass_seconds peak_memory size_on_disk MemoryWatch",
-    "compress.quantization": "quantize fake_quantize quantized packed_size",
+    "cost": "latency decode_latency peak_memory size_on_disk MemoryWatch",
+    "compress.quantization": "quantize fake_quantize quantized quantized_size",
     "compress.export": "export_model load_onnx",
     "compress.speculative": "speculative_decode expected_tokens expected_speedup",
     "figures.plots": (

@@ -15,14 +15,21 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.models import CACHE, eval_mode, max_positions, merge_adapters, quiet_transformers
+from willows_kd.models import (
+    CACHE,
+    check_token_ids,
+    eval_mode,
+    max_positions,
+    quiet_transformers,
+    write_weights,
+)
 
 
 def size_on_disk(model) -> int:
     """Bytes of the weights as `save_pretrained` writes them."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         try:
-            merge_adapters(model).save_pretrained(folder)
+            write_weights(model, folder)
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(" ".join(str(error).split())) from error
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
@@ -36,7 +43,7 @@ def peak_memory(model, ids: torch.Tensor) -> int:
             running sum of all that the profiler saw allocated and freed.
         ids: token ids, shape (batch, tokens).
     """
-    check_ids(ids)
+    check_ids(ids, model)
     ids = ids.to(model.device)
     weights = sum(tensor.nbytes for tensor in {id(p): p for p in model.parameters()}.values())
     with torch.inference_mode(), eval_mode(model):
@@ -90,7 +97,7 @@ def latency(
         new_tokens: how many to generate, greedily, with the key-value cache.
         repeats: rounds that count.
     """
-    check_ids(ids)
+    check_ids(ids, *models.values())
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats)):
         require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
     prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
@@ -108,7 +115,7 @@ def latency(
     }
 
 
-def pass_seconds(
+def decode_latency(
     models: dict[str, nn.Module], ids: torch.Tensor, new_tokens=(1,), repeats: int = 15
 ) -> dict[str, list[float]]:
     """Seconds of one forward pass over so many new tokens, with what is before them cached.
@@ -121,7 +128,7 @@ def pass_seconds(
         new_tokens: numbers of tokens, one value of the result for each.
         repeats: rounds that count.
     """
-    check_ids(ids)
+    check_ids(ids, *models.values())
     fits = new_tokens and all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
     require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
     before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
@@ -137,10 +144,12 @@ def pass_seconds(
     return {name: [statistics.median(f[1:]) for f in found] for name, found in seconds.items()}
 
 
-def check_ids(ids: torch.Tensor) -> None:
-    """Refuse what is no batch of token ids."""
+def check_ids(ids: torch.Tensor, *models) -> None:
+    """Require a batch of token ids that models know."""
     usable = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
     require(usable, f"ids are {type_name(ids)}; give token ids of shape (batch, tokens)")
+    for model in models:
+        check_token_ids(ids, model)
 
 
 def timed(action: Callable, model) -> float:

@@ -14,16 +14,17 @@ from tqdm.auto import tqdm
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, Stopped, require, type_name
-from willows_kd.evaluation import quality
+from willows_kd.evaluation import check_blocks, quality
 from willows_kd.generation import continued, prompt_length, uniform_draws
 from willows_kd.losses import cosine_distance, divergence_of, hard_label_loss, mix
 from willows_kd.models import (
-    check_positions,
     common_vocabulary,
     distributed_state,
     dropout_set_to,
     eval_mode,
+    is_placed,
     require_model,
+    vocabulary_size,
 )
 from willows_kd.stopping import check_finite, graceful_interrupt, memory_errors_as_input_errors
 
@@ -260,7 +261,15 @@ def validate_inputs(
         f"{type_name(student)} has no gradient checkpointing; leave gradient_checkpointing out",
     )
     for name, model in (("teacher", teacher), ("student", student)):
-        check_positions(model, blocks.train, name)
+        for split in (blocks.train, blocks.validation):
+            check_blocks(model, split, name)
+    sizes = vocabulary_size(teacher), vocabulary_size(student)
+    if sizes[0] != sizes[1]:
+        warnings.warn(
+            f"teacher and student predict {sizes[0]} and {sizes[1]} tokens: the loss is over the "
+            f"first {min(sizes)}, to which all tokens of the text belong",
+            stacklevel=3,
+        )
     mask = blocks.masks.get("train")
     require(
         mask is None or mask.shape == blocks.train.shape and mask[:, 1:].any(),
@@ -286,14 +295,15 @@ def asks_teacher(config: DistillConfig) -> bool:
 
 @contextlib.contextmanager
 def on_device(model: nn.Module, device: torch.device):
-    """A model on a device, and afterwards where it was."""
+    """A model on a device, and afterwards where it was; one that `transformers` placed stays."""
     before = model.device
-    if before != device:
+    moves = before != device and not is_placed(model)
+    if moves:
         model.to(device)
     try:
         yield
     finally:
-        if before != device:
+        if moves:
             model.to(before)
 
 

@@ -48,3 +48,8 @@ def type_name(value) -> str:
     """The type of a value, for a message: `a list`."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,6 +1,5 @@
 """What distillation bought and what it cost, measured on text that nobody trained on."""
 
-import contextlib
 import math
 import os
 import re
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from willows_kd.compress.width import LAYOUTS, layout
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import is_integer, require, type_name
@@ -21,6 +19,7 @@ from willows_kd.generation import complete
 from willows_kd.losses import kl
 from willows_kd.models import (
     check_positions,
+    check_token_ids,
     common_vocabulary,
     eval_mode,
     max_positions,
@@ -115,10 +114,7 @@ def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
         f"blocks are {type_name(blocks)}; give token ids of shape (blocks, block_size), at least "
         "one block of two tokens, such as Blocks.test",
     )
-    least, most = blocks.min().item(), blocks.max().item()
-    known = vocabulary_size(model)
-    wrong = f"a token id is {least if least < 0 else most}; the {name} knows {known}, from 0"
-    require(least >= 0 and most < known, wrong)
+    check_token_ids(blocks, model, name)
     check_positions(model, blocks, name)
 
 
@@ -178,7 +174,8 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each prediction of tokens 1... is worth, each of shape (windows, block_size - 1)."""
     with eval_mode(model, teacher):
         logits = model(ids, use_cache=False).logits[:, :-1].float()
-        teacher_logits = None if teacher is None else teacher(ids, use_cache=False).logits[:, :-1]
+        if teacher is not None:  # which may be on another device
+            teacher_logits = teacher(ids.to(teacher.device), use_cache=False).logits[:, :-1]
     labels = ids[:, 1:]
     vocabulary = logits.shape[-1] if teacher is None else common_vocabulary(teacher, model)
     log_q = F.log_softmax(logits[..., :vocabulary], dim=-1)
@@ -189,46 +186,11 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         "correct": choice == labels,
     }
     if teacher is not None:
-        log_p = F.log_softmax(teacher_logits[..., :vocabulary].float(), dim=-1)
+        teacher_logits = teacher_logits[..., :vocabulary].to(ids.device)
+        log_p = F.log_softmax(teacher_logits.float(), dim=-1)
         result["kl"] = kl(log_p, log_q)
         result["agreement"] = log_p.argmax(dim=-1) == choice
     return result
-
-
-@torch.no_grad()
-def importance(teacher, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How much each of a teacher's heads and feed-forward units passes on: which to keep.
-
-    It is the norm of what a head or unit gives to its layer's output projection, mean over
-    tokens; for a unit this is its mean |activation| (Muralidharan et al. 2024, "Compact
-    Language Models via Pruning and Knowledge Distillation", section 2.2).
-
-    Args:
-        teacher: a model laid out as GPT-2 or Llama is.
-        blocks: a few blocks of token ids, shape (blocks, block_size).
-
-    Returns:
-        "heads", shape (layers, heads), with one number per group if heads are grouped, and
-        "feed_forward", shape (layers, units). `scores["feed_forward"].topk(n).indices` are
-        the units that `student_from_teacher` is to keep.
-
-    Raises:
-        InputError: the teacher has another layout, or these are no blocks for it.
-    """
-    check_blocks(teacher, blocks, "teacher")
-    scores = {part: [] for part in LAYOUTS}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(eval_mode(teacher))
-        for part, found in scores.items():
-            layers, count = layout(teacher, part)
-
-            def score(module, args, found=found, count=count):
-                found.append(args[0].float().unflatten(-1, (count, -1)).norm(dim=-1).mean((0, 1)))
-
-            for *_, out in map(dict.values, layers):
-                stack.callback(out.register_forward_pre_hook(score).remove)
-        teacher.base_model(blocks.to(teacher.device), use_cache=False)
-    return {part: torch.stack(found) for part, found in scores.items()}
 
 
 def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
@@ -307,7 +269,7 @@ def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> d
     Args:
         model, teacher: causal language models with one vocabulary.
         prompts: token ids, shape (prompts, length).
-        text: what `write_text` continued them with, shape (prompts, at least 3).
+        text: what `sample_continuations` continued them with, shape (prompts, at least 3).
 
     Returns:
         teacher_nats: cross-entropy of the text under the teacher, in nats per token; low

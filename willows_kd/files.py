@@ -130,6 +130,11 @@ def check_output(directory: Path, overwrite: bool = False) -> None:
         raise InputError(f"{directory} is a file; give a directory to write to")
     if not directory.resolve().name:
         raise InputError(f"{directory} is the root of a disk; give a directory below it")
+    try:
+        str(directory.resolve()).encode()
+    except UnicodeEncodeError:  # some libraries cannot write there
+        unread = "has letters that this locale does not know; set the variable PYTHONUTF8=1"
+        raise InputError(f"{ascii(str(directory))} {unread}") from None
     taken = directory.is_dir() and any(directory.iterdir())
     if taken and not overwrite and not (directory / SETTINGS_FILE).exists():
         raise InputError(

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from willows_kd.errors import WriteError, is_integer, require, type_name
 from willows_kd.files import cache_folder, load_tensors, save_tensors
 from willows_kd.models import (
+    check_token_ids,
     distributed_state,
     eval_mode,
     fingerprint,
@@ -57,6 +58,7 @@ def complete(
     )
     prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
     given = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", verbose=False)
+    check_token_ids(given["input_ids"], model)
     ids = given["input_ids"].to(model.device)
     if positions := max_positions(model.config):
         room = min(max_new_tokens, positions // 2)
@@ -79,7 +81,7 @@ def complete(
 
 
 @torch.no_grad()
-def write_text(
+def sample_continuations(
     model,
     prompts: torch.Tensor | list[torch.Tensor],
     new_tokens: int,
@@ -135,10 +137,7 @@ def check_prompts(model, prompts) -> list[int]:
     )
     wanted = "give token ids of shape (prompts, length), or a list of rows, of a token at least"
     require(rows and are_ids, f"prompts are {type_name(prompts)}; {wanted}")
-    known = vocabulary_size(model)
-    least, most = min(row.min().item() for row in rows), max(row.max().item() for row in rows)
-    wrong = f"a token id is {least if least < 0 else most}; the model knows {known}, from 0"
-    require(least >= 0 and most < known, wrong)
+    check_token_ids(torch.cat(rows), model)
     return [len(row) for row in rows]
 
 
@@ -165,7 +164,7 @@ def continued(
     Args:
         draws: for each token a random number from 0 to 1; None takes the likeliest.
         vocabulary: write only the first so many tokens, such as those that a teacher knows.
-        model, prompts, new_tokens, temperature, beams: as in `write_text`.
+        model, prompts, new_tokens, temperature, beams: as in `sample_continuations`.
     """
     rows = [prompt.to(model.device) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left")
@@ -173,21 +172,36 @@ def continued(
     known = vocabulary_size(model)
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,  # for which `generate` leaves out the end-of-text token
-        eos_token_id=model.config.eos_token_id,
+        min_new_tokens=new_tokens,  # for which `generate` leaves out the end-of-text tokens
+        eos_token_id=end_of_text(model) or None,
         pad_token_id=0,
         do_sample=False,
         num_beams=beams,
         use_cache=True,  # whatever the model is set to for training
         suppress_tokens=list(range(vocabulary or known, known)) or None,
-        repetition_penalty=1.0,  # a model's own setting would change its distribution
     )
     draw = [] if draws is None else [Draw(draws, ids, temperature)]
-    with eval_mode(model), quiet_transformers():
-        out = model.generate(
-            ids, attention_mask=mask, generation_config=settings, logits_processor=draw
-        )
+    own, model.generation_config = model.generation_config, settings  # its own would fill gaps
+    try:
+        with eval_mode(model), quiet_transformers():
+            out = model.generate(
+                ids, attention_mask=mask, generation_config=settings, logits_processor=draw
+            )
+    finally:
+        model.generation_config = own
     return out[:, ids.shape[1] :]
+
+
+def end_of_text(model) -> list[int]:
+    """The tokens that end a text, by a model's config or by its config of generation.
+
+    They may differ: an instruction-tuned model ends an answer and a text with different tokens.
+    """
+    found = set()
+    for settings in (model.config, model.generation_config):
+        ids = getattr(settings, "eos_token_id", None)
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return sorted(found)
 
 
 class Draw(LogitsProcessor):
@@ -218,7 +232,7 @@ def prompt_length(block_size: int) -> int:
     return max(1, block_size // 4)
 
 
-def write_blocks(
+def make_transfer_set(
     model, blocks: torch.Tensor, temperature: float = 1.0, seed: int = 0, beams: int = 1
 ) -> torch.Tensor:
     """Blocks that a model wrote, each from the first quarter of a given one.
@@ -230,13 +244,13 @@ def write_blocks(
     Args:
         model: the writer, such as a teacher.
         blocks: token ids, shape (blocks, block_size).
-        temperature, seed, beams: as in `write_text`.
+        temperature, seed, beams: as in `sample_continuations`.
 
     Returns:
         token ids, shape (blocks, block_size).
 
     Raises:
-        InputError: as `write_text`.
+        InputError: as `sample_continuations`.
     """
     are_blocks = isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and blocks.shape[1] > 1
     require(are_blocks, f"blocks are {type_name(blocks)}; give what pack returns, such as .train")
@@ -253,7 +267,7 @@ def write_blocks(
             written = kept["blocks"].long()
         else:
             new_tokens = blocks.shape[1] - prompts.shape[1]
-            text = write_text(model, prompts, new_tokens, temperature, seed, beams).cpu()
+            text = sample_continuations(model, prompts, new_tokens, temperature, seed, beams).cpu()
             written = torch.cat([prompts, text], dim=1)
             try:
                 save_tensors(file, {"blocks": written.int()}, made)

@@ -4,32 +4,33 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 
-import huggingface_hub
 import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import get_session
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from willows_kd.errors import InputError, is_integer, require, type_name
+from willows_kd.errors import InputError, is_integer, one_line, require, type_name
 from willows_kd.files import atomic_directory, check_output
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
 BUNDLED = ("base", "teacher", "student", "student_hard_labels")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
-PADDING_LIMIT = 128  # heads are padded to multiples of 8, 64 or 128 for speed, never by more
+OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff")
+OF_SAMPLING += ("eta_cutoff",)
 # what `transformers` calls a model's cache: past_key_values, in later versions cache
 CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
 
@@ -39,8 +40,10 @@ class HubError(InputError):
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one, NVIDIA's or Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def distributed_state() -> PartialState:
@@ -61,7 +64,7 @@ def load_teacher(name_or_path=None, device=None) -> tuple[PreTrainedModel, objec
     Args:
         name_or_path: a directory, or a name on the model hub, of any causal language
             model (``"gpt2"``); None for the tiny GPT-2 that ships with the package.
-        device: where it goes; None for the GPU where there is one.
+        device: where it goes; None for the GPU if there is one.
 
     Raises:
         InputError: it is not there, is no causal language model, is damaged, or has
@@ -77,9 +80,18 @@ def load_student(name_or_path, teacher_tokenizer, device=None) -> PreTrainedMode
 
     Raises:
         InputError: as `load_teacher`; or the student's tokenizer is not the teacher's.
+
+    Warns:
+        UserWarning: one of the tokenizers has tokens added, such as ``[PAD]``.
     """
-    check_same_tokenizer(teacher_tokenizer, load_tokenizer(name_or_path))
-    return load_model(name_or_path, device)
+    tokenizer = load_tokenizer(name_or_path)
+    if added := check_same_tokenizer(teacher_tokenizer, tokenizer):
+        warnings.warn(added, stacklevel=2)
+    student = load_model(name_or_path, device)
+    tokens, known = min(len(teacher_tokenizer), len(tokenizer)), vocabulary_size(student)
+    too_small = f"the tokenizer has {tokens} tokens, {name_or_path} predicts {known}"
+    require(tokens <= known, f"teacher and student must share a vocabulary: {too_small}")
+    return student
 
 
 def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
@@ -134,16 +146,12 @@ def load_tokenizer(name_or_path):
     check_model(name_or_path)
     path = Path(name_or_path)
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        if path.resolve().parent == ASSETS:  # the bundled models share one
+            return load_tokenizer(BUNDLED_TEACHER)
         if base := adapter_base(name_or_path):
             return load_tokenizer(base)
         raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
-    with (
-        loading_errors_as_input_errors(name_or_path, "has no tokenizer that can be read"),
-        quiet_transformers(),
-    ):
-        return AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
-        )
+    return load_part(AutoTokenizer, name_or_path, "has no tokenizer that can be read")
 
 
 def load_model(name_or_path, device=None) -> PreTrainedModel:
@@ -154,22 +162,22 @@ def load_model(name_or_path, device=None) -> PreTrainedModel:
     check_model(name_or_path)
     if base := adapter_base(name_or_path):
         return load_merged(base, name_or_path, device)
-    with loading_errors_as_input_errors(name_or_path, "cannot be loaded"), quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            trust_remote_code=False,
-            local_files_only=not may_ask_hub(name_or_path),
-            output_loading_info=True,
-        )
+    model, info = load_part(
+        AutoModelForCausalLM,
+        name_or_path,
+        "cannot be loaded",
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{name_or_path} lacks weights ({', '.join(missing[:3])} ...)")
     if mismatched := sorted(key for key, *_ in info["mismatched_keys"]):
         raise InputError(
             f"{name_or_path} has weights that do not fit its config ({', '.join(mismatched[:3])})"
         )
+    model.generation_config = savable(model.generation_config)
     return model.to(device or best_device())
 
 
@@ -218,8 +226,8 @@ def check_model(name_or_path) -> None:
     if not config_file.is_file():
         raise InputError(f"{path} is not a model: it holds no config.json")
     try:
-        architectures = json.loads(config_file.read_text()).get("architectures") or []
-        architectures = ["".join(name) for name in architectures]
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        architectures = ["".join(name) for name in config.get("architectures") or []]
     except (ValueError, AttributeError, TypeError, OSError):
         raise InputError(f"{config_file} is damaged: it holds no JSON object") from None
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
@@ -242,13 +250,7 @@ def load_config(name_or_path):
     """The config of a model, without its weights; an adapter's is that of its base."""
     check_model(name_or_path)
     name_or_path = adapter_base(name_or_path) or name_or_path
-    with (
-        loading_errors_as_input_errors(name_or_path, "has no config that can be read"),
-        quiet_transformers(),
-    ):
-        return AutoConfig.from_pretrained(
-            name_or_path, trust_remote_code=False, local_files_only=not may_ask_hub(name_or_path)
-        )
+    return load_part(AutoConfig, name_or_path, "has no config that can be read")
 
 
 def check_context(name_or_path, block_size: int) -> None:
@@ -282,25 +284,28 @@ def looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
 
 
-def may_ask_hub(name_or_path) -> bool:
-    """Whether a name is one to ask the hub for, and the hub answers.
+def hub_answers(name_or_path) -> bool:
+    """Whether the hub has an answer for a name, within 5 seconds.
 
-    One short question, where `transformers` would try for half a minute: without a
-    connection, what is in its cache is found at once, and what is not is refused.
+    Without a connection `transformers` tries for half a minute. Told to look in its cache only,
+    it finds at once what is there, and refuses what is not.
     """
     if Path(name_or_path).exists():
         return False
     try:
-        ask_hub(str(name_or_path))
-    except Exception:  # whatever the HTTP client calls it, there is no hub
+        get_session().head(hf_hub_url(str(name_or_path), "config.json"), timeout=5)
+    except Exception:  # whatever the HTTP client calls it
         return False
     return True
 
 
-@functools.lru_cache  # an answer is kept, and an error is not: the hub may come back
-def ask_hub(name: str) -> None:
-    """Ask the hub for a name; whatever it answers, it is there."""
-    get_session().head(huggingface_hub.hf_hub_url(name, "config.json"), timeout=5)
+def load_part(kind, name_or_path, what: str, **options):
+    """What a class of `transformers` loads from a name, with no remote code; `what` says if not."""
+    with loading_errors_as_input_errors(name_or_path, what), quiet_transformers():
+        offline = not hub_answers(name_or_path)
+        return kind.from_pretrained(
+            name_or_path, trust_remote_code=False, local_files_only=offline, **options
+        )
 
 
 @contextlib.contextmanager
@@ -311,25 +316,12 @@ def loading_errors_as_input_errors(name_or_path, what: str):
     except (InputError, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         if not Path(name_or_path).exists() and isinstance(error, OSError):
             raise HubError(
-                f"{name_or_path} is no local directory and the model hub did not give it "
-                f"({hub_answer(error) or 'no connection, or no such name'})"
+                f"{name_or_path} is no local directory and could not be downloaded from the "
+                f"Hugging Face Hub: {one_line(error)}"
             ) from error
-        raise InputError(f"{name_or_path} {what}: {reason[:200]}") from error
-
-
-def hub_answer(error: BaseException | None) -> str | None:
-    """What a hub answered that did not give a file, as far as its status tells."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 404):
-            return f"it answered {status}: no such name, or one to log in for"
-        if status:
-            return f"it answered {status}"
-        error = error.__cause__ or error.__context__
-    return None
+        raise InputError(f"{name_or_path} {what}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -380,26 +372,48 @@ def merge_adapters(model):
     into its weights: a copy, if it has any."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
-    if any(map(parametrize.is_parametrized, model.modules())):
-        model = copy.deepcopy(model)
-        for module in filter(parametrize.is_parametrized, list(model.modules())):
-            merge_parametrizations(module)
+    if not any(map(parametrize.is_parametrized, model.modules())):
+        return model
+    merged = untrained(model.config, model).to(model.dtype).train(model.training)
+    weights = {}
+    for name in merged.state_dict():
+        module, _, attribute = name.rpartition(".")
+        weights[name] = getattr(model.get_submodule(module), attribute)
+    merged.load_state_dict(weights)
+    return merged
+
+
+def untrained(config, like: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """A float32 model of a config with random weights, else set up as another model is."""
+    with torch.random.fork_rng(), quiet_transformers():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            dtype=torch.float32,
+            attn_implementation=like.config._attn_implementation,
+        ).to(like.device)
+    model.generation_config = savable(like.generation_config)
     return model
 
 
-@torch.no_grad()
-def merge_parametrizations(module: nn.Module) -> None:
-    """Make a module's parametrized weights, as they are now, its weights; ties stay.
+def is_placed(model) -> bool:
+    """Whether a model is to stay where it is: its weights were placed as it was loaded, by a
+    `device_map`, on the disk even, or in few bits."""
+    return bool(getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False))
 
-    `parametrize.remove_parametrizations` would change the class, which copies share.
-    """
-    lists = module.parametrizations
-    for name, weight in {name: part() for name, part in lists.items()}.items():
-        lists[name].original.copy_(weight)
-    module.__class__ = module.__class__.__bases__[0]
-    del module.parametrizations
-    for name, part in lists.items():
-        setattr(module, name, part.original)
+
+def require_weights(model) -> None:
+    """Require a model whose weights can be copied: not quantized, not offloaded."""
+    require(
+        not getattr(model, "is_quantized", False),
+        "the teacher's weights are quantized: it can teach, but to make a student of it, load it "
+        "unquantised, without quantization_config",
+    )
+    require(
+        not any(p.is_meta for p in model.parameters()),
+        "some of the teacher's weights are offloaded: it can teach, but to make a student of it, "
+        "load it without device_map",
+    )
 
 
 def require_model(model, name: str) -> None:
@@ -419,25 +433,36 @@ def require_model(model, name: str) -> None:
 # -- one vocabulary --------------------------------------------------------------------
 
 
-def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
+def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> str | None:
     """Refuse a student that reads text otherwise than its teacher.
 
+    One of them may have tokens added, as a GPT-2 that was fine-tuned with a ``[PAD]``.
+
+    Returns:
+        if so, a sentence that names them; else None.
+
     Raises:
-        InputError: sizes differ (both are named), or the same text gets other ids.
+        InputError: the same text gets other ids, or sizes differ by more than added tokens.
     """
     is_tokenizer = hasattr(teacher_tokenizer, "get_vocab")
     require(is_tokenizer, f"tokenizer is {type_name(teacher_tokenizer)}; give that of the teacher")
-    sizes = len(teacher_tokenizer), len(student_tokenizer)
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"teacher and student must share a vocabulary: the teacher's has {sizes[0]} tokens, "
-            f"the student's {sizes[1]}"
-        )
-    if teacher_tokenizer.get_vocab() != student_tokenizer.get_vocab():
-        raise InputError(
-            f"teacher and student must share a vocabulary: both have {sizes[0]} tokens, "
-            "but they give different ids to the same text"
-        )
+    small, large = sorted((teacher_tokenizer, student_tokenizer), key=len)
+    added = large.get_vocab().keys() - small.get_vocab().keys()
+    sizes = f"{len(teacher_tokenizer)} tokens, the student's {len(student_tokenizer)}"
+    require(
+        added <= large.get_added_vocab().keys(),
+        f"teacher and student must share a vocabulary: the teacher's has {sizes}",
+    )
+    require(
+        small.get_vocab().items() <= large.get_vocab().items(),
+        f"teacher and student must share a vocabulary: the teacher's has {sizes}, and they give "
+        "different ids to the same text",
+    )
+    if not added:
+        return None
+    whose = "teacher" if large is teacher_tokenizer else "student"
+    names = ", ".join(sorted(added)[:3]) + (" ..." if len(added) > 3 else "")
+    return f"the {whose}'s tokenizer alone has {names}: the loss leaves out what only one knows"
 
 
 def vocabulary_size(model) -> int:
@@ -446,21 +471,23 @@ def vocabulary_size(model) -> int:
 
 
 def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int:
-    """How many logits teacher and student share.
+    """How many logits teacher and student share: losses and comparisons are over the first so many.
 
-    The larger of two heads may be padded to a round number: what is beyond the
-    smaller one is then no token, and is left out of every loss.
-
-    Raises:
-        InputError: the sizes differ by more than padding explains.
+    A head may be padded to a round number, or have tokens added. `check_token_ids` sees that
+    nothing beyond the smaller one is in the text.
     """
-    sizes = vocabulary_size(teacher), vocabulary_size(student)
-    if sizes[0] != sizes[1] and (max(sizes) % 8 or abs(sizes[0] - sizes[1]) >= PADDING_LIMIT):
-        raise InputError(
-            f"teacher and student must share a vocabulary: the teacher predicts {sizes[0]} tokens, "
-            f"the student {sizes[1]}"
-        )
-    return min(sizes)
+    return min(vocabulary_size(teacher), vocabulary_size(student))
+
+
+def check_token_ids(ids: torch.Tensor, model, name: str = "model") -> None:
+    """Require token ids that a model has embeddings for.
+
+    There are others if tokens were added to its tokenizer and its embeddings not resized, or if
+    the ids are another tokenizer's.
+    """
+    least, most, known = ids.min().item(), ids.max().item(), vocabulary_size(model)
+    wrong = f"a token id is {least if least < 0 else most}; the {name} knows {known}, from 0"
+    require(least >= 0 and most < known, wrong)
 
 
 # -- from hidden states to logits --------------------------------------------------------
@@ -468,6 +495,7 @@ def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int
 
 def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
     """What a model's output weights are applied to, shape (blocks, block_size, width)."""
+    check_token_ids(ids, model)
     return model.base_model(ids, use_cache=False).last_hidden_state
 
 
@@ -481,6 +509,8 @@ def fingerprint(model) -> str:
         made.update(name.encode())
         if hasattr(tensor, "full_tensor"):  # a share of one, of a sharded teacher
             tensor = tensor.full_tensor()
+        offloaded = "a model with offloaded weights cannot be told from others; "
+        require(not tensor.is_meta, f"{offloaded}load it without device_map")
         made.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return made.hexdigest()[:24]
 
@@ -505,7 +535,25 @@ def save_model(
     directory = Path(directory)
     check_output(directory, overwrite)
     with atomic_directory(directory) as partial, quiet_transformers():
-        merge_adapters(model).save_pretrained(partial)
+        write_weights(model, partial)
         tokenizer.save_pretrained(partial)
         for name, text in (extra or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
+            # bytes of a path that a locale without UTF-8 cannot read are surrogates in its text
+            (partial / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def write_weights(model, folder) -> None:
+    """Write weights and settings as `transformers` does, LoRA adapters merged."""
+    model = copy.copy(merge_adapters(model))  # shallow, with a config of generation of its own
+    model.generation_config = savable(model.generation_config)
+    model.save_pretrained(folder)
+
+
+def savable(settings):
+    """A config of generation without settings of sampling unless it samples: they have no effect,
+    and `transformers` would refuse to save them."""
+    settings = copy.deepcopy(settings)
+    if settings is not None and not settings.do_sample:
+        for name in OF_SAMPLING:
+            setattr(settings, name, None)
+    return settings

@@ -21,17 +21,17 @@ from tqdm.auto import tqdm
 
 import willows_kd
 from willows_kd import files, models
-from willows_kd.compress.layers import choose_layers, depth_of, layers_to_keep, passes_to_choose
+from willows_kd.compress.layers import choose_layers, passes_to_choose
 from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, Stopped, WriteError, require
 from willows_kd.evaluation import as_markdown, compare, number
-from willows_kd.generation import write_blocks
+from willows_kd.generation import make_transfer_set
 from willows_kd.scale.checkpoints import Checkpoints
 from willows_kd.scale.linear_head import ChunkedLoss
 from willows_kd.scale.teacher_cache import cache_teacher
-from willows_kd.students import student_from_teacher
+from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
 
 GPT2_VOCABULARY = 50_257
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
@@ -153,7 +153,7 @@ def prepare(options) -> Job:
     else:
         facts["student"] = student_name
         make = functools.partial(models.load_student, student_name, tokenizer, device)
-    student = make()
+    student = warnings_printed(make)
     common = models.common_vocabulary(teacher, student)
     heads = [models.vocabulary_size(model) for model in (teacher, student)]
     if max(heads) > common:
@@ -165,7 +165,7 @@ def prepare(options) -> Job:
         facts["untrained_positions"] = limit
     if options.teacher_text:
         print("✍️ The teacher is writing the training text...")
-        written = warnings_printed(write_blocks, teacher, blocks.train, seed=options.seed)
+        written = warnings_printed(make_transfer_set, teacher, blocks.train, seed=options.seed)
         blocks = dataclasses.replace(blocks, train=written)
     return Job(teacher, student, make, tokenizer, corpus, blocks, facts)
 
@@ -176,7 +176,8 @@ def choose_student(options, tokenizer) -> str:
         cut = options.student in (None, "half")
         require(cut, "--layers and --init make a student from the teacher; leave out --student")
         return "half"
-    name = options.student or ("distilgpt2" if len(tokenizer) == GPT2_VOCABULARY else "half")
+    usual = tokenizer.vocab_size == GPT2_VOCABULARY  # without tokens that were added, as [PAD]
+    name = options.student or ("distilgpt2" if usual else "half")
     if name != "half":
         try:
             if note := models.check_same_tokenizer(tokenizer, models.load_tokenizer(name)):

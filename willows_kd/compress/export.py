@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from willows_kd.config import EXPORT_FORMATS
 from willows_kd.errors import InputError, require, type_name
 from willows_kd.files import atomic_directory, check_output
-from willows_kd.generation import write_text
+from willows_kd.generation import sample_continuations
 from willows_kd.losses import kl
 from willows_kd.models import (
     CACHE,
@@ -165,7 +165,7 @@ def own_text(model) -> torch.Tensor:
     """Two texts that a model writes, of 32 tokens at most: what a proof should be about."""
     length = min(32, max_positions(model.config) or 32)
     first = torch.full((2, 1), model.config.bos_token_id or 0)
-    return torch.cat([first, write_text(model, first, length - 1)], dim=1)
+    return torch.cat([first, sample_continuations(model, first, length - 1)], dim=1)
 
 
 class WithCache(nn.Module):
@@ -234,7 +234,7 @@ def load_onnx(directory) -> tuple[PreTrainedModel, object]:
     """What `export_model` wrote as ONNX, and its tokenizer.
 
     The model runs in onnxruntime on the CPU, with as many threads as PyTorch has. `quality`,
-    `complete`, `write_text` and `latency` take it as they take any other.
+    `complete`, `sample_continuations` and `latency` take it as they take any other.
 
     Raises:
         InputError: onnxruntime is missing, or the directory holds no such model.

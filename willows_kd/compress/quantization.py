@@ -64,7 +64,7 @@ def quantized(model, bits: int = 8):
 
     It keeps the float weights and rounds them in each forward pass: `quality` measures what the
     rounding costs, and `distill` trains through it (quantization-aware training). It is neither
-    smaller nor faster than the model; `packed_size` says how small its integers are. Saved or
+    smaller nor faster than the model; `quantized_size` says how small its integers are. Saved or
     exported, it is a usual model whose weights are rounded.
 
     Args:
@@ -80,7 +80,7 @@ def quantized(model, bits: int = 8):
     return model
 
 
-def packed_size(model) -> int:
+def quantized_size(model) -> int:
     """Bytes of a `quantized` model if its integers are packed, with a scale for each channel.
 
     Biases, norms and whatever else was not quantized count as they are.

@@ -6,8 +6,8 @@ import torch
 from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require
-from willows_kd.generation import check_prompts, check_sampling
-from willows_kd.models import CACHE, eval_mode, max_positions, require_model, vocabulary_size
+from willows_kd.generation import check_prompts, check_sampling, end_of_text
+from willows_kd.models import CACHE, common_vocabulary, eval_mode, max_positions, require_model
 
 
 class Speculated(NamedTuple):
@@ -47,11 +47,12 @@ def speculative_decode(
     """Continue a prompt by text of the teacher's own distribution, with fewer of its passes.
 
     Algorithm 1 of Leviathan et al. 2023, with a key-value cache for each model, cut back
-    after a rejection. As in `write_text`, the end-of-text token is never drawn.
+    after a rejection. As in `sample_continuations`, the end-of-text token is never drawn.
 
     Args:
         teacher: whose text it is.
-        draft: proposes tokens: a student with the teacher's vocabulary.
+        draft: proposes tokens: a student with the teacher's vocabulary; one of the heads may be
+            padded.
         prompt: token ids, shape (length,), at least one.
         new_tokens: how many tokens to write.
         k: how many tokens the draft model proposes before the teacher checks them; 0 lets the
@@ -72,13 +73,9 @@ def speculative_decode(
         longest, given = max_positions(model.config), length + new_tokens
         fits = f"prompt and text have {given} tokens together; the {name} reads {longest}"
         require(longest is None or given <= longest, fits)
-    sizes = [vocabulary_size(model) for model in (teacher, draft)]
-    same = f"teacher and draft give {sizes[0]} and {sizes[1]} logits; their vocabulary must be one"
-    require(sizes[0] == sizes[1], same)
-
+    never, vocabulary = end_of_text(teacher), common_vocabulary(teacher, draft)
     generator = torch.Generator().manual_seed(seed)
-    never = teacher.config.eos_token_id
-    p_of, q_of = (Reader(model, temperature, never) for model in (teacher, draft))
+    p_of, q_of = (Reader(model, temperature, never, vocabulary) for model in (teacher, draft))
     text, found = prompt.cpu(), Speculated(None, [], [])
     with eval_mode(teacher, draft):
         while (left := length + new_tokens - len(text)) > 0:
@@ -122,17 +119,20 @@ def draw(weights: torch.Tensor, generator) -> torch.Tensor:
 class Reader:
     """A model that reads each token of a growing text once."""
 
-    def __init__(self, model, temperature: float, never):
-        """Probabilities are softened by a temperature, 0 for the likeliest token alone."""
+    def __init__(self, model, temperature: float, never: list[int], vocabulary: int):
+        """Probabilities are softened by a temperature, 0 for the likeliest token alone.
+
+        They are over the first tokens of the vocabulary, but those that are never to be drawn.
+        """
         self.model, self.temperature = model, temperature
-        self.never = [] if never is None else never  # a token id or several
+        self.never, self.vocabulary = never, vocabulary
         self.cache = DynamicCache()
 
     def next(self, text: torch.Tensor) -> torch.Tensor:
         """Probabilities after each token that is new, in float64, shape (new, vocabulary)."""
         new = text[None, self.cache.get_seq_length() :].to(self.model.device)
         logits = self.model(new, **{CACHE: self.cache}, use_cache=True).logits[0]
-        logits = logits.cpu().double()
+        logits = logits[:, : self.vocabulary].cpu().double()
         logits[:, self.never] = -torch.inf
         if self.temperature:
             return (logits / self.temperature).softmax(-1)

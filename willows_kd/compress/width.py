@@ -1,4 +1,4 @@
-"""Width: which weights are a head's or a feed-forward unit's, and a model without some of them.
+"""Width: how much heads and feed-forward units pass on, and a model without some of them.
 
 The residual stream keeps its width, so a narrower student's hidden states still have the
 teacher's shape. Grouped heads stay whole: there, a "head" is one key/value head with the
@@ -8,6 +8,7 @@ query heads that share it.
 import contextlib
 import copy
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,11 +16,87 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from willows_kd.errors import InputError, require
+from willows_kd.evaluation import check_blocks
+from willows_kd.models import eval_mode, merge_adapters, require_model, require_weights, untrained
+from willows_kd.students import (
+    check_equal,
+    family_errors_as_input_errors,
+    load_weights,
+)
 
 LAYOUTS = {  # GPT-2's and Llama's names of the maps into heads or units and, last, out of them
     "heads": (("c_attn", "c_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")),
     "feed_forward": (("c_fc", "c_proj"), ("gate_proj", "up_proj", "down_proj")),
 }
+
+
+@torch.no_grad()
+def importance(teacher, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How much each of a teacher's heads and feed-forward units passes on: which to keep.
+
+    It is the norm of what a head or unit gives to its layer's output projection, mean over
+    tokens; for a unit this is its mean |activation| (Muralidharan et al. 2024, "Compact
+    Language Models via Pruning and Knowledge Distillation", section 2.2).
+
+    Args:
+        teacher: a model laid out as GPT-2 or Llama is.
+        blocks: a few blocks of token ids, shape (blocks, block_size).
+
+    Returns:
+        "heads", shape (layers, heads), with one number per group if heads are grouped, and
+        "feed_forward", shape (layers, units). `scores["feed_forward"].topk(n).indices` are
+        the units that `narrowed` is to keep.
+
+    Raises:
+        InputError: the teacher has another layout, or these are no blocks for it.
+    """
+    check_blocks(teacher, blocks, "teacher")
+    scores = {part: [] for part in LAYOUTS}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eval_mode(teacher))
+        for part, found in scores.items():
+            layers, count = layout(teacher, part)
+
+            def score(module, args, found=found, count=count):
+                found.append(args[0].float().unflatten(-1, (count, -1)).norm(dim=-1).mean((0, 1)))
+
+            for *_, out in map(dict.values, layers):
+                stack.callback(out.register_forward_pre_hook(score).remove)
+        teacher.base_model(blocks.to(teacher.device), use_cache=False)
+    return {part: torch.stack(found) for part, found in scores.items()}
+
+
+def narrowed(
+    teacher: PreTrainedModel,
+    heads: Sequence[Sequence[int]] | torch.Tensor | None = None,
+    feed_forward: Sequence[Sequence[int]] | torch.Tensor | None = None,
+) -> PreTrainedModel:
+    """A copy of a teacher in float32 with only some of its heads and feed-forward units.
+
+    It is proven: on a short input it must give the logits of the teacher with the other heads
+    and units at zero. `student_from_teacher` takes it as a teacher, to cut layers, too.
+
+    Args:
+        teacher: a model laid out as GPT-2 or Llama is.
+        heads, feed_forward: the numbers of the heads and feed-forward units to keep, for each
+            layer, shape (layers, kept), such as those of greatest `importance`; None for all.
+            Grouped heads are numbered by group, and GPT-2's heads cannot be pruned: its config
+            ties their size to their number.
+
+    Raises:
+        InputError: `heads` or `feed_forward` are no such numbers, or the teacher's family
+            cannot be cut so.
+    """
+    require_model(teacher, "teacher")
+    require_weights(teacher)
+    teacher = merge_adapters(teacher)
+    kept = parts_to_keep(teacher, heads=heads, feed_forward=feed_forward)
+    with family_errors_as_input_errors(f"no narrower {teacher.config.model_type}"):
+        config, weights = pruned(teacher, kept)
+        student = untrained(config, teacher)
+        load_weights(student, weights)
+        check_equal(student, teacher, masked(teacher, kept), "the other heads and units")
+    return student
 
 
 def layout(model: PreTrainedModel, part: str) -> tuple[list[dict[str, nn.Module]], int]:

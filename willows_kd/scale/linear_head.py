@@ -68,6 +68,8 @@ def has_linear_head(model, ids: torch.Tensor) -> bool:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return False
+    if not head.weight.is_floating_point() or head.weight.device != ids.device:
+        return False  # packed into few bits, or on another device than the hidden states
     if isinstance(head.weight, FakeTensor):  # no values to compare, in `plan`
         return puts_out_logits(model, head, ids)
     with eval_mode(model):
@@ -78,7 +80,7 @@ def has_linear_head(model, ids: torch.Tensor) -> bool:
 
 
 def puts_out_logits(model, head: nn.Linear, ids: torch.Tensor) -> bool:
-    """Whether a head is given the final hidden states and puts out the logits: the same memory."""
+    """Whether a head is given what looks like the final hidden states and puts out the logits."""
     seen = {}
     hooks = [
         module.register_forward_hook(lambda module, *call: seen.update({module: call}))
@@ -90,6 +92,4 @@ def puts_out_logits(model, head: nn.Linear, ids: torch.Tensor) -> bool:
         hook.remove()
     (given, *_), product = seen[head]
     hidden = getattr(seen[model.base_model][1], "last_hidden_state", None)
-    return hidden is not None and all(
-        a.untyped_storage() is b.untyped_storage() for a, b in ((hidden, given), (product, logits))
-    )
+    return hidden is not None and given.shape == hidden.shape and product is logits

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from willows_kd.compress.layers import depth_of, layers_to_keep
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.cost import MemoryWatch
@@ -31,7 +30,7 @@ from willows_kd.errors import is_integer, require, type_name
 from willows_kd.models import load_config, quiet_transformers
 from willows_kd.scale.linear_head import has_linear_head
 from willows_kd.scale.teacher_cache import CacheSpec, blocks_to_cache, bytes_per_token
-from willows_kd.students import config_of_layers
+from willows_kd.students import config_of_layers, depth_of, layers_to_keep
 
 ATEN = torch.ops.aten
 COUNTED = {  # what `FlopCounterMode` leaves out, in PyTorch 2.13
@@ -136,8 +135,8 @@ def plan(
         kept = layers_to_keep(teacher, student, "spaced")
         student = config_of_layers(teacher.config, depth_of(teacher), kept)
     student = fake(student, mode, torch.float32)
+    validate_inputs(teacher, student, blocks, config)
     with mode:
-        validate_inputs(teacher, student, blocks, config)
         at_once = min(config.blocks_per_pass(blocks.block_size), len(blocks.train))
         ids = torch.zeros(at_once, blocks.block_size, dtype=torch.long, device=student.device)
         objective = (loss or DistillationLoss)(teacher, student, config, ids[:1])

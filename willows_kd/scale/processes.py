@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from willows_kd.compress.layers import layer_stack
 from willows_kd.errors import require
 from willows_kd.models import distributed_state, require_model
+from willows_kd.students import layer_stack
 
 
 def shard_teacher(teacher: nn.Module) -> nn.Module:
