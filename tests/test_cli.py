@@ -1,6 +1,7 @@
 """The command line: what it says, what it saves, and what it refuses."""
 
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -265,6 +267,19 @@ def test_a_student_with_a_padded_head_is_trained_on_the_shared_tokens(
     vocabulary = len(tokenizer)
     said = f"ℹ️ Heads of {vocabulary} and {vocabulary + 8} logits: the first {vocabulary} are"
     assert said in capsys.readouterr().out
+
+
+def test_a_token_that_only_the_teacher_has_is_not_saved_with_the_student(
+    distil, place, tokenizer, tmp_path, capsys
+):
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    teacher = save(tmp_path / "padded_teacher", padded, n_positions=64)
+    assert distil("--model_dir", str(teacher), "--student", str(place / "narrow")) == 0
+    assert "the teacher's tokenizer alone has [PAD]" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    own = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert len(own) == loaded.config.vocab_size == len(tokenizer)
 
 
 @pytest.mark.parametrize("written", ["--teacher_text", "--on_policy_share 0.5"])

@@ -25,7 +25,7 @@ from willows_kd.compress.layers import choose_layers, passes_to_choose
 from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.distillation import distill
-from willows_kd.errors import InputError, Stopped, WriteError, require
+from willows_kd.errors import InputError, Stopped, WriteError, one_line, require
 from willows_kd.evaluation import as_markdown, compare, number
 from willows_kd.generation import make_transfer_set
 from willows_kd.scale.checkpoints import Checkpoints
@@ -158,6 +158,8 @@ def prepare(options) -> Job:
     heads = [models.vocabulary_size(model) for model in (teacher, student)]
     if max(heads) > common:
         print(f"ℹ️ Heads of {heads[0]} and {heads[1]} logits: the first {common} are used")
+    if len(tokenizer) > heads[1]:  # tokens that only the teacher has would have no embedding
+        tokenizer = models.load_tokenizer(student_name)
     facts |= {"corpus": corpus.provenance, "block_size": block_size}
     facts |= {"teacher_text": options.teacher_text}
     if limit := untrained_positions(student, block_size):
@@ -261,7 +263,7 @@ def step_seconds(job: Job, config: DistillConfig, dtype: str) -> float:
 
     with contextlib.suppress(EnoughError, InputError, RuntimeError):
         few = Blocks(train, held_out, held_out, {})
-        distill(job.teacher, job.make_student(), few, config, on_step=on_step)
+        distill(job.teacher, job.make_student(), few, config, on_step=on_step, loss=ChunkedLoss)
     return min((b - a for a, b in itertools.pairwise(ends)), default=math.inf)
 
 
@@ -483,8 +485,3 @@ def counted(count: int, noun: str) -> str:
 def listed(numbers: list[int]) -> str:
     """Numbers as `--init` takes them: 0,3,5."""
     return ",".join(map(str, numbers))
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
