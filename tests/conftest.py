@@ -1,6 +1,8 @@
 """What the tests share: tiny models, a few blocks of the sample story, and no network."""
 
+import json
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,19 @@ def ids():
 def logits(model, ids):
     with torch.inference_mode():
         return model.eval()(ids).logits
+
+
+@pytest.fixture(scope="session")
+def swap_words():
+    """A function that gives two words of a saved tokenizer each other's ids."""
+
+    def swap(folder: Path) -> Path:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        first, second = list(vocabulary)[300:302]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        file.write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return swap

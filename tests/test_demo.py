@@ -15,7 +15,6 @@ from test_browser import CHROMIUM, MINUTES, browser, wait_until_answering  # noq
 from test_cli import save
 
 import willows_kd as kd
-from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "demo.py"
 sys.path.insert(0, str(EXAMPLE.parent))
@@ -84,10 +83,9 @@ def test_a_port_that_is_taken_is_one_line(port, capsys):
 
 
 @GRADIO
-def test_bad_input_is_one_line_and_exit_code_2(tokenizer, tmp_path, port, capsys):
-    larger = load_tokenizer(BUNDLED_TEACHER)
-    larger.add_tokens(["the mole"])
-    small, stranger = save(tmp_path / "small", tokenizer), save(tmp_path / "stranger", larger)
+def test_bad_input_is_one_line_and_exit_code_2(tokenizer, swap_words, tmp_path, port, capsys):
+    small, stranger = (save(tmp_path / name, tokenizer) for name in ("small", "stranger"))
+    swap_words(stranger)
     exported = tmp_path / "exported"
     exported.mkdir()
     (exported / "model.onnx").touch()

@@ -345,10 +345,7 @@ def test_an_export_leaves_the_model_where_it_was(gpu, on_gpu, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch, request):
-    if path.stem.startswith("06"):
-        reason = "distill leaves the teacher on the student's device"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_notebook(path, tmp_path, monkeypatch):
     monkeypatch.setenv("WILLOWS_KD_CORPUS", str(SAMPLE_STORY))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = small(path)

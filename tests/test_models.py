@@ -238,15 +238,9 @@ def test_without_peft_a_directory_with_an_adapter_says_what_to_install(model_dir
 
 
 @pytest.fixture
-def swapped(model_dir):
+def swapped(model_dir, swap_words):
     """The bundled tokenizer with the ids of two words swapped."""
-    file = model_dir / "tokenizer.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    first, second = list(vocabulary)[300:302]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(content), encoding="utf-8")
-    return load_tokenizer(model_dir)
+    return load_tokenizer(swap_words(model_dir))
 
 
 def test_the_same_tokenizer_is_accepted(tokenizer):

@@ -13,18 +13,15 @@ from test_cli import make_text, run, save
 import willows_kd as kd
 from willows_kd import evaluation, files
 from willows_kd.cli import distill as commands
-from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def place(tokenizer, tmp_path_factory):
+def place(tokenizer, swap_words, tmp_path_factory):
     """Models with one vocabulary, one with its own, and a text."""
     place = tmp_path_factory.mktemp("place")
     save(place / "large", tokenizer)
     save(place / "small", tokenizer, n_layer=1)
-    larger = load_tokenizer(BUNDLED_TEACHER)
-    larger.add_tokens(["the mole"])
-    save(place / "stranger", larger, n_layer=1)
+    swap_words(save(place / "stranger", tokenizer, n_layer=1))
     save(place / "elsewhere" / "large", tokenizer, n_layer=1)
     (place / "text.txt").write_text(make_text(1000), encoding="utf-8")
     return place

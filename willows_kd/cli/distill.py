@@ -62,7 +62,8 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     output, main_process = Path(options.output_dir), models.distributed_state().is_main_process
     files.check_output(output, options.overwrite)
     checkpoints = Checkpoints(checkpoints_folder(output), options.checkpoint_minutes)
-    with checkpoints.locked() if main_process else contextlib.nullcontext():
+    locked = checkpoints.locked() if main_process else contextlib.nullcontext()
+    with locked, warnings_as_lines():
         if main_process:
             files.clean_up_interrupted_writes(output)
             check_nothing_is_lost(output, checkpoints, options)
@@ -153,12 +154,10 @@ def prepare(options) -> Job:
     else:
         facts["student"] = student_name
         make = functools.partial(models.load_student, student_name, tokenizer, device)
-    student = warnings_printed(make)
-    common = models.common_vocabulary(teacher, student)
-    heads = [models.vocabulary_size(model) for model in (teacher, student)]
-    if max(heads) > common:
-        print(f"ℹ️ Heads of {heads[0]} and {heads[1]} logits: the first {common} are used")
-    if len(tokenizer) > heads[1]:  # tokens that only the teacher has would have no embedding
+    student = make()
+    if len(tokenizer) > models.vocabulary_size(
+        student
+    ):  # tokens that only the teacher has would have no embedding
         tokenizer = models.load_tokenizer(student_name)
     facts |= {"corpus": corpus.provenance, "block_size": block_size}
     facts |= {"teacher_text": options.teacher_text}
@@ -167,7 +166,7 @@ def prepare(options) -> Job:
         facts["untrained_positions"] = limit
     if options.teacher_text:
         print("✍️ The teacher is writing the training text...")
-        written = warnings_printed(make_transfer_set, teacher, blocks.train, seed=options.seed)
+        written = make_transfer_set(teacher, blocks.train, seed=options.seed)
         blocks = dataclasses.replace(blocks, train=written)
     return Job(teacher, student, make, tokenizer, corpus, blocks, facts)
 
@@ -182,8 +181,7 @@ def choose_student(options, tokenizer) -> str:
     name = options.student or ("distilgpt2" if usual else "half")
     if name != "half":
         try:
-            if note := models.check_same_tokenizer(tokenizer, models.load_tokenizer(name)):
-                print(f"ℹ️ {note}")
+            models.check_same_tokenizer(tokenizer, models.load_tokenizer(name))
         except models.HubError as error:
             raise InputError(f"{error}; --student half makes one from the teacher") from error
     return name
@@ -297,7 +295,7 @@ def train(job: Job, config: DistillConfig, checkpoints: Checkpoints, options) ->
     """
     teacher = job.teacher
     if options.cache_teacher and config.alpha < 1:
-        teacher = warnings_printed(cache_teacher, teacher, job.blocks)
+        teacher = cache_teacher(teacher, job.blocks)
     print("🚀 Starting distillation training...")
     if job.corpus.skipped:
         print(f"⚠️ Skipping empty input batch... ({job.corpus.skipped} empty lines or rows)")
@@ -453,14 +451,20 @@ def pack_without_warning(corpus: Corpus, tokenizer, block_size: int) -> Blocks:
         return pack(corpus, tokenizer, block_size)
 
 
-def warnings_printed(function, *arguments, **options):
-    """Call a function, with its warnings as lines like the others."""
-    with warnings.catch_warnings(record=True) as said:
+@contextlib.contextmanager
+def warnings_as_lines():
+    """Print each warning once, as a line like the others."""
+    said = set()
+
+    def show(message, *_, **__) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            tqdm.write(f"⚠️ {message}")
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        result = function(*arguments, **options)
-    for warning in said:
-        print(f"⚠️ {warning.message}")
-    return result
+        warnings.showwarning = show
+        yield
 
 
 def as_text(table: pd.DataFrame) -> str:

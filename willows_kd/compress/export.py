@@ -40,9 +40,9 @@ TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 LEAST_INT8 = 0.5  # of all weights: with fewer, the file is int8 only by name
 # GPT-2's settings that llama.cpp takes for granted
 OF_LLAMA_CPP = {
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
 }
 
 
@@ -333,7 +333,7 @@ def check_llama_cpp(config, tokenizer: dict) -> None:
     require(config.model_type == "gpt2", "only GPT-2s can; llama.cpp's own converter knows others")
     for name, taken in OF_LLAMA_CPP.items():
         value = getattr(config, name)
-        require(value == taken, f"{name} is {value!r}; llama.cpp takes it to be {taken!r}")
+        require(value in taken, f"{name} is {value!r}; llama.cpp takes it to be {taken[0]!r}")
     split = tokenizer["pre_tokenizer"] or {}
     as_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True)
     as_gpt2 = as_gpt2 and not split["add_prefix_space"] and tokenizer["normalizer"] is None
