@@ -402,6 +402,7 @@ def refusals(teacher, student, blocks, make_gpt2) -> dict:
         r"weights; train student.float\(\)": (teacher, copy.deepcopy(student).half(), {}),
         "a GPT2Model, which predicts no tokens": (teacher, headless, {}),
         "GPT2Model, which predicts no tokens": (teacher.transformer, student, {}),
+        "teacher predicts 4096 tokens, the student 5": (teacher, make_gpt2(1, vocab_size=5000), {}),
         r"student are \[16\] wide, the teacher's \[32\]": (teacher, narrow, {"hidden_weight": 1.0}),
         "names layer 9 of the teacher, which has none": (
             *(teacher, narrow),

@@ -216,6 +216,11 @@ def test_models_return_to_their_mode_even_after_an_error(model, blocks, monkeypa
     assert model.training
 
 
+def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
+    with pytest.raises(kd.InputError, match="5000 tokens.*4096"):
+        kd.quality(model, blocks.test, teacher=make_gpt2(layers=1, vocab_size=5000))
+
+
 def test_heads_of_two_sizes_are_compared_over_the_tokens_that_both_know(model, make_gpt2, blocks):
     larger = make_gpt2(layers=1, vocab_size=4200)
     found = kd.quality(model, blocks.test[:2], teacher=larger)

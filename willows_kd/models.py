@@ -35,6 +35,9 @@ OF_SAMPLING += ("eta_cutoff",)
 CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
 
 
+LEAST_SHARED = 0.9  # of the larger head: with less the models have two vocabularies
+
+
 class HubError(InputError):
     """A name is no local directory, and the model hub did not give it."""
 
@@ -475,8 +478,17 @@ def common_vocabulary(teacher: PreTrainedModel, student: PreTrainedModel) -> int
 
     A head may be padded to a round number, or have tokens added. `check_token_ids` sees that
     nothing beyond the smaller one is in the text.
+
+    Raises:
+        InputError: the heads differ by more than padding or added tokens explain.
     """
-    return min(vocabulary_size(teacher), vocabulary_size(student))
+    sizes = vocabulary_size(teacher), vocabulary_size(student)
+    require(
+        min(sizes) >= LEAST_SHARED * max(sizes),
+        f"teacher and student must share a vocabulary: the teacher predicts {sizes[0]} tokens, "
+        f"the student {sizes[1]}",
+    )
+    return min(sizes)
 
 
 def check_token_ids(ids: torch.Tensor, model, name: str = "model") -> None:
