@@ -224,7 +224,6 @@ def type_prompt(page, prompt: str = "The owl") -> None:
     page.wait_for_function(ANSWERED, timeout=3 * MINUTES)
 
 
-@pytest.mark.xfail(reason="not yet mended after the move to wings", strict=False)
 @pytest.mark.parametrize("opened", SERIES, ids=lambda path: path.stem, indirect=True)
 def test_a_notebook_runs_in_the_browser_and_its_widgets_live(opened, request):
     page = opened

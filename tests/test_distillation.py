@@ -419,6 +419,12 @@ def refusals(teacher, student, blocks, make_gpt2) -> dict:
     }
 
 
+def test_two_vocabularies_are_refused_without_a_warning(teacher, blocks, make_gpt2):
+    with warnings.catch_warnings(), pytest.raises(kd.InputError, match="share a vocabulary"):
+        warnings.simplefilter("error")
+        kd.distill(teacher, make_gpt2(1, vocab_size=5000), blocks)
+
+
 def test_what_does_not_fit_together_is_refused_before_a_step(
     teacher, student, blocks, make_gpt2, monkeypatch
 ):

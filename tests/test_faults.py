@@ -63,7 +63,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 NO_LARGE_FILES = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
-@pytest.mark.xfail(reason="not yet mended after the move to wings", strict=False)
 @pytest.mark.slow
 def test_where_no_file_can_grow_the_earlier_output_and_the_checkpoints_stay(job, tmp_path):
     output = tmp_path / "student"

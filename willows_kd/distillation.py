@@ -263,11 +263,12 @@ def validate_inputs(
     for name, model in (("teacher", teacher), ("student", student)):
         for split in (blocks.train, blocks.validation):
             check_blocks(model, split, name)
+    common = common_vocabulary(teacher, student)  # refuses two vocabularies before it is said
     sizes = vocabulary_size(teacher), vocabulary_size(student)
     if sizes[0] != sizes[1]:
         warnings.warn(
             f"teacher and student predict {sizes[0]} and {sizes[1]} tokens: the loss is over the "
-            f"first {min(sizes)}, to which all tokens of the text belong",
+            f"first {common}, to which all tokens of the text belong",
             stacklevel=3,
         )
     mask = blocks.masks.get("train")

@@ -277,9 +277,10 @@ def check_savable(job: Job, config: DistillConfig) -> None:
             job.tokenizer.save_pretrained(folder)
             for text in texts(job, config, []).values():
                 text.encode(*AS_BYTES)
-    except OSError:  # no room for temporary files: the output directory may have it
-        pass
     except Exception as error:
+        # no room for temporary files, as Python or Rust says it: the output directory may have it
+        if isinstance(error, OSError) or "(os error" in str(error):
+            return
         name = type(job.student).__name__
         raise InputError(f"a {name} like this cannot be saved: {one_line(error)}") from error
 
