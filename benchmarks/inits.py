@@ -87,7 +87,7 @@ def judge(teacher, blocks, kept: list[int], row: dict) -> None:
     student = kd.student_from_teacher(teacher, init=kept)
     part = replace(blocks, train=blocks.train[::8], validation=blocks.validation[:12])
     row |= {"depth": teacher.config.num_hidden_layers}
-    row |= {"start": kd.quality(student, part.validation)["perplexity"]}
+    row |= {"start": kd.evaluate(student, part.validation)["perplexity"]}
     last = kd.distill(teacher, student, part, SHORT)[-1]
     row |= {"end": last["validation_perplexity"], "tokens": last["tokens"]}
     rows = pd.DataFrame([*stored, row])

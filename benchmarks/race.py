@@ -373,7 +373,7 @@ def curve(name: str, course: Course, seconds: float) -> list[dict]:
     rows, clock, since = [], 0.0, 0.0
 
     def look(tokens):
-        found = kd.quality(student, course.blocks.validation[:16], teacher=course.teacher)
+        found = kd.evaluate(student, course.blocks.validation[:16], teacher=course.teacher)
         rows.append({"seconds": clock, "tokens": tokens, "kl": found["kl_to_teacher"]})
 
     def on_step(row):

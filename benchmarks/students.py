@@ -54,7 +54,7 @@ def finding(table, models: dict, blocks: kd.Blocks) -> str:
     ratio = perplexity["soft labels only"] / perplexity["teacher"]
     hard = perplexity["hard labels only"]
     closed = (hard - perplexity["soft labels only"]) / (hard - perplexity["teacher"])
-    nats = {name: kd.block_nats(model, blocks.test) for name, model in models.items()}
+    nats = {name: kd.block_nll(model, blocks.test) for name, model in models.items()}
     gap, low, high = kd.paired_bootstrap(nats["hard labels only"], nats["soft labels only"])
     return (
         f"The soft-label student's perplexity is {ratio:.3f} times the teacher's; it closes "

@@ -27,12 +27,12 @@ STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results"
 SOFT = dict(learning_rate=1e-3)
 HARD = dict(learning_rate=4e-4, alpha=1.0)
 TEMPERATURES = (0.5, 0.75, 1.0)  # of sampling
-MEASURES = ("ratio", "kl_to_teacher", "kl_on_own_text", "teacher_nats", "distinct", "seconds")
+MEASURES = ("ratio", "kl_to_teacher", "kl_on_own_text", "teacher_nll", "distinct", "seconds")
 TITLES = {
     "ratio": "times the teacher's perplexity",
     "kl_to_teacher": "KL on the book",
     "kl_on_own_text": "KL on its own text",
-    "teacher_nats": "its text under the teacher (nats)",
+    "teacher_nll": "its text under the teacher (nats)",
     "distinct": "distinct-3 of its text",
     "seconds": "seconds of training",
 }
@@ -126,17 +126,17 @@ class Judge:
         self.teacher, self.tokenizer, self.blocks = teacher, tokenizer, blocks
         self.prompts = blocks.validation[:48, : kd.prompt_length(blocks.block_size)]
         self.book = tokenizer.decode(blocks.train.flatten().tolist())
-        self.target = kd.quality(teacher, blocks.validation)["perplexity"]
+        self.target = kd.evaluate(teacher, blocks.validation)["perplexity"]
 
     def judged(self, model) -> dict:
         """Quality on the validation chapter, and of what the model writes at temperature 1."""
-        found = kd.quality(model, self.blocks.validation, self.tokenizer, self.teacher)
+        found = kd.evaluate(model, self.blocks.validation, self.tokenizer, self.teacher)
         text = kd.sample_continuations(model, self.prompts, 96)
         own = kd.text_quality(model, self.teacher, self.prompts, text)
         own["kl_on_own_text"] = own.pop("kl_to_teacher")
         written = " . ".join(self.tokenizer.decode(row) for row in text.tolist())
         ratio = found["perplexity"] / self.target
-        return found | own | {"ratio": ratio, "verbatim": kd.verbatim(written, self.book)}
+        return found | own | {"ratio": ratio, "ngram_overlap": kd.ngram_overlap(written, self.book)}
 
     def writings(self, model) -> list[dict]:
         """What the model writes at each sampling temperature."""

@@ -41,14 +41,14 @@ def main() -> None:
     teacher, tokenizer = kd.load_teacher()
     blocks = kd.pack(kd.load_corpus(options.corpus), tokenizer)
     texts = training_texts(options, teacher, tokenizer, blocks)
-    target = kd.quality(teacher, blocks.validation)["perplexity"]
+    target = kd.evaluate(teacher, blocks.validation)["perplexity"]
     measured = []
     for seed in options.seeds:
         for text, settings in students():
             config = kd.DistillConfig(**settings, epochs=1, dtype="bfloat16", seed=seed)
             student = kd.student_from_teacher(teacher)
             kd.distill(teacher, student, replace(blocks, train=texts[text]), config)
-            found = kd.quality(student, blocks.validation, teacher=teacher)
+            found = kd.evaluate(student, blocks.validation, teacher=teacher)
             found["ratio"] = found["perplexity"] / target
             tokens = texts[text].numel()
             measured.append({"text": text, **settings, "seed": seed, "tokens": tokens, **found})

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from willows_kd.corpus import load_corpus, split, tokenize
-from willows_kd.evaluation import quality
+from willows_kd.evaluation import evaluate
 
 VOCABULARY = 4096
 CONTEXT = 256
@@ -180,7 +180,7 @@ def publish(source: Path, target: Path, tokenizer, splits: dict[str, torch.Tenso
     """Put a finished model into the package: fp16 weights, tokenizer, log, model card."""
     # measured as it ships: with the weights rounded to fp16
     model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float16).float()
-    found = {name: quality(model, blocks, tokenizer) for name, blocks in splits.items()}
+    found = {name: evaluate(model, blocks, tokenizer) for name, blocks in splits.items()}
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
     shutil.copy(source / "training_log.csv", target)

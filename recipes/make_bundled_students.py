@@ -109,7 +109,7 @@ def train(teacher, student, blocks, config):
 
     def look(row: dict) -> None:
         if row["step"] in LOOK_AT or row["step"] % LOOK_EVERY == 0:
-            found = kd.quality(student, blocks.validation, teacher=teacher)
+            found = kd.evaluate(student, blocks.validation, teacher=teacher)
             row["validation_perplexity"] = found["perplexity"]
             row["validation_kl"] = found["kl_to_teacher"]
             print({k: row[k] for k in ("step", "validation_perplexity", "seconds")}, flush=True)
@@ -130,7 +130,7 @@ def write_curves(models: dict, tokenizer, options) -> None:
         nats = kd.loss_by_position(model, test)
         for start in range(0, len(nats), BIN):
             mean = nats[start : start + BIN].mean().item()
-            rows.append({"model": name, "stage": stage, "position": start, "nats": mean})
+            rows.append({"model": name, "stage": stage, "position": start, "nll": mean})
     path = options.assets / "results" / "positions.csv"
     pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
 
@@ -140,8 +140,8 @@ def publish(name: str, source: Path, target: Path, teacher, tokenizer, willows: 
     student = kd.load_student(source, tokenizer).eval()  # measured as it ships: rounded to fp16
     blocks = kd.pack(kd.load_corpus(willows), tokenizer)
     held_out = {"validation (chapter XI)": blocks.validation, "test (chapter XII)": blocks.test}
-    found = {part: kd.quality(student, ids, teacher=teacher) for part, ids in held_out.items()}
-    asked = {part: kd.quality(teacher, ids) for part, ids in held_out.items()}
+    found = {part: kd.evaluate(student, ids, teacher=teacher) for part, ids in held_out.items()}
+    asked = {part: kd.evaluate(teacher, ids) for part, ids in held_out.items()}
     history = read_history(source)
     student.half().save_pretrained(target)
     shutil.copy(source / "history.csv", target)

@@ -388,6 +388,7 @@ def test_a_table_without_texts_is_refused_in_one_line(
 
 def test_a_name_on_the_hub_is_loaded_by_datasets(monkeypatch):
     asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name)
     )
@@ -399,6 +400,11 @@ def test_a_name_on_the_hub_is_loaded_by_datasets(monkeypatch):
 
 
 def test_a_hub_that_does_not_answer_is_one_line_and_a_path_is_no_name(tmp_path, monkeypatch):
+    def no_answer(self, name, timeout):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_answer)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("tried again"))
     with pytest.raises(kd.InputError, match="nobody/fog cannot be read as a file or") as caught:
         kd.load_corpus("nobody/fog")

@@ -141,11 +141,10 @@ def test_what_is_saved_there_is_the_same(gpu, on_gpu, on_cpu, tokenizer, tmp_pat
     assert kd.size_on_disk(student) == kd.size_on_disk(again)
 
 
-@pytest.mark.parametrize("init", ["spaced", "random", "influence", "contiguous", "greedy", [0, 2]])
-def test_students_of_some_layers(gpu, on_gpu, on_cpu, blocks, ids, init):
+@pytest.mark.parametrize("init", ["spaced", "first", "random", [0, 2]], ids=str)
+def test_students_of_some_layers(gpu, on_gpu, on_cpu, ids, init):
     found, expected = (
-        kd.student_from_teacher(teacher, 2, init, blocks=blocks.train[:4])
-        for teacher in (on_gpu[0], on_cpu[0])
+        kd.student_from_teacher(teacher, 2, init) for teacher in (on_gpu[0], on_cpu[0])
     )
     assert is_there(found, gpu)
     same(logits(found, ids.to(gpu)), logits(expected, ids))
@@ -155,7 +154,7 @@ def test_narrow_students(gpu, on_gpu, on_cpu, blocks, ids):
     scores, expected = (kd.importance(teacher, blocks.train[:4]) for teacher, _ in (on_gpu, on_cpu))
     same(scores["feed_forward"], expected["feed_forward"])
     students = [
-        kd.student_from_teacher(pair[0], 2, feed_forward=units["feed_forward"].topk(16).indices)
+        kd.narrowed(pair[0], feed_forward=units["feed_forward"].topk(16).indices)
         for pair, units in ((on_gpu, scores), (on_cpu, expected))
     ]
     assert is_there(students[0], gpu)
@@ -305,9 +304,9 @@ def test_a_student_drafts_for_its_teacher(on_gpu, on_cpu, ids, temperature):
 
 def test_quality_is_measured_alike(on_gpu, on_cpu, blocks, tokenizer, ids):
     pairs = on_gpu, on_cpu
-    found, expected = (kd.quality(s, blocks.test, tokenizer, teacher=t) for t, s in pairs)
+    found, expected = (kd.evaluate(s, blocks.test, tokenizer, teacher=t) for t, s in pairs)
     assert found == pytest.approx(expected, rel=CLOSE)
-    same(*(kd.block_nats(student, blocks.test) for _, student in pairs))
+    same(*(kd.block_nll(student, blocks.test) for _, student in pairs))
     text = kd.sample_continuations(on_cpu[1], ids[:, :8], 8)
     found = kd.text_quality(*reversed(on_gpu), ids[:, :8], text.to(on_gpu[0].device))
     expected = kd.text_quality(*reversed(on_cpu), ids[:, :8], text)

@@ -531,7 +531,7 @@ def test_the_last_row_of_an_epoch_says_what_the_validation_blocks_say(teacher, s
 
     def on_step(row):
         if "validation_kl" in row:
-            found = kd.quality(student, blocks.validation, teacher=teacher)
+            found = kd.evaluate(student, blocks.validation, teacher=teacher)
             measured.append((row["epoch"], found["perplexity"], found["kl_to_teacher"]))
 
     history = run(teacher, student, blocks, on_step, epochs=2)

@@ -116,19 +116,19 @@ def test_quality_is_that_of_a_slow_reading(make_gpt2, teacher, blocks, count, si
         "kl_to_teacher": torch.distributions.kl_divergence(*distributions).mean().item(),
         "agreement": (log_p.argmax(dim=-1) == choice).double().mean().item(),
     }
-    assert kd.quality(model, few, teacher=teacher) == pytest.approx(expected, rel=1e-4)
+    assert kd.evaluate(model, few, teacher=teacher) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_model_that_is_whole_only_as_far_as_its_blocks_is_found_out(teacher, blocks):
     torch.manual_seed(0)
     settings = dict(do_sample=True, top_k=0, min_new_tokens=63, max_new_tokens=63, pad_token_id=0)
     text = teacher.generate(blocks.test[:, :1], **settings).view(-1, 16)  # what it finds likely
-    whole, curve = kd.quality(teacher, text), kd.loss_by_position(teacher, text)
+    whole, curve = kd.evaluate(teacher, text), kd.loss_by_position(teacher, text)
     with torch.no_grad():
         teacher.transformer.wpe.weight[16:].normal_(std=3)  # as if never trained
-    found, spoilt = kd.quality(teacher, text), kd.loss_by_position(teacher, text)
+    found, spoilt = kd.evaluate(teacher, text), kd.loss_by_position(teacher, text)
     assert found["perplexity"] > 1.5 * whole["perplexity"]
-    assert found == kd.quality(teacher, text.view(-1, 4))
+    assert found == kd.evaluate(teacher, text.view(-1, 4))
     assert curve.shape == (63,)
     assert torch.equal(spoilt[:15], curve[:15]) and spoilt[15:].mean() > curve[15:].mean() + 0.5
 
@@ -148,12 +148,12 @@ def test_the_loss_by_position_is_the_mean_over_windows(teacher, blocks):
 def test_with_a_mask_each_block_stands_alone_and_only_what_counts_is_scored(teacher, blocks):
     mask = torch.zeros_like(blocks.test, dtype=torch.bool)
     mask[1, 5:9] = mask[3, 20:] = mask[4, 0] = True  # the first token is never predicted
-    nats = kd.token_scores(teacher, None, blocks.test)["nats"]
+    nats = kd.token_scores(teacher, None, blocks.test)["nll"]
     expected = torch.cat([nats[1, 4:8], nats[3, 19:]]).double().mean().exp().item()
     poisoned = blocks.test.clone()
     poisoned[1, 9:] = poisoned[0] = 7
     for ids in (blocks.test, poisoned):
-        found = kd.quality(teacher, ids, mask=mask)
+        found = kd.evaluate(teacher, ids, mask=mask)
         assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -165,32 +165,32 @@ def test_a_window_is_no_longer_than_positions_text_and_1024(make_gpt2, blocks):
 
 
 def test_reading_fewer_windows_at_once_changes_nothing(model, teacher, blocks, monkeypatch):
-    expected = kd.quality(model, blocks.test, teacher=teacher)
+    expected = kd.evaluate(model, blocks.test, teacher=teacher)
     monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 1)
-    found = kd.quality(model, blocks.test, teacher=teacher)
+    found = kd.evaluate(model, blocks.test, teacher=teacher)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_bits_per_byte_are_those_of_all_tokens_by_byte_of_text(model, blocks, tokenizer):
     with_end = reshaped(blocks.test, 2, 16).clone()
     with_end[1, 5] = tokenizer.eos_token_id  # which has no bytes
-    found = kd.quality(model, with_end, tokenizer)
+    found = kd.evaluate(model, with_end, tokenizer)
     written = [token for token in with_end.flatten()[1:] if token != tokenizer.eos_token_id]
     bits = math.log2(found["perplexity"]) * 31
     assert found["bits_per_byte"] == pytest.approx(bits / len(tokenizer.decode(written).encode()))
 
 
 def test_a_model_is_its_own_perfect_copy(teacher, blocks):
-    found = kd.quality(teacher, blocks.test, teacher=copy.deepcopy(teacher))
+    found = kd.evaluate(teacher, blocks.test, teacher=copy.deepcopy(teacher))
     assert found["kl_to_teacher"] == 0
     assert found["agreement"] == 1
 
 
 def test_only_what_was_asked_for_is_measured(model, teacher, blocks, tokenizer):
     always = {"perplexity", "calibration_error"}
-    assert set(kd.quality(model, blocks.test)) == always
-    assert set(kd.quality(model, blocks.test, tokenizer)) == always | {"bits_per_byte"}
-    with_teacher = kd.quality(model, blocks.test, teacher=teacher)
+    assert set(kd.evaluate(model, blocks.test)) == always
+    assert set(kd.evaluate(model, blocks.test, tokenizer)) == always | {"bits_per_byte"}
+    with_teacher = kd.evaluate(model, blocks.test, teacher=teacher)
     assert set(with_teacher) == always | {"kl_to_teacher", "agreement"}
 
 
@@ -198,10 +198,10 @@ def test_only_what_was_asked_for_is_measured(model, teacher, blocks, tokenizer):
 def test_models_are_asked_without_dropout_and_return_to_their_mode(
     model, teacher, blocks, training
 ):
-    expected = kd.quality(model, blocks.test, teacher=teacher)
+    expected = kd.evaluate(model, blocks.test, teacher=teacher)
     model.train(training)
     teacher.train(not training)
-    assert kd.quality(model, blocks.test, teacher=teacher) == expected
+    assert kd.evaluate(model, blocks.test, teacher=teacher) == expected
     assert (model.training, teacher.training) == (training, not training)
 
 
@@ -212,25 +212,25 @@ def test_models_return_to_their_mode_even_after_an_error(model, blocks, monkeypa
     model.train()
     monkeypatch.setattr(model.transformer, "forward", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        kd.quality(model, blocks.test)
+        kd.evaluate(model, blocks.test)
     assert model.training
 
 
 def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
     with pytest.raises(kd.InputError, match="5000 tokens.*4096"):
-        kd.quality(model, blocks.test, teacher=make_gpt2(layers=1, vocab_size=5000))
+        kd.evaluate(model, blocks.test, teacher=make_gpt2(layers=1, vocab_size=5000))
 
 
 def test_heads_of_two_sizes_are_compared_over_the_tokens_that_both_know(model, make_gpt2, blocks):
     larger = make_gpt2(layers=1, vocab_size=4200)
-    found = kd.quality(model, blocks.test[:2], teacher=larger)
+    found = kd.evaluate(model, blocks.test[:2], teacher=larger)
     ids = blocks.test[:2].view(1, 64)
     p, q = (m(ids).logits[0, :-1, :4096].double().log_softmax(-1) for m in (larger, model))
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
     assert found["kl_to_teacher"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("measure", [kd.quality, kd.block_nats])
+@pytest.mark.parametrize("measure", [kd.evaluate, kd.block_nll])
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -250,7 +250,7 @@ def test_blocks_that_cannot_be_read_are_refused(measure, given, expected, model)
 
 
 def test_the_last_token_of_the_vocabulary_and_the_last_position_are_known(model):
-    assert kd.quality(model, torch.full((1, 128), 4095))["perplexity"] > 0
+    assert kd.evaluate(model, torch.full((1, 128), 4095))["perplexity"] > 0
 
 
 def test_blocks_too_long_for_the_teacher_and_models_without_a_head_are_refused(
@@ -258,11 +258,11 @@ def test_blocks_too_long_for_the_teacher_and_models_without_a_head_are_refused(
 ):
     short = make_gpt2(layers=1, n_positions=16)
     with pytest.raises(kd.InputError, match="32 tokens, the teacher takes at most 16"):
-        kd.quality(model, blocks.test, teacher=short)
+        kd.evaluate(model, blocks.test, teacher=short)
     with pytest.raises(kd.InputError, match="model is a GPT2Model.*AutoModelForCausalLM"):
-        kd.quality(model.transformer, blocks.test)
+        kd.evaluate(model.transformer, blocks.test)
     with pytest.raises(kd.InputError, match="teacher is a GPT2Model"):
-        kd.quality(model, blocks.test, teacher=model.transformer)
+        kd.evaluate(model, blocks.test, teacher=model.transformer)
 
 
 def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teacher, blocks):
@@ -272,12 +272,12 @@ def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teache
         output.logits[..., ruled_out] = -math.inf
 
     teacher.register_forward_hook(rule_out)
-    found = kd.quality(model, blocks.test, teacher=teacher)
+    found = kd.evaluate(model, blocks.test, teacher=teacher)
     assert all(map(math.isfinite, found.values()))
     log_q = predictions(model, blocks.test[:1], 32)
     log_p = predictions(teacher, blocks.test[:1], 32)
     terms = torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q))
-    found = kd.quality(model, blocks.test[:1], teacher=teacher)
+    found = kd.evaluate(model, blocks.test[:1], teacher=teacher)
     assert found["kl_to_teacher"] == pytest.approx(terms.sum(dim=-1).mean().item(), rel=1e-4)
 
 
@@ -288,7 +288,7 @@ def test_the_padding_of_a_head_is_no_token(model, teacher, blocks):
         ((model, padded), (model, teacher)),
         ((padded, model), (teacher, model)),
     ]:
-        found, expected = (kd.quality(m, blocks.test, teacher=t) for m, t in (found, expected))
+        found, expected = (kd.evaluate(m, blocks.test, teacher=t) for m, t in (found, expected))
         assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -299,7 +299,7 @@ def test_models_in_half_precision_are_compared_in_float32(model, teacher, blocks
         m(blocks.test).logits[:, :-1].double().log_softmax(dim=-1) for m in (teacher, model)
     )
     nats = -log_q.gather(-1, blocks.test[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(found["nats"].double(), nats, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["nll"].double(), nats, rtol=1e-5, atol=1e-5)
     expected = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     torch.testing.assert_close(found["kl"].double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -320,7 +320,7 @@ def test_the_quality_of_what_a_model_wrote(model, teacher, blocks):
     log_p, log_q = (m(ids).logits[:, 3:-1].double().log_softmax(dim=-1) for m in (teacher, model))
     assert found == pytest.approx(
         {
-            "teacher_nats": -log_p.gather(-1, text[..., None]).mean().item(),
+            "teacher_nll": -log_p.gather(-1, text[..., None]).mean().item(),
             "kl_to_teacher": (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item(),
             "distinct": 5 / 8,  # 121, 212; 341, 412, 121, 215
             "repetition": 2 / 8,  # the second 121 and 212 of the first text
@@ -337,10 +337,10 @@ def test_the_nats_of_a_block_are_those_of_reading_it_alone(room, read, model, bl
     monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", int(room * 32 * 4096))
     sizes = []
     hook = model.register_forward_hook(lambda m, args, output: sizes.append(len(output.logits)))
-    found = kd.block_nats(model, blocks.test)
+    found = kd.block_nll(model, blocks.test)
     assert sizes == read
     hook.remove()
-    perplexities = [kd.quality(model, block[None])["perplexity"] for block in blocks.test]
+    perplexities = [kd.evaluate(model, block[None])["perplexity"] for block in blocks.test]
     assert found.exp().tolist() == pytest.approx(perplexities, rel=1e-5)
 
 
@@ -460,7 +460,7 @@ TRAINING_TEXT = "The cat sat on the mat, and then the dog came in and sat down t
     ],
 )
 def test_verbatim_is_the_share_of_runs_that_stand_in_the_training_text(sample, words, expected):
-    assert kd.verbatim(sample, TRAINING_TEXT, words) == pytest.approx(expected)
+    assert kd.ngram_overlap(sample, TRAINING_TEXT, words) == pytest.approx(expected)
 
 
 # -- one table -------------------------------------------------------------------------
@@ -481,10 +481,10 @@ def test_a_model_is_one_row_compared_with_the_first(model, make_gpt2, blocks, to
     student = make_gpt2(layers=1, seed=4, initializer_range=0.3, n_positions=128)
     table = kd.compare({"teacher": model, "student": student}, blocks, tokenizer)
     assert table.index.tolist() == ["teacher", "student"]
-    assert set(table.columns) == {*COSTS, *QUALITY, "verbatim"}
+    assert set(table.columns) == {*COSTS, *QUALITY, "ngram_overlap"}
     assert table.notna().all(axis=None)
     for name, each in (("teacher", model), ("student", student)):
-        expected = kd.quality(each, blocks.test, tokenizer, model)
+        expected = kd.evaluate(each, blocks.test, tokenizer, model)
         assert table.loc[name, QUALITY].to_dict() == expected
 
 
@@ -521,7 +521,7 @@ def test_verbatim_in_the_table_is_the_mean_over_samples_of_the_split(
 
     monkeypatch.setattr(evaluation, "complete", complete)
     table = kd.compare({"model": model}, blocks, tokenizer)
-    assert table.loc["model", "verbatim"] == pytest.approx(1 / 3)
+    assert table.loc["model", "ngram_overlap"] == pytest.approx(1 / 3)
     openings = tokenizer.batch_decode(blocks.test[[0, 2, 5], :12])
     assert asked == [(opening, seed) for seed, opening in enumerate(openings)]
 

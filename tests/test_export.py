@@ -82,8 +82,8 @@ def test_the_greedy_text_is_the_same_and_read_once(student, onnx, tokenizer, mon
 
 @needs_onnx
 def test_an_export_is_measured_as_any_model(student, onnx, blocks, tokenizer):
-    wanted = kd.quality(student, blocks.test, tokenizer)
-    found = kd.quality(onnx, blocks.test, tokenizer, student)
+    wanted = kd.evaluate(student, blocks.test, tokenizer)
+    found = kd.evaluate(onnx, blocks.test, tokenizer, student)
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
     assert found["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert kd.latency({"onnx": onnx}, blocks.test[:1], 2, 1)["onnx"]["per_token"] > 0
@@ -114,7 +114,7 @@ def test_int8_quantizes_every_matrix_and_is_measured(student, exported, tokenize
     assert whole["kl"] < 1e-6 < found["kl"] < 0.01
     model = kd.load_onnx(found["file"].parent)[0]
     text = kd.sample_continuations(student, torch.tensor([[5], [9]]), 31, seed=1)
-    assert 1e-5 < kd.quality(model, text, tokenizer, student)["kl_to_teacher"] < 0.01
+    assert 1e-5 < kd.evaluate(model, text, tokenizer, student)["kl_to_teacher"] < 0.01
 
 
 @needs_onnx

@@ -151,7 +151,7 @@ def test_a_text_has_its_length_whatever_ends_one_and_whatever_the_model_is_set_t
 def test_a_beam_search_finds_likelier_text_than_greedy(writer, prompts):
     def nats(texts):
         ids = [torch.cat(pair) for pair in zip(prompts, texts, strict=True)]
-        scores = [kd.token_scores(writer, None, row[None])["nats"][0, -8:] for row in ids]
+        scores = [kd.token_scores(writer, None, row[None])["nll"][0, -8:] for row in ids]
         return torch.stack(scores).sum().item()
 
     greedy, beams = (kd.sample_continuations(writer, prompts, 8, 0, beams=n) for n in (1, 8))

@@ -322,7 +322,7 @@ def test_a_token_beyond_the_embeddings_is_refused_before_anything_is_done(teache
     student = kd.student_from_teacher(teacher, 2)
     for use in (
         lambda: kd.distill(teacher, student, wrong),
-        lambda: kd.quality(teacher, wrong.validation),
+        lambda: kd.evaluate(teacher, wrong.validation),
         lambda: kd.hidden_states(teacher, wrong.validation),
         lambda: kd.complete(teacher, padded, "The river [PAD]", 3),
         lambda: kd.latency({"teacher": teacher}, wrong.validation),

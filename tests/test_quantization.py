@@ -92,7 +92,7 @@ def test_fewer_bits_are_smaller_and_further_away(student, blocks):
     found = []
     for bits in (8, 4, 3):
         model = kd.quantized(student, bits)
-        kl = kd.quality(model, blocks.test[:2], teacher=student)["kl_to_teacher"]
+        kl = kd.evaluate(model, blocks.test[:2], teacher=student)["kl_to_teacher"]
         found.append((kl, kd.quantized_size(model)))
     assert found == sorted(found, key=lambda pair: -pair[1]) == sorted(found)
     assert found[0][0] < 0.001 < found[1][0]
@@ -129,9 +129,9 @@ def test_merging_keeps_the_tie_and_the_copies_apart(student, ids):
 def test_distillation_repairs_what_the_rounding_broke(teacher, student, blocks):
     few = replace(blocks, train=blocks.train[:8], validation=blocks.validation[:1])
     model, before = kd.quantized(student, bits=3), kd.fingerprint(teacher)
-    start = kd.quality(model, few.train, teacher=teacher)["kl_to_teacher"]
+    start = kd.evaluate(model, few.train, teacher=teacher)["kl_to_teacher"]
     kd.distill(teacher, model, few, kd.DistillConfig(epochs=3, learning_rate=3e-4))
-    assert kd.quality(model, few.train, teacher=teacher)["kl_to_teacher"] < 0.9 * start
+    assert kd.evaluate(model, few.train, teacher=teacher)["kl_to_teacher"] < 0.9 * start
     assert kd.fingerprint(teacher) == before
     integers, scale = kd.quantize(model.lm_head.weight.detach(), bits=3)
     torch.testing.assert_close(integers * scale, model.lm_head.weight.detach())

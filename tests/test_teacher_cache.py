@@ -148,7 +148,7 @@ def test_samples_are_small_the_same_each_time_and_of_the_training_blocks_only(
     assert torch.equal(again(ids).logits, cache(ids).logits)
     assert cache(ids).logits.exp().sum(-1).numpy() == pytest.approx(1)
     with pytest.raises(kd.InputError, match="samples of the training blocks only, so ask the"):
-        kd.quality(kd.student_from_teacher(teacher), blocks.validation, teacher=cache)
+        kd.evaluate(kd.student_from_teacher(teacher), blocks.validation, teacher=cache)
 
 
 def test_it_knows_the_windows_and_the_masked_blocks_that_a_student_is_evaluated_on(
@@ -181,10 +181,10 @@ def test_a_sampled_token_takes_the_fewest_bytes_that_hold_it(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_student_learns_from_what_is_not_exact(teacher, blocks, folder, make_gpt2, how, dtype):
     cache, student = kd.cache_teacher(teacher, blocks, folder=folder, **how), make_gpt2(1, seed=1)
-    before = kd.quality(student, blocks.train, teacher=teacher)["kl_to_teacher"]
+    before = kd.evaluate(student, blocks.train, teacher=teacher)["kl_to_teacher"]
     settings = {"epochs": 8, "batch_size": 8, "learning_rate": 3e-3, "dtype": dtype}
     student, history = train(cache, blocks, student, **settings)
-    assert kd.quality(student, blocks.train, teacher=teacher)["kl_to_teacher"] < 0.9 * before
+    assert kd.evaluate(student, blocks.train, teacher=teacher)["kl_to_teacher"] < 0.9 * before
     assert (history[-1]["validation_kl"] is None) == ("samples" in how)
 
 

@@ -104,7 +104,7 @@ def test_models_of_several_vocabularies_are_compared_by_bytes(compare, tmp_path,
     model, tokenizer = kd.load_teacher(str(place / "stranger"))
     corpus = kd.load_corpus(place / "text.txt")
     blocks = commands.pack_without_warning(corpus, tokenizer, 32)
-    wanted = kd.quality(model, blocks.test, tokenizer)["bits_per_byte"]
+    wanted = kd.evaluate(model, blocks.test, tokenizer)["bits_per_byte"]
     assert table.loc["stranger", "bits_per_byte"] == pytest.approx(wanted)
 
 

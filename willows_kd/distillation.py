@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, Stopped, require, type_name
-from willows_kd.evaluation import check_blocks, quality
+from willows_kd.evaluation import check_blocks, evaluate
 from willows_kd.generation import continued, prompt_length, uniform_draws
 from willows_kd.losses import cosine_distance, divergence_of, hard_label_loss, mix
 from willows_kd.models import (
@@ -463,7 +463,7 @@ def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) 
     knows_others = not getattr(teacher, "training_blocks_only", False)
     asked = teacher if knows_others else None
     mask = blocks.masks.get("validation")
-    found = quality(student, blocks.validation, teacher=asked, mask=mask)
+    found = evaluate(student, blocks.validation, teacher=asked, mask=mask)
     return {
         "average_loss": sum(weighted) / sum(sizes),
         "validation_perplexity": found["perplexity"],

@@ -31,7 +31,7 @@ LONGEST_WINDOW = 1024  # tokens: GPT-2's positions
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
 
-def quality(
+def evaluate(
     model, blocks: torch.Tensor, tokenizer=None, teacher=None, mask: torch.Tensor | None = None
 ) -> dict[str, float]:
     """How well a model predicts held-out text, and how like its teacher.
@@ -72,10 +72,10 @@ def quality(
         for name, values in token_scores(model, teacher, window.to(model.device)).items():
             per_token.setdefault(name, []).append(values.cpu()[scored[:, 1:]])
     found = {name: torch.cat(values).double() for name, values in per_token.items()}
-    result = {"perplexity": found["nats"].mean().exp().item()}
+    result = {"perplexity": found["nll"].mean().exp().item()}
     if tokenizer is not None:
         text = tokenizer.decode(torch.cat(counted).tolist(), skip_special_tokens=True)
-        bits = found["nats"].sum().item() / math.log(2)
+        bits = found["nll"].sum().item() / math.log(2)
         result["bits_per_byte"] = bits / len(text.encode())
     result["calibration_error"] = calibration_error(found["confidence"], found["correct"])
     if teacher is not None:
@@ -100,7 +100,7 @@ def loss_by_position(model, blocks: torch.Tensor) -> torch.Tensor:
     rows = stream.unfold(0, length - len(first), max(1, length // 8))
     rows = torch.cat([first.expand(len(rows), -1), rows], dim=1)
     found = [
-        token_scores(model, None, part.to(model.device))["nats"].double().cpu()
+        token_scores(model, None, part.to(model.device))["nll"].double().cpu()
         for part in rows.split(windows_at_once(length, vocabulary_size(model)))
     ]
     return torch.cat(found).mean(dim=0)
@@ -181,7 +181,7 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     log_q = F.log_softmax(logits[..., :vocabulary], dim=-1)
     confidence, choice = log_q.max(dim=-1)
     result = {
-        "nats": -log_q.gather(-1, labels[..., None]).squeeze(-1),
+        "nll": -log_q.gather(-1, labels[..., None]).squeeze(-1),
         "confidence": confidence.exp(),
         "correct": choice == labels,
     }
@@ -193,10 +193,10 @@ def token_scores(model, teacher, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return result
 
 
-def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
+def block_nll(model, blocks: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy of each block by itself, in nats per token, shape (blocks,).
 
-    Unlike in `quality`, no block sees the one before it: the blocks are then separate
+    Unlike in `evaluate`, no block sees the one before it: the blocks are then separate
     measurements, which `paired_bootstrap` can draw from.
 
     Args:
@@ -206,7 +206,7 @@ def block_nats(model, blocks: torch.Tensor) -> torch.Tensor:
     check_blocks(model, blocks, "model")
     at_once = windows_at_once(blocks.shape[1], vocabulary_size(model))
     found = [
-        token_scores(model, None, part.to(model.device))["nats"].double().mean(dim=1).cpu()
+        token_scores(model, None, part.to(model.device))["nll"].double().mean(dim=1).cpu()
         for part in blocks.split(at_once)
     ]
     return torch.cat(found)
@@ -224,7 +224,7 @@ def paired_bootstrap(
     kind; it says nothing of other seeds.
 
     Args:
-        a, b: a value for each block, such as from `block_nats`, in the same order.
+        a, b: a value for each block, such as from `block_nll`, in the same order.
         resamples: how many times to draw.
         seed: for the draws.
 
@@ -254,7 +254,7 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int
     return (gaps.abs().sum() / len(confidence)).item()
 
 
-def verbatim(sample: str, training_text: str, words: int = 6) -> float:
+def ngram_overlap(sample: str, training_text: str, words: int = 6) -> float:
     """The share of a sample's runs of so many words that stand in the training text."""
     require(is_integer(words), f"words is {words!r}; it must be a whole number, at least 1")
     sample_words, training_words = (re.findall(r"\w+", t.lower()) for t in (sample, training_text))
@@ -272,7 +272,7 @@ def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> d
         text: what `sample_continuations` continued them with, shape (prompts, at least 3).
 
     Returns:
-        teacher_nats: cross-entropy of the text under the teacher, in nats per token; low
+        teacher_nll: cross-entropy of the text under the teacher, in nats per token; low
             for text that the teacher would write.
         kl_to_teacher: KL(teacher || model) on this text, in nats per token.
         distinct: share of different ones among all runs of three tokens (distinct-3, Li et
@@ -288,12 +288,12 @@ def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> d
         "3 tokens for each",
     )
     ids, first = torch.cat([prompts.to(text.device), text], dim=1), prompts.shape[1] - 1
-    teacher_nats = token_scores(teacher, None, ids)["nats"][:, first:]
+    teacher_nll = token_scores(teacher, None, ids)["nll"][:, first:]
     kl_to_teacher = token_scores(model, teacher, ids)["kl"][:, first:]
     runs = [list(zip(row, row[1:], row[2:], strict=False)) for row in text.tolist()]
     total = sum(map(len, runs))
     return {
-        "teacher_nats": teacher_nats.double().mean().item(),
+        "teacher_nll": teacher_nll.double().mean().item(),
         "kl_to_teacher": kl_to_teacher.double().mean().item(),
         "distinct": len({run for row in runs for run in row}) / total,
         "repetition": sum(len(row) - len(set(row)) for row in runs) / total,
@@ -311,7 +311,7 @@ LABELS = {
     "kl_to_teacher": "KL from the teacher (nats per token)",
     "agreement": "top-1 agreement with the teacher",
     "calibration_error": "expected calibration error",
-    "verbatim": "six-word runs copied from the training text",
+    "ngram_overlap": "six-word runs copied from the training text",
     "parameters": "parameters",
     "disk_mb": "size on disk (MB)",
     "memory_mb": "peak memory of a forward pass (MB)",
@@ -343,9 +343,9 @@ def compare(models: dict[str, nn.Module], blocks: Blocks, tokenizer) -> pd.DataF
             "memory_mb": peak_memory(model, blocks.test[:1]) / 1e6,
             "forward_ms": speed[name]["forward"] * 1e3,
             "token_ms": speed[name]["per_token"] * 1e3,
-            **quality(model, blocks.test, tokenizer, teacher, blocks.masks.get("test")),
-            "verbatim": statistics.mean(
-                verbatim(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
+            **evaluate(model, blocks.test, tokenizer, teacher, blocks.masks.get("test")),
+            "ngram_overlap": statistics.mean(
+                ngram_overlap(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
                 for seed, prompt in enumerate(prompts(blocks.test, tokenizer))
             ),
         }

@@ -233,7 +233,7 @@ def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
 def load_onnx(directory) -> tuple[PreTrainedModel, object]:
     """What `export_model` wrote as ONNX, and its tokenizer.
 
-    The model runs in onnxruntime on the CPU, with as many threads as PyTorch has. `quality`,
+    The model runs in onnxruntime on the CPU, with as many threads as PyTorch has. `evaluate`,
     `complete`, `sample_continuations` and `latency` take it as they take any other.
 
     Raises:

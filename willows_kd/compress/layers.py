@@ -8,7 +8,7 @@ import torch
 
 from willows_kd.config import INITS
 from willows_kd.errors import require
-from willows_kd.evaluation import block_nats, check_blocks
+from willows_kd.evaluation import block_nll, check_blocks
 from willows_kd.losses import cosine_distance
 from willows_kd.models import eval_mode, merge_adapters
 from willows_kd.students import (
@@ -96,7 +96,7 @@ MEASURED = {
 def nats_with(teacher, kept: list[int], blocks: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of a teacher with only some of its layers, in nats per token; one number."""
     with skipped_layers(teacher, kept):
-        return block_nats(teacher, blocks).mean().nan_to_num(math.inf)
+        return block_nll(teacher, blocks).mean().nan_to_num(math.inf)
 
 
 @torch.no_grad()

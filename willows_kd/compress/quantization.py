@@ -62,7 +62,7 @@ class FakeQuantize(nn.Module):
 def quantized(model, bits: int = 8):
     """A copy of a model that computes with fake-quantized matrices, embeddings and head included.
 
-    It keeps the float weights and rounds them in each forward pass: `quality` measures what the
+    It keeps the float weights and rounds them in each forward pass: `evaluate` measures what the
     rounding costs, and `distill` trains through it (quantization-aware training). It is neither
     smaller nor faster than the model; `quantized_size` says how small its integers are. Saved or
     exported, it is a usual model whose weights are rounded.

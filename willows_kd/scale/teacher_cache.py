@@ -91,7 +91,7 @@ def cache_teacher(
         folder: where caches are kept; None for a folder in the user's cache.
 
     Returns:
-        what `distill` and `quality` take in place of the teacher, for these blocks. If the
+        what `distill` and `evaluate` take in place of the teacher, for these blocks. If the
         folder cannot be written: the teacher itself, with a warning.
 
     Raises:
@@ -119,7 +119,7 @@ def cache_teacher(
 class TeacherCache(nn.Module):
     """Stands in for its teacher: answers from files, for the blocks it was made for.
 
-    It has the parts of a `transformers` model that the losses and `quality` use.
+    It has the parts of a `transformers` model that the losses and `evaluate` use.
 
     Attributes:
         top_k, samples: the arguments of `cache_teacher`. If `samples` is not None, only the
@@ -255,7 +255,7 @@ def validate_inputs(teacher, blocks: Blocks, spec: CacheSpec) -> None:
 
 def blocks_to_cache(blocks: Blocks, teacher, spec: CacheSpec) -> list[torch.Tensor]:
     """All that `distill` asks a teacher about, in parts of the size of a shard: training
-    blocks, and the validation blocks as `quality` reads them.
+    blocks, and the validation blocks as `evaluate` reads them.
 
     Samples are for training only: the KL to a few drawn tokens says little of a student.
     """
