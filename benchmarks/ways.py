@@ -5,7 +5,7 @@
 One start, one text, equal optimiser steps, several seeds, judged on the validation
 chapter; the seconds are those of training, the writing counted. For each student: quality
 on the book, KL from the teacher on the student's own text, and what it writes at several
-sampling temperatures. The runs are stored where notebooks 05 and 06 find them, the table
+sampling temperatures. The runs are stored where notebooks S1 and S2 find them, the table
 in `benchmarks/results/ways.md`. A row that is stored already is not run again.
 """
 

@@ -20,8 +20,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md",
-    "notebooks/[0-9A]*.ipynb",
-    "notebooks/solutions/[0-9A]*.ipynb",
+    "notebooks/[0-9AS]*.ipynb",
+    "notebooks/solutions/[0-9AS]*.ipynb",
     "benchmarks/results/*.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",

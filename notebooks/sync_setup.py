@@ -121,8 +121,8 @@ def notebooks() -> list[Path]:
     """All notebooks of the series, appendices and solutions included."""
     folder = ROOT / "notebooks"
     return [
-        *sorted(folder.glob("[0-9A]*.ipynb")),
-        *sorted(folder.glob("solutions/[0-9A]*.ipynb")),
+        *sorted(folder.glob("[0-9AS]*.ipynb")),
+        *sorted(folder.glob("solutions/[0-9AS]*.ipynb")),
     ]
 
 

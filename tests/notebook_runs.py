@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-SERIES = sorted(NOTEBOOKS.glob("[0-9A]*.ipynb"))  # numbered notebooks, then appendices
-SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("[0-9A]*.ipynb"))
+SERIES = sorted(NOTEBOOKS.glob("[0-9AS]*.ipynb"))  # the course, appendices, side trips
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("[0-9AS]*.ipynb"))
 
 
 # so that tests of how a notebook behaves do all that it does, on few blocks

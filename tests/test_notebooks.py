@@ -13,14 +13,12 @@ SAMPLE_STORY = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
 
 
 def test_notebooks_are_numbered_in_order_and_each_has_solutions():
-    numbered = [path.stem for path in SERIES if path.stem[0].isdigit()]
-    appendices = [path.stem for path in SERIES if path.stem[0] == "A"]
-    assert [stem[:3] for stem in numbered] == [f"{n:02}_" for n in range(1, len(numbered) + 1)]
-    assert [stem.split("_")[0] for stem in appendices] == [
-        f"A{n}" for n in range(1, len(appendices) + 1)
-    ]
+    stems = [path.stem for path in SERIES]
+    course, appendices, trips = ([s for s in stems if s[0] == first] for first in "0AS")
+    for first, part in {"0": course, "A": appendices, "S": trips}.items():
+        assert [stem[:3] for stem in part] == [f"{first}{n}_" for n in range(1, len(part) + 1)]
     with_solutions = {path.stem.removesuffix("_solutions") for path in SOLUTIONS}
-    assert set(numbered) <= with_solutions <= {*numbered, *appendices}
+    assert {*course, *trips} <= with_solutions <= {*stems}
 
 
 def test_what_is_stored_is_one_clean_run():

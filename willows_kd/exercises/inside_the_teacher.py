@@ -1,4 +1,4 @@
-"""Checks for notebook 06: a distance of hidden states, units to keep, sorted probabilities."""
+"""Checks for notebook S2: a distance of hidden states, units to keep, sorted probabilities."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Checks for notebook 05: what counts, a skewed KL, a reward that trains."""
+"""Checks for notebook S1: what counts, a skewed KL, a reward that trains."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Checks for notebook 08: bytes and operations of a run, and the cache's worth, by hand."""
+"""Checks for notebook S4: bytes and operations of a run, and the cache's worth, by hand."""
 
 from collections.abc import Callable
 

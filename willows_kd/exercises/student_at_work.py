@@ -1,4 +1,4 @@
-"""Checks for notebook 07: rounding to few bits, who follows a draft, what a draft brings."""
+"""Checks for notebook S3: rounding to few bits, who follows a draft, what a draft brings."""
 
 from collections.abc import Callable
 
