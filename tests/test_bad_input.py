@@ -262,7 +262,7 @@ def place(tokenizer, tmp_path_factory):
 
 DISTILL = (
     "distill --model_dir {large} --dataset_path {place}/text.txt --output_dir {new} --epochs 1 "
-    "--block_size 32 --device cpu --dtype float32 "
+    "--block_size 32 --device cpu "
 )
 COMPARE = "compare {small} {large} --block_size 32 --device cpu "
 
@@ -294,7 +294,7 @@ BAD_COMMANDS = [
     (DISTILL + "--init 0,3 --layers 3", "be as many as layers, 3"),
     (DISTILL + "--model_dir {place}/missing", "does not exist"),
     (DISTILL + "--model_dir no-such-owner/no-such-model", "no-such-model"),
-    (DISTILL + "--model_dir ''", "model_dir is empty"),
+    (DISTILL + "--model_dir ''", "--model_dir: empty"),
     (DISTILL + "--student {place}/folder", "no config.json"),
     (DISTILL + "--student no-such-owner/no-such-model", "--student half"),
     (DISTILL + "--student {small} --block_size 65", "2 to 64"),

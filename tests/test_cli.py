@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import io
-import itertools
 import json
 import random
 import re
@@ -95,7 +94,6 @@ def command_line(place: Path, output: Path, *more: str, without: str = "") -> li
         "block_size": 32,
         "batch_size": 8,
         "device": "cpu",
-        "dtype": "float32",
     }
     usual.pop(without, None)
     return ["distill", *(word for k, v in usual.items() for word in (f"--{k}", str(v))), *more]
@@ -402,88 +400,6 @@ def test_options_may_be_spelt_with_dashes():
     assert (options.model_dir, options.output_dir, options.init) == ("a-b", "c-d", [0, 3])
 
 
-# -- the dtype -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Steps that seem to take so many seconds by dtype; the trials that were asked for."""
-    timed = SimpleNamespace(seconds={}, trials=[])
-    real = commands.distill
-
-    def distill(teacher, student, blocks, config, on_step, **more):
-        if "checkpoints" in more:  # the run itself
-            return real(teacher, student, blocks, config, on_step, **more)
-        timed.trials.append(config.dtype)
-        taken = timed.seconds[config.dtype]
-        if isinstance(taken, Exception):
-            raise taken
-        real(teacher, student, blocks, config, lambda row: None, **more)
-        for end in itertools.accumulate(taken):
-            on_step({"seconds": end})
-
-    monkeypatch.setattr(commands, "distill", distill)
-    return timed
-
-
-@pytest.mark.parametrize(
-    ("bfloat16", "ratio", "chosen"),
-    [
-        ([9, 1, 2], "2.00", "bfloat16"),
-        ([3, 4, 5], "0.67", "float32"),
-        ([1.9] * 3, "1.05", "float32"),
-    ],
-)
-def test_without_a_choice_the_faster_dtype_is_taken_by_its_quickest_step(
-    bfloat16, ratio, chosen, quick, timed, place, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(commands, "SECONDS_TO_TIME", 100)
-    timed.seconds = {"float32": [9, 2, 3], "bfloat16": bfloat16}
-    assert run([*command_line(place, tmp_path / "student", without="dtype")]) == 0
-    said = f"A step in bfloat16 has {ratio} times float32's speed here: using {chosen}\n"
-    assert said in capsys.readouterr().out
-    assert settings_of(tmp_path / "student")["dtype"] == chosen
-
-
-def test_trials_leave_no_trace_in_the_student(quick, timed, good_run, place, tmp_path):
-    timed.seconds = {"float32": [1, 1, 1], "bfloat16": [2, 2, 2]}
-    assert run(command_line(place, tmp_path / "student", *GOOD, without="dtype")) == 0
-    assert timed.trials == ["float32", "bfloat16"]
-    assert_saved(tmp_path / "student", load_file(good_run.folder / "model.safetensors"))
-
-
-def test_one_slow_step_is_enough_and_a_dtype_that_fails_is_not_taken(timed, monkeypatch):
-    student = torch.nn.Linear(1, 1)
-    blocks = SimpleNamespace(
-        train=torch.zeros(4, 8).long(), validation=torch.zeros(1, 8), block_size=8
-    )
-    job = SimpleNamespace(teacher=None, make_student=lambda: student, blocks=blocks)
-    seen = []
-
-    def slow(teacher, student, blocks, config, on_step, loss):
-        for step in range(1, 4):
-            seen.append(step)
-            on_step({"seconds": 60.0 * step})
-
-    monkeypatch.setattr(commands, "distill", slow)
-    config = willows_kd.DistillConfig()
-    assert commands.step_seconds(job, config, "float32") == 60
-    assert seen == [1]
-    monkeypatch.setattr(commands, "distill", raising(RuntimeError("not for bfloat16")))
-    assert commands.step_seconds(job, config, "bfloat16") == float("inf")
-
-
-def test_a_resumed_run_keeps_its_dtype(quick, timed, ends, place, tmp_path, monkeypatch):
-    timed.seconds = {"float32": [2, 2, 2], "bfloat16": [1, 1, 1]}
-    ends.stop = lambda row: row.get("step") == 2
-    arguments = command_line(place, tmp_path / "student", without="dtype")
-    assert run(arguments) == 130
-    ends.stop, timed.trials[:] = (lambda row: False), []
-    assert run([*arguments, "--resume"]) == 0
-    assert timed.trials == []
-    assert settings_of(tmp_path / "student")["dtype"] == "bfloat16"
-
-
 # -- errors ----------------------------------------------------------------------------
 
 
@@ -624,8 +540,6 @@ def ends(monkeypatch):
     real = commands.distill
 
     def watched(teacher, student, blocks, config, on_step, **more):
-        if "checkpoints" not in more:  # a trial of a dtype
-            return real(teacher, student, blocks, config, on_step, **more)
 
         def step(row):
             if "average_loss" in row:
@@ -849,7 +763,7 @@ def test_the_package_run_as_a_module_says_in_one_line_what_is_wrong(place, tmp_p
     arguments = command_line(place, tmp_path / "student", "--model_dir", "./missing")
     done = process("-m", "willows_kd", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: model_dir ./missing does not exist\n"
+    assert done.stderr == "error: argument --model_dir: ./missing does not exist (see --help)\n"
 
 
 def test_help_and_bad_values_need_nothing_that_is_slow_to_import():
