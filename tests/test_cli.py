@@ -31,11 +31,10 @@ from transformers import (
 )
 
 import willows_kd
-from willows_kd import corpus, evaluation, files, models
+from willows_kd import evaluation, models
 from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
 from willows_kd.errors import InputError, WriteError
-from willows_kd.scale.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 SENTENCE = "the mole and the rat went down to the river in a boat of their own by the wood"
@@ -73,7 +72,6 @@ def place(tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     save(place / "teacher", tokenizer)
     save(place / "narrow", tokenizer, n_layer=1, n_positions=64)
-    save(place / "padded", tokenizer, n_layer=1, vocab_size=len(tokenizer) + 8)
     larger = models.load_tokenizer(models.BUNDLED_TEACHER)
     larger.add_tokens(["<extra>"])
     save(place / "stranger", larger, n_layer=1)
@@ -81,6 +79,9 @@ def place(tokenizer, tmp_path_factory):
     (place / "short.txt").write_text("The Mole had been working.\n", encoding="utf-8")
     (place / "folder").mkdir()
     (place / "folder" / "poem.txt").write_text("by me")
+    (place / "student").mkdir()
+    made = '{"temperature": 2.0, "epochs_finished": 3}'
+    (place / "student" / "distillation.json").write_text(made)
     return place
 
 
@@ -145,15 +146,13 @@ GOOD = ["--epochs", "2", "--seed", "3", "--init", "spaced"]
 def good_run(place, tmp_path_factory):
     """A run of two epochs from beginning to end: its exit code, what it said, what it saved."""
     folder = tmp_path_factory.mktemp("good") / "new" / "student"
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         code = main(command_line(place, folder, *GOOD))
-    return SimpleNamespace(
-        code=code, out=out.getvalue().splitlines(), err=err.getvalue(), folder=folder
-    )
+    return SimpleNamespace(code=code, out=out.getvalue().splitlines(), folder=folder)
 
 
 def test_a_good_run_says_what_it_does_in_order(good_run, place):
+    averages = history_of(good_run.folder)["average_loss"].dropna()
     expected = [
         f"🔍 Loading teacher model from: {place / 'teacher'}",
         "🔍 Loading student model (half)...",
@@ -164,8 +163,7 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
         f"⚠️ {UNTRAINED}",
         "🚀 Starting distillation training...",
         f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or rows)",
-        "✅ Epoch 1: Average Loss",
-        "✅ Epoch 2: Average Loss",
+        *(f"✅ Epoch {i}: Average Loss {mean:.4f}" for i, mean in enumerate(averages, 1)),
         f"💾 Saving distilled student model to: {good_run.folder}",
         "✅ Distilled model saved successfully!",
         "📏 Comparing with the teacher...",
@@ -173,26 +171,13 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
     ]
     assert good_run.code == 0
     for line, begin in zip(good_run.out, expected, strict=False):
-        assert re.sub(r"(?<=Average Loss) \d+\.\d{4}$|(?<=training:) [\d.,]+$", "", line) == begin
+        assert re.sub(r"(?<=training:) [\d.,]+$", "", line) == begin
+    assert len(averages) == 2
     head, *rows = good_run.out[len(expected) : -3]
     assert re.split("  +", head.strip()) == ROWS
     assert len(rows) > 5 and all(len(row) <= 80 for row in rows)
     assert good_run.out[-3:-1] == ["", "Measured on the held-out test text of text,"]
     assert good_run.out[-1].startswith("with ")
-
-
-def test_a_good_run_shows_nothing_on_stderr_but_its_progress(good_run):
-    assert "step/s" in good_run.err
-    shown = re.split(r"[\r\n]+", good_run.err)
-    assert not [line for line in shown if line.strip() and "step" not in line]
-
-
-def test_the_average_loss_that_is_shown_is_that_of_the_history(good_run):
-    said = [line for line in good_run.out if "Average Loss" in line]
-    ends = history_of(good_run.folder).dropna(subset="average_loss")
-    assert len(said) == len(ends) == 2
-    for line, average in zip(said, ends["average_loss"], strict=True):
-        assert f"Average Loss {average:.4f}" in line
 
 
 def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place):
@@ -258,15 +243,6 @@ def test_a_student_made_elsewhere_is_trained_as_it_is(distil, place, tmp_path, c
     assert settings_of(tmp_path / "student")["student"] == str(place / "narrow")
 
 
-def test_a_student_with_a_padded_head_is_trained_on_the_shared_tokens(
-    distil, place, tokenizer, capsys
-):
-    assert distil("--student", str(place / "padded")) == 0
-    vocabulary = len(tokenizer)
-    said = f"⚠️ teacher and student predict {vocabulary} and {vocabulary + 8} tokens"
-    assert capsys.readouterr().out.count(said) == 1
-
-
 def test_a_token_that_only_the_teacher_has_is_not_saved_with_the_student(
     distil, place, tokenizer, tmp_path, capsys
 ):
@@ -319,21 +295,18 @@ def test_options_change_the_student_and_are_written_down(distil, good_run, tmp_p
     assert {tensor.dtype for tensor in saved[0].values()} == {torch.float32}
 
 
-def test_blocks_are_as_long_as_the_shorter_models_positions(quick, place, tmp_path, capsys):
+def test_blocks_are_as_long_as_the_shorter_models_positions(
+    quick, place, tokenizer, tmp_path, capsys
+):
+    long = str(save(tmp_path / "long", tokenizer, n_layer=1, n_positions=4096))
+    assert commands.block_length(None, long) == 1024  # and no longer unless asked for
+    assert commands.block_length(2048, long) == 2048
     arguments = command_line(place, tmp_path / "student", without="block_size")
     assert run([*arguments, "--student", str(place / "narrow")]) == 0
     assert "not trained" not in capsys.readouterr().out
     settings = settings_of(tmp_path / "student")
     assert settings["block_size"] == 64
     assert "untrained_positions" not in settings
-
-
-def test_blocks_are_at_most_1024_long_unless_asked_for(place, tmp_path, tokenizer):
-    long = str(save(tmp_path / "long", tokenizer, n_layer=1, n_positions=4096))
-    narrow = str(place / "narrow")
-    assert commands.block_length(None, long) == 1024
-    assert commands.block_length(2048, long) == 2048
-    assert commands.block_length(None, long, narrow) == 64
 
 
 def test_a_table_of_positions_is_found_by_looking_at_the_modules():
@@ -509,19 +482,6 @@ def test_a_student_that_cannot_be_saved_is_refused_before_it_is_trained(
     assert listing(tmp_path) == {}
 
 
-def test_column_and_encoding_are_passed_on_if_given(distil, monkeypatch):
-    asked = []
-
-    def load(source, *given):
-        asked.append(given)
-        return corpus.load_corpus(source)
-
-    monkeypatch.setattr(commands, "load_corpus", load)
-    assert distil() == 0
-    assert distil("--text_column", "body", "--encoding", "cp1251", "--overwrite") == 0
-    assert asked == [(None, None), ("body", "cp1251")]
-
-
 # -- Ctrl-C ----------------------------------------------------------------------------
 
 
@@ -622,23 +582,6 @@ def test_ctrl_c_at_the_very_end_of_an_epoch_saves_the_student_that_it_names(
 # -- going on --------------------------------------------------------------------------
 
 
-def test_a_stopped_run_that_is_resumed_makes_the_same_student(
-    distil, ends, good_run, tmp_path, capsys
-):
-    ends.stop = lambda row: row["step"] == 3
-    assert distil(*GOOD) == 130
-    ends.stop = lambda row: False
-    assert distil(*GOOD, "--resume") == 0
-    assert "Resuming from step 3 (" in capsys.readouterr().out
-    assert_saved(tmp_path / "student", load_file(good_run.folder / "model.safetensors"))
-    pd.testing.assert_frame_equal(
-        history_of(tmp_path / "student").drop(columns="seconds"),
-        history_of(good_run.folder).drop(columns="seconds"),
-        check_exact=True,
-    )
-    assert names(tmp_path) == {"student"}
-
-
 def test_a_stopped_run_is_not_thrown_away_unasked(distil, ends, tmp_path, capsys):
     ends.stop = lambda row: row["step"] == 2
     assert distil() == 130
@@ -668,23 +611,6 @@ def test_what_killed_runs_left_is_tidied_up(distil, tmp_path):
     assert distil("--dataset_path", "missing.txt") == 2
     assert names(tmp_path) == {"student", ".students.1.partial"}
     assert "README.md" in names(student)
-
-
-def test_a_second_run_on_the_same_output_directory_is_refused(distil, tmp_path, capsys):
-    with Checkpoints(tmp_path / "student.checkpoints").locked():
-        # as another process would see it: filelock counts the locks of this one
-        other = process("-c", SECOND_RUN, str(tmp_path / "student"))
-    assert other.returncode == 2
-    assert other.stderr.startswith("error: another run is writing to ")
-    assert other.stderr.count("\n") == 1
-    assert listing(tmp_path) == {}
-
-
-SECOND_RUN = """
-import sys
-from willows_kd.cli import main
-sys.exit(main(["distill", "--output_dir", sys.argv[1]]))
-"""
 
 
 @pytest.mark.parametrize(
@@ -784,14 +710,3 @@ sys.exit(f"imported: {slow}" if slow else 0)
     done = process("-c", code)
     assert done.returncode == 0, done.stderr
     assert (done.stdout.count("usage: "), done.stderr.count("error: ")) == (3, 5)
-
-
-# -- the teacher's cache ---------------------------------------------------------------
-
-
-def test_with_the_cache_the_student_is_the_same_to_the_bit(good_run, quick, place, tmp_path):
-    assert run(command_line(place, tmp_path / "student", *GOOD, "--cache_teacher")) == 0
-    assert len(list((files.cache_folder() / "teachers").iterdir())) == 1
-    wanted = load_file(good_run.folder / "model.safetensors")
-    found = load_file(tmp_path / "student" / "model.safetensors")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -31,7 +31,7 @@ exit codes:
   130  stopped by the user{and_then}
 """
 OF_DISTILL = {
-    "or_not_compared": ", or the student is saved but could not be compared",
+    "or_not_compared": ", or the saved student was not compared",
     "and_then": "; --resume continues",
 }
 
@@ -142,17 +142,20 @@ def add_distill(parser: Parser) -> None:
     """The options of `distill`."""
     add = parser.add_argument_group("teacher and student").add_argument
     bundled = "the teacher: a directory or hub name (default: the bundled one)"
-    add("--model_dir", type=source, help=bundled)
+    add("--model_dir", type=source, metavar="DIR", help=bundled)
     add(
         "--student",
         type=source,
+        metavar="DIR",
         help="half, for half of the teacher's layers, or a directory or hub name "
         "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
     )
-    add("--layers", type=int, help="how many of the teacher's layers the student keeps")
+    depth = "how many of the teacher's layers the student keeps (default: half)"
+    add("--layers", type=int, metavar="N", help=depth)
     add(
         "--init",
         type=init_of,
+        metavar="WAY",
         help=f"which layers it keeps: {', '.join(INITS)}, their numbers, such as 0,3,5, or auto, "
         "which tries all these ways on a few blocks and takes the best (default: auto)",
     )
@@ -228,7 +231,7 @@ def add_export(parser: Parser) -> None:
 def add_text(parser: Parser):
     """The options for a text and how it is cut; returns the way to add more to them."""
     add = parser.add_argument_group("text").add_argument
-    text = "a text (default: The Wind in the Willows; offline, the sample story)"
+    text = "a text or a table (default: The Wind in the Willows; offline, the sample story)"
     add("--dataset_path", type=source, metavar="FILE", help=text)
     column = "column of a table, such as a JSON Lines file, that holds the text"
     add("--text_column", type=given, metavar="NAME", help=column)
@@ -245,7 +248,7 @@ def add_output(parser: Parser, what: str, **more):
     default = "" if "required" in more else f" (default: {more.get('default', 'nowhere')})"
     about = f"directory for {what}{default}"
     add("--output_dir", type=given, metavar="DIR", help=about, **more)
-    add("--overwrite", action="store_true", help="replace what is in the output directory")
+    add("--overwrite", action="store_true", help="replace what is there")
     return add
 
 

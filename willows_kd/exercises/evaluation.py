@@ -3,11 +3,10 @@
 import math
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from willows_kd.exercises import combined, first_choices, judge
+from willows_kd.exercises import judge, judge_choices
 
 
 def check_agreement(my_agreement: Callable) -> bool:
@@ -79,11 +78,11 @@ def check_half_width(my_half_width: Callable) -> bool:
         divided = {"root": math.sqrt(len(values)), "nothing": 1, "n": len(values)}[divisor]
         return width * quantile * spread(values) / divided
 
-    right = partial(answer, *first_choices(HALF_WIDTH))
     values = cases[0][0]
-    praise = f"{statistics.mean(values):.1f} ± {right(values):.1f} for {values}"
-    mistakes = combined(HALF_WIDTH, answer)
-    return judge(my_half_width, cases, right, mistakes, praise, tolerance=2e-3)  # 4.30 is fine
+    width = answer(4.303, "root", statistics.stdev, 1, values)
+    praise = f"{statistics.mean(values):.1f} ± {width:.1f} for {values}"
+    # the tolerance: 4.30 is fine
+    return judge_choices(my_half_width, cases, HALF_WIDTH, answer, praise, tolerance=2e-3)
 
 
 def check_perplexity(my_perplexity: Callable) -> bool:
