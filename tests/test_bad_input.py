@@ -1,4 +1,5 @@
 """What the functions and the commands say to what they cannot use: one line, with what would do."""
+# ruff: noqa: F811  a fixture's name is that of an argument
 
 import copy
 import dataclasses
@@ -9,7 +10,7 @@ import shlex
 
 import pytest
 import torch
-from test_cli import place, run  # noqa: F401  place is a fixture
+from test_cli import place, run  # noqa: F401 (a fixture)
 
 import willows_kd as kd
 
@@ -315,11 +316,7 @@ BAD_COMMANDS = [
 
 @pytest.mark.parametrize(("arguments", "said"), BAD_COMMANDS, ids=[row[0] for row in BAD_COMMANDS])
 def test_a_bad_command_is_one_line_and_exit_code_2_and_writes_nothing(
-    arguments,
-    said,
-    place,
-    tmp_path,
-    capsys,  # noqa: F811
+    arguments, said, place, tmp_path, capsys
 ):
     before = sorted(place.rglob("*"))
     given = {"place": place, "new": tmp_path / "new"}
@@ -333,13 +330,7 @@ def test_a_bad_command_is_one_line_and_exit_code_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("to", ["onnx", "onnx-int8", "gguf"])
-def test_without_its_packages_export_says_what_to_install(
-    to,
-    place,
-    tmp_path,
-    capsys,
-    monkeypatch,  # noqa: F811
-):
+def test_without_its_packages_export_says_what_to_install(to, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     output = tmp_path / "out"
     assert run(["export", str(place / "narrow"), "--to", to, "--output_dir", str(output)]) == 2

@@ -146,7 +146,8 @@ GOOD = ["--epochs", "2", "--seed", "3", "--init", "spaced"]
 def good_run(place, tmp_path_factory):
     """A run of two epochs from beginning to end: its exit code, what it said, what it saved."""
     folder = tmp_path_factory.mktemp("good") / "new" / "student"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "UNEVEN", float("inf"))  # however busy the machine is
         code = main(command_line(place, folder, *GOOD))
     return SimpleNamespace(code=code, out=out.getvalue().splitlines(), folder=folder)
 
@@ -223,6 +224,12 @@ def test_the_model_card_holds_the_settings_and_the_table_that_was_shown(good_run
     shown = dict(line for line in lines if len(line) == 2)
     for label, *cells in table[2:]:
         assert shown[label.strip()].split() == " ".join(cells).split()
+
+
+def test_speeds_of_one_network_that_differ_by_more_than_a_quarter_are_uneven():
+    speeds = pd.DataFrame({"forward_ms": [100.0, 124.0], "token_ms": [12.0, 10.0]})
+    assert not commands.is_uneven(speeds)
+    assert commands.is_uneven(speeds.assign(token_ms=[12.6, 10.0]))
 
 
 def test_a_saved_student_loads_and_writes_with_transformers_alone(good_run):
