@@ -291,6 +291,12 @@ BAD_COMMANDS = [
     (DISTILL + "--output_dir {place}/short.txt/below/student", "cannot be written"),
     (DISTILL + "--overwrite --output_dir {place}/short.txt", "is a file"),
     (DISTILL + "--overwrite --output_dir /", "root of a disk"),
+    (DISTILL + "--overwrite --output_dir {teacher}", "would be replaced"),
+    (DISTILL + "--overwrite --output_dir {narrow} --student {narrow}", "would be replaced"),
+    (
+        DISTILL + "--overwrite --output_dir {place}/folder --dataset_path {place}/folder/poem.txt",
+        "would be replaced",
+    ),
     # the other commands
     ("generate --prompt A", "DIR"),
     ("generate {place}/missing", "does not exist"),

@@ -408,17 +408,6 @@ def test_what_is_in_the_output_directory_is_replaced_only_with_overwrite(distil,
     assert settings_of(student)["temperature"] == 2
 
 
-@pytest.mark.parametrize("option", ["model_dir", "student", "dataset_path"])
-def test_what_a_run_reads_is_never_replaced_by_what_it_writes(option, distil, place, tmp_path):
-    folder = tmp_path / "student"
-    assert distil() == 0
-    shutil.copy(place / "text.txt", folder)
-    before = listing(folder)
-    given = folder / "text.txt" if option == "dataset_path" else folder
-    assert distil(f"--{option}", str(given), "--overwrite") == 2
-    assert listing(folder) == before
-
-
 def test_a_terminal_without_emoji_gets_the_words(distil, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", out)
@@ -651,25 +640,6 @@ def test_an_adapter_is_merged_and_a_line_says_so(distil, place, tmp_path, capsys
     said = capsys.readouterr().out
     assert said.count("LoRA") == 1
     assert f"The {whose}'s LoRA adapter is merged into its weights" in said
-
-
-def test_a_teacher_of_the_llama_family_gives_a_student_of_so_many_layers(
-    distil, tokenizer, tmp_path, capsys
-):
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    teacher = save(tmp_path / "llama", tokenizer, LlamaForCausalLM, config)
-    assert distil("--model_dir", str(teacher), "--layers", "3") == 0
-    assert "Loading student model (3 of the teacher's layers)" in capsys.readouterr().out
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert (student.config.model_type, len(student.model.layers)) == ("llama", 3)
 
 
 # -- as real processes -----------------------------------------------------------------
