@@ -316,6 +316,7 @@ BAD_COMMANDS = [
     ("export {narrow} --to pickle --output_dir {new}", "invalid choice: 'pickle'"),
     ("export {narrow} --to gguf --output_dir {place}/text.txt", "is a file"),
     ("export {narrow} --to gguf --output_dir {place}/student", "holds a student"),
+    ("export {narrow} --to gguf --output_dir {place}/folder", "add --overwrite"),
     ("export {narrow} --to gguf --output_dir {place} --overwrite", "would be replaced"),
 ]
 

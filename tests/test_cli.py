@@ -357,7 +357,10 @@ def test_without_options_it_is_the_bundled_teacher_and_the_book(
 
 
 @pytest.mark.parametrize("command", ["distill", "generate m", "compare m", "export m"])
-def test_the_help_names_every_option_exit_code_and_an_example(command, capsys):
+def test_the_help_names_every_option_exit_code_and_an_example_in_80_columns(
+    command, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
     name = command.split()[0]
     assert run([name, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -366,6 +369,8 @@ def test_the_help_names_every_option_exit_code_and_an_example(command, capsys):
         assert option in ("command", "model_dir") or f"--{option}" in shown
     assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == ["0", "1", "2", "3", "130"]
     assert f"example:\n  willows-kd {name} " in shown
+    assert ("--resume continues" in shown) == (name == "distill")
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_without_a_command_the_help_is_shown_and_the_version_on_demand(capsys):
