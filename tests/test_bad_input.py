@@ -275,7 +275,7 @@ BAD_COMMANDS = [
     (DISTILL + "--init 0,3 --layers 3", "be as many as layers, 3"),
     (DISTILL + "--model_dir {place}/missing", "does not exist"),
     (DISTILL + "--model_dir no-such-owner/no-such-model", "no-such-model"),
-    (DISTILL + "--model_dir ''", "--model_dir: empty"),
+    (DISTILL + "--model_dir ''", "--model_dir: it is empty"),
     (DISTILL + "--student {place}/folder", "no config.json"),
     (DISTILL + "--student no-such-owner/no-such-model", "--student half"),
     (DISTILL + "--student {narrow} --block_size 65", "2 to 64"),

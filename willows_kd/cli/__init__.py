@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Exit with code 2."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,7 +113,7 @@ def underscored(word: str) -> str:
 def given(text: str) -> str:
     """A value that is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("empty; leave it out or give a value")
+        raise argparse.ArgumentTypeError("it is empty; leave it out or give a value")
     return text
 
 
