@@ -85,19 +85,18 @@ def check_loss(my_loss: Callable) -> bool:
 def check_steps(my_steps: Callable) -> bool:
     """Check `my_steps(blocks, batch_size, gradient_accumulation_steps, epochs)`."""
     cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
+
+    def right(blocks, size, times, epochs) -> int:
+        return epochs * math.ceil(blocks / (size * times))
+
     mistakes = {
-        lambda blocks, size, times, epochs: math.ceil(blocks / (size * times)): "that is one "
-        "epoch; every epoch sees all blocks again",
-        lambda blocks, size, times, epochs: epochs * (blocks // (size * times)): "the last step "
-        "of an epoch is missing; it has fewer blocks, but it is a step: round up",
-        lambda blocks, size, times, epochs: epochs * math.ceil(blocks / size): "those are "
-        "forward passes; an optimiser step comes after gradient_accumulation_steps of them",
-        lambda blocks, size, times, epochs: math.ceil(epochs * blocks / (size * times)): "no "
-        "step reaches over the end of an epoch; round up in each epoch, then multiply",
+        lambda b, s, t, e: right(b, s, t, 1): "that is one epoch; each sees all blocks again",
+        lambda b, s, t, e: e * (b // (s * t)): "the last step of an epoch is missing; it has fewer "
+        "blocks, but it is a step: round up",
+        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes; an optimiser step comes "
+        "after gradient_accumulation_steps of them",
+        lambda b, s, t, e: right(e * b, s, t, 1): "no step reaches over the end of an epoch; round "
+        "up in each epoch, then multiply",
     }
-
-    def right(blocks, batch_size, gradient_accumulation_steps, epochs) -> int:
-        return epochs * math.ceil(blocks / (batch_size * gradient_accumulation_steps))
-
     praise = f"{right(*cases[0])} steps for {cases[0]}"
     return judge(my_steps, cases, right, mistakes, praise)

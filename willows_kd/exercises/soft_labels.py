@@ -9,15 +9,10 @@ from willows_kd import losses
 from willows_kd.exercises import judge_choices, not_yet, random_logits, result_of, well_done
 from willows_kd.losses import entropy, soften
 
+AXIS = "the probabilities of one token do not sum to 1: your softmax runs over dim={}. Give it "
+AXIS += "dim=-1, the vocabulary"
 KL = (
-    {
-        -1: None,
-        **{
-            dim: "the probabilities of one token do not sum to 1: your softmax runs over "
-            f"dim={dim}, which is {what}. Give it dim=-1, the vocabulary"
-            for dim, what in ((1, "time"), (0, "the batch"))
-        },
-    },
+    {-1: None, 1: AXIS.format("1, which is time"), 0: AXIS.format("0, which is the batch")},
     {
         "kl": None,
         "cross-entropy": "your loss is not 0 when the student equals the teacher: it is the "
