@@ -101,7 +101,7 @@ def check_output(options, *inputs: str | None) -> None:
     for given in filter(None, inputs):
         path = Path(given).resolve()
         if path.exists() and output in (path, *path.parents):
-            raise InputError(f"{given} lies in {options.output_dir}, which would be replaced")
+            raise InputError(f"{given} would be replaced; choose another --output_dir")
 
 
 def check_nothing_is_lost(options, checkpoints: Checkpoints | None = None) -> None:
