@@ -283,7 +283,7 @@ BAD_COMMANDS = [
     (DISTILL + "--dataset_path {place}/missing.txt", "does not exist"),
     (DISTILL + "--dataset_path {place}/short.txt", "too short"),
     (DISTILL + "--encoding nope", "nope"),
-    (DISTILL + "--text_column body", "body"),
+    (DISTILL + "--text_column body", "no columns"),
     # where the student goes
     (DISTILL + "--output_dir {place}/folder", "no distillation wrote"),
     (DISTILL + "--output_dir {place}/student", "T = 2.0, 3 epochs); choose another --output_dir"),
