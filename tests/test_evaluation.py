@@ -488,6 +488,22 @@ def test_a_model_is_one_row_compared_with_the_first(model, make_gpt2, blocks, to
         assert table.loc[name, QUALITY].to_dict() == expected
 
 
+@pytest.mark.usefixtures("quick")
+def test_each_further_text_is_one_more_perplexity(model, teacher, blocks, tokenizer):
+    """Read, as the test text is, in windows that model and teacher have room for."""
+    texts = {"chapter II": blocks.validation, "a licence": blocks.train[:3]}
+    table = kd.compare({"teacher": teacher, "model": model}, blocks, tokenizer, texts)
+    for name, ids in texts.items():
+        expected = [kd.evaluate(m, ids, teacher=teacher)["perplexity"] for m in (teacher, model)]
+        assert table[f"perplexity on {name}"].tolist() == expected
+    assert len(table.columns) == len({*COSTS, *QUALITY, "ngram_overlap", *texts})
+    shown = [line.split("|")[1].strip() for line in kd.as_markdown(table).splitlines()]
+    assert shown[-2:] == ["perplexity on chapter II", "perplexity on a licence"]
+    for wrong, said in (([blocks.test], "texts are a list"), ({"a": blocks.test[0]}, "shape")):
+        with pytest.raises(kd.InputError, match=said):
+            kd.compare({"teacher": teacher}, blocks, tokenizer, wrong)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Tables without the time that speed and samples take."""

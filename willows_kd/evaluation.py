@@ -320,18 +320,28 @@ LABELS = {
 }
 
 
-def compare(models: dict[str, nn.Module], blocks: Blocks, tokenizer) -> pd.DataFrame:
+def compare(
+    models: dict[str, nn.Module],
+    blocks: Blocks,
+    tokenizer,
+    texts: dict[str, torch.Tensor] | None = None,
+) -> pd.DataFrame:
     """One row a model: how good on the test text, how large, how fast, on this machine.
 
     Args:
         models: by name; the first one is the teacher that all are compared with.
         blocks: the packed corpus.
         tokenizer: the one that packed it.
+        texts: other held-out text by name, token ids of shape (blocks, block_size). Each adds
+            a column, "perplexity on NAME".
     """
-    given = isinstance(models, dict) and models
-    require(given, f"models are {type_name(models)}; give at least one in a dict, by name")
+    texts = {} if texts is None else texts
+    for what, given in (("models", models), ("texts", texts)):
+        by_name = isinstance(given, dict) and (given or what == "texts")
+        require(by_name, f"{what} are {type_name(given)}; give at least one in a dict, by name")
     for name, model in models.items():
-        check_blocks(model, blocks.test, name)
+        for ids in (blocks.test, *texts.values()):
+            check_blocks(model, ids, name)
     teacher = next(iter(models.values()))
     training_text = tokenizer.decode(blocks.train.flatten(), skip_special_tokens=True)
     speed = latency(models, blocks.test[:1])
@@ -344,6 +354,10 @@ def compare(models: dict[str, nn.Module], blocks: Blocks, tokenizer) -> pd.DataF
             "forward_ms": speed[name]["forward"] * 1e3,
             "token_ms": speed[name]["per_token"] * 1e3,
             **evaluate(model, blocks.test, tokenizer, teacher, blocks.masks.get("test")),
+            **{
+                f"perplexity on {text}": evaluate(model, ids, teacher=teacher)["perplexity"]
+                for text, ids in texts.items()
+            },
             "ngram_overlap": statistics.mean(
                 ngram_overlap(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
                 for seed, prompt in enumerate(prompts(blocks.test, tokenizer))
@@ -376,7 +390,8 @@ def with_intervals(measured: list[dict[str, float]]) -> dict[str, float]:
 def as_markdown(table: pd.DataFrame) -> str:
     """A table from `compare` for a terminal, a model card or a README: one column a model."""
     lines = [["", *map(str, table.index)]]
-    for column, label in LABELS.items():
+    labels = LABELS | {column: column for column in table if column not in LABELS}
+    for column, label in labels.items():
         if column in table:
             count = column == "parameters"
             lines.append([label, *(number(value, count) for value in table[column])])
