@@ -15,6 +15,7 @@ test-all: test
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 notebooks:
 	$(PYTHON) tools/run.py

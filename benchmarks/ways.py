@@ -18,9 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
+from intervals import with_intervals
 
 import willows_kd as kd
-from willows_kd.evaluation import with_intervals
 
 RESULTS = Path(__file__).parent / "results" / "ways.md"
 STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results"

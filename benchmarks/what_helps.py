@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from intervals import with_intervals
 
 import willows_kd as kd
 from willows_kd.corpus import tokenize
-from willows_kd.evaluation import with_intervals
 
 RESULTS = Path(__file__).parent / "results"
 STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results"

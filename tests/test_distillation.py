@@ -403,8 +403,12 @@ def refusals(teacher, student, blocks, make_gpt2) -> dict:
         "a GPT2Model, which predicts no tokens": (teacher, headless, {}),
         "GPT2Model, which predicts no tokens": (teacher.transformer, student, {}),
         "teacher predicts 4096 tokens, the student 5": (teacher, make_gpt2(1, vocab_size=5000), {}),
-        r"student are \[16\] wide, the teacher's \[32\]": (teacher, narrow, {"hidden_weight": 1.0}),
-        "names layer 9 of the teacher, which has none": (
+        r"student's hidden states have shape \(8, 31, 16\), the teacher's \(8, 31, 32\)": (
+            teacher,
+            narrow,
+            {"hidden_weight": 1.0},
+        ),
+        "names layer 9 of the teacher, which has 3": (
             *(teacher, narrow),
             {"hidden_weight": 1.0, "hidden_layers": ((1, 9),)},
         ),

@@ -39,6 +39,7 @@ def setting(default, about: str, accepted: str = "", fits: Callable | tuple = (T
     return field(default=default, metadata={"help": about, "accepted": accepted, "fits": fits})
 
 
+SHARE = lambda v: 0 <= v <= 1  # noqa: E731
 AT_LEAST_0 = "at least 0", lambda v: v >= 0
 AT_LEAST_1 = "at least 1", lambda v: v >= 1
 BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
@@ -63,7 +64,7 @@ class DistillConfig:
         "weight of the hard-label cross-entropy (Hinton et al. 2015); 1 - alpha, torchtune's "
         "kd_ratio, is that of the soft labels",
         "from 0 (soft labels only) to 1 (hard labels only)",
-        lambda v: 0 <= v <= 1,
+        SHARE,
     )
     divergence: str = setting(
         "forward_kl",
@@ -92,7 +93,7 @@ class DistillConfig:
         "λ, the share of a step's blocks that the student writes itself, from a block's first "
         "quarter on, and is scored on (Agarwal et al. 2024)",
         "from 0 (the text as it is) to 1 (on-policy)",
-        lambda v: 0 <= v <= 1,
+        SHARE,
     )
     epochs: int = setting(3, "passes over the training blocks", *AT_LEAST_1)
     learning_rate: float = setting(
@@ -114,7 +115,7 @@ class DistillConfig:
         0.1,
         "share of the steps over which the learning rate rises",
         "from 0 to 1",
-        lambda v: 0 <= v <= 1,
+        SHARE,
     )
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only", *AT_LEAST_0)
     max_grad_norm: float = setting(
@@ -215,6 +216,6 @@ def described(each: dataclasses.Field) -> str:
 
 
 DistillConfig.__doc__ = "\n".join(
-    [inspect.cleandoc(DistillConfig.__doc__), "", "Attributes:"]
+    [inspect.cleandoc(DistillConfig.__doc__ or ""), "", "Attributes:"]
     + [f"    {each.name}: {described(each)}." for each in dataclasses.fields(DistillConfig)]
 )

@@ -101,17 +101,15 @@ def latency(
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats)):
         require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
     prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
-    seconds = {name: {"forward": [], "per_token": []} for name in models}
-    for round_ in range(repeats + 1):
+    seconds = {name: [] for name in models}
+    for _ in range(repeats + 1):
         for name, model in models.items():
             forward = timed(lambda m=model: m(ids.to(m.device)), model)
             generate = timed(lambda m=model: continue_greedily(m, prompt, new_tokens), model)
-            if round_:
-                seconds[name]["forward"].append(forward)
-                seconds[name]["per_token"].append(generate / new_tokens)
+            seconds[name].append({"forward": forward, "per_token": generate / new_tokens})
     return {
-        name: {what: statistics.median(values) for what, values in found.items()}
-        for name, found in seconds.items()
+        name: {what: statistics.median(row[what] for row in rows[1:]) for what in rows[0]}
+        for name, rows in seconds.items()
     }
 
 

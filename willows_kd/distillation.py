@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
-from willows_kd.errors import InputError, Stopped, require, type_name
+from willows_kd.errors import Stopped, require, type_name
 from willows_kd.evaluation import check_blocks, evaluate
 from willows_kd.generation import continued, prompt_length, uniform_draws
 from willows_kd.losses import cosine_distance, divergence_of, hard_label_loss, mix
@@ -78,68 +78,81 @@ def distill(
     config = DistillConfig() if config is None else config
     validate_inputs(teacher, student, blocks, config, checkpoints, resume)
     accelerator = join_processes(student)
-    history, save = [], None
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        enter(torch.random.fork_rng())  # the caller's random state stays as it is
-        enter(on_device(teacher, student.device))
-        enter(train_mode(teacher, student, config))
+    with (
+        torch.random.fork_rng(),  # the caller's random state stays as it is
+        on_device(teacher, student.device),
+        train_mode(teacher, student, config),
+    ):
         warn_of_other_dropout(student, blocks.train[:1])
         objective = (loss or DistillationLoss)(teacher, student, config, blocks.train[:1])
         optimizer = torch.optim.AdamW(parameter_groups(student, config))
         optimizer.zero_grad()  # of what came before
-        plan = plan_steps(blocks.train, config)
+        plan = [
+            (epoch, batch)
+            for epoch in range(1, config.epochs + 1)
+            for batch in epoch_batches(blocks.train, config, epoch - 1)
+        ]
+        shown = {"unit": "step", "leave": False, "disable": not accelerator.is_main_process}
+        run = contextlib.nullcontext(([], None))
         if checkpoints is not None:
             run = checkpoints.opened(teacher, student, optimizer, blocks, config, resume)
-            history, save = enter(run)
-        objective = accelerator.prepare_model(objective, device_placement=False)
-        shown = {"unit": "step", "leave": False, "disable": not accelerator.is_main_process}
-        bar = enter(tqdm(total=len(plan), initial=len(history), **shown))
-        enter(memory_errors_as_input_errors(history))
-        stop = enter(graceful_interrupt(accelerator.num_processes == 1))
-        for epoch, indices, ends_epoch in plan[len(history) :]:
-            start = time.perf_counter()
-            row = {"step": len(history) + 1, "epoch": epoch}
-            # dropout follows from seed and step, so that a resumed run draws the same
-            torch.manual_seed(config.seed * 2**31 + row["step"])
+        with (
+            run as (history, save),
+            tqdm(total=len(plan), initial=len(history), **shown) as bar,
+            memory_errors_as_input_errors(history),
+            graceful_interrupt(accelerator.num_processes == 1) as stop,
+        ):
+            objective = accelerator.prepare_model(objective, device_placement=False)
+            for epoch, indices in plan[len(history) :]:
+                start = time.perf_counter()
+                row = {"step": len(history) + 1, "epoch": epoch}
+                # dropout follows from seed and step, so that a resumed run draws the same
+                torch.manual_seed(config.seed * 2**31 + row["step"])
 
-            ids, mask = blocks.train[indices], loss_mask(blocks, indices)
-            if config.on_policy_share:
-                ids, mask = sample_on_policy(
-                    teacher, student, ids, mask, row["step"], config, accelerator
-                )
+                ids, mask = blocks.train[indices], blocks.masks.get("train")
+                mask = None if mask is None else mask[indices, 1:]
+                if config.on_policy_share:
+                    ids, mask = sample_on_policy(
+                        teacher, student, ids, mask, row["step"], config, accelerator
+                    )
 
-            losses = torch.zeros(4)
-            for part, counts, weight, is_last in micro_batches(ids, mask, config, accelerator):
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
-                    parts = objective(teacher, part, counts)
-                    # DistributedDataParallel averages over the processes; we want the sum
-                    accelerator.backward(parts[0] * weight * accelerator.num_processes)
-                losses += weight * torch.stack(parts).detach().float().cpu()
-            row |= named_losses(losses, config, accelerator)
+                losses = torch.zeros(4)
+                for part, counts, weight, is_last in micro_batches(ids, mask, config, accelerator):
+                    with contextlib.nullcontext() if is_last else accelerator.no_sync(objective):
+                        parts = objective(teacher, part, counts)
+                        # DistributedDataParallel averages over the processes; we want the sum
+                        accelerator.backward(parts[0] * weight * accelerator.num_processes)
+                    losses += weight * torch.stack(parts).detach().float().cpu()
+                row |= named_losses(losses, config, accelerator)
 
-            norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-            row["gradient_norm"] = norm.item()
-            check_finite(row)
-            row["learning_rate"] = learning_rate(len(history), len(plan), config)
-            for group in optimizer.param_groups:
-                group["lr"] = row["learning_rate"]
-            optimizer.step()
-            optimizer.zero_grad()
+                norm = accelerator.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+                row["gradient_norm"] = norm.item()
+                check_finite(row)
 
-            before = history[-1] if history else {"tokens": 0, "seconds": 0.0}
-            row["tokens"] = before["tokens"] + ids.numel()
-            row["seconds"] = before["seconds"] + time.perf_counter() - start
-            history.append(row)
-            if ends_epoch:
-                row |= end_of_epoch(teacher, student, blocks, history, config)
-            advance(bar, row)
-            if on_step and accelerator.is_main_process:
-                on_step(row)
-            if save:
-                save(history, at_once=ends_epoch or stop.requested)
-            if stop.requested:
-                raise Stopped(history, len(plan))
+                share = warm_up_and_cosine(len(history), config.warmup_ratio * len(plan), len(plan))
+                row["learning_rate"] = config.learning_rate * share
+                for group in optimizer.param_groups:
+                    group["lr"] = row["learning_rate"]
+                optimizer.step()
+                optimizer.zero_grad()
+
+                before = history[-1] if history else {"tokens": 0, "seconds": 0.0}
+                row["tokens"] = before["tokens"] + ids.numel()
+                row["seconds"] = before["seconds"] + time.perf_counter() - start
+                history.append(row)
+                ends_epoch = len(history) % (len(plan) // config.epochs) == 0
+                if ends_epoch:
+                    row |= end_of_epoch(teacher, student, blocks, history, config)
+
+                speed = row["tokens"] / row["seconds"]
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.update()
+                if on_step and accelerator.is_main_process:
+                    on_step(row)
+                if save:
+                    save(history, at_once=ends_epoch or stop.requested)
+                if stop.requested:
+                    raise Stopped(history, len(plan))
     return history
 
 
@@ -151,16 +164,18 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(self, teacher, student, config: DistillConfig, ids: torch.Tensor):
-        """Require models that can give what the loss needs; `ids` are a block to try them on."""
+        """Require hidden states that are there; `ids` are a block that a subclass may try."""
         super().__init__()
         self.student, self.config = student, config
         self.vocabulary = common_vocabulary(teacher, student)
         self.matches_hidden = config.hidden_weight > 0
         pairs = config.hidden_layers or ()
         self.layers = {"student": [a for a, _ in pairs], "teacher": [b for _, b in pairs]}
-        asked = {"student": student} | ({"teacher": teacher} if asks_teacher(config) else {})
-        if self.matches_hidden:
-            self.check_hidden_states(asked, ids.to(student.device))
+        for name, model in (("student", student), ("teacher", teacher)):
+            if self.matches_hidden and (highest := max(self.layers[name], default=0)):
+                depth = model.config.get_text_config(decoder=True).num_hidden_layers
+                wrong = f"hidden_layers names layer {highest} of the {name}, which has {depth}"
+                require(highest <= depth, wrong)
 
     def forward(self, teacher, ids: torch.Tensor, mask: torch.Tensor | None = None):
         """The loss of some blocks, and without gradient its parts: soft, hard, hidden.
@@ -209,24 +224,6 @@ class DistillationLoss(nn.Module):
         """bfloat16 arithmetic, if the settings ask for it."""
         wanted = self.config.dtype == "bfloat16"
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=wanted)
-
-    @torch.no_grad()
-    def check_hidden_states(self, models: dict, ids: torch.Tensor) -> None:
-        """Require layers that are there, and hidden states of one width."""
-        widths = {}
-        for name, model in models.items():
-            with eval_mode(model):
-                try:
-                    _, states = self.forward_states(model, ids, self.layers[name])
-                except IndexError:
-                    wrong = f"hidden_layers names layer {max(self.layers[name])} of the {name}"
-                    raise InputError(f"{wrong}, which has none of that number") from None
-            widths[name] = [state.shape[-1] for state in states]
-        require(
-            widths["student"] == widths["teacher"],
-            f"the hidden states of the student are {widths['student']} wide, the teacher's "
-            f"{widths['teacher']}; for hidden_weight they must be equal",
-        )
 
 
 # -- before the first step -------------------------------------------------------------
@@ -341,15 +338,6 @@ def warn_of_other_dropout(student: nn.Module, ids: torch.Tensor) -> None:
         )
 
 
-def plan_steps(blocks: torch.Tensor, config: DistillConfig) -> list[tuple[int, torch.Tensor, bool]]:
-    """All optimiser steps: the epoch (from 1), the blocks to see, and whether it ends the epoch."""
-    plan = []
-    for epoch in range(1, config.epochs + 1):
-        steps = epoch_batches(blocks, config, epoch - 1)
-        plan += [(epoch, step, step is steps[-1]) for step in steps]
-    return plan
-
-
 def epoch_batches(
     blocks: torch.Tensor, config: DistillConfig, epoch: int
 ) -> tuple[torch.Tensor, ...]:
@@ -379,12 +367,6 @@ def parameter_groups(student: nn.Module, config: DistillConfig) -> list[dict]:
 
 
 # -- in a step -------------------------------------------------------------------------
-
-
-def loss_mask(blocks: Blocks, indices: torch.Tensor) -> torch.Tensor | None:
-    """Which predictions of some blocks count, shape (blocks, block_size - 1); None for all."""
-    mask = blocks.masks.get("train")
-    return None if mask is None else mask[indices, 1:]
 
 
 def sample_on_policy(teacher, student, ids, mask, step: int, config, accelerator):
@@ -440,12 +422,6 @@ def named_losses(losses: torch.Tensor, config: DistillConfig, accelerator) -> di
     return {n: v if w else None for n, v, w in zip(names, values, weights, strict=True)}
 
 
-def learning_rate(step: int, total_steps: int, config: DistillConfig) -> float:
-    """The learning rate of a step, counted from 0."""
-    warmup_steps = config.warmup_ratio * total_steps
-    return config.learning_rate * warm_up_and_cosine(step, warmup_steps, total_steps)
-
-
 def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> float:
     """The share of the peak learning rate at a step, counted from 0: no step is idle."""
     if step < warmup_steps:
@@ -457,22 +433,14 @@ def warm_up_and_cosine(step: int, warmup_steps: float, total_steps: int) -> floa
 def end_of_epoch(teacher, student, blocks: Blocks, history: list[dict], config) -> dict:
     """The epoch's average loss over its tokens, and the student's quality on held-out blocks."""
     steps = epoch_batches(blocks.train, config, history[-1]["epoch"] - 1)
-    masks = [loss_mask(blocks, step) for step in steps]
-    sizes = [len(s) if m is None else m.sum().item() for s, m in zip(steps, masks, strict=True)]
-    weighted = (row["loss"] * n for row, n in zip(history[-len(sizes) :], sizes, strict=True))
-    knows_others = not getattr(teacher, "training_blocks_only", False)
-    asked = teacher if knows_others else None
+    mask = blocks.masks.get("train")
+    sizes = [len(s) if mask is None else mask[s, 1:].sum().item() for s in steps]
+    losses = [row["loss"] for row in history[-len(steps) :]]
+    asked = None if getattr(teacher, "training_blocks_only", False) else teacher
     mask = blocks.masks.get("validation")
     found = evaluate(student, blocks.validation, teacher=asked, mask=mask)
     return {
-        "average_loss": sum(weighted) / sum(sizes),
+        "average_loss": sum(a * n for a, n in zip(losses, sizes, strict=True)) / sum(sizes),
         "validation_perplexity": found["perplexity"],
         "validation_kl": found.get("kl_to_teacher"),
     }
-
-
-def advance(bar: tqdm, row: dict) -> None:
-    """Move the bar by a step, with the loss and the speed so far."""
-    speed = row["tokens"] / row["seconds"]
-    bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-    bar.update()

@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
         self.history = history
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raise an `InputError` with this message unless a condition holds."""
     if not condition:
         raise InputError(message)

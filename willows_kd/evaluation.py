@@ -98,12 +98,7 @@ def loss_by_position(model, blocks: torch.Tensor) -> torch.Tensor:
     length = window_length(blocks, model)
     stream, first = one_stream(blocks)
     rows = stream.unfold(0, length - len(first), max(1, length // 8))
-    rows = torch.cat([first.expand(len(rows), -1), rows], dim=1)
-    found = [
-        token_scores(model, None, part.to(model.device))["nll"].double().cpu()
-        for part in rows.split(windows_at_once(length, vocabulary_size(model)))
-    ]
-    return torch.cat(found).mean(dim=0)
+    return nll_of_rows(model, torch.cat([first.expand(len(rows), -1), rows], dim=1)).mean(dim=0)
 
 
 def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
@@ -144,29 +139,24 @@ def windows_at_once(length: int, vocabulary: int) -> int:
 def windows(blocks: torch.Tensor, length: int, vocabulary: int):
     """Overlapping windows of so many tokens over the blocks read as one stream, several at a time.
 
-    Yields:
-        token ids, shape (windows, length), and a mask of the same shape that is
+    Returns:
+        pairs of token ids, shape (windows, length), and a mask of the same shape that is
         True where a token is to be scored: each token of the stream that has one before it
         is scored in exactly one window.
     """
+    at_once = windows_at_once(length, vocabulary)
     stream, first = one_stream(blocks)
     length -= len(first)
     starts = list(range(0, len(stream) - length + 1, max(1, length // 2)))
     if starts[-1] + length < len(stream):
         starts.append(len(stream) - length)
-    ends = [1 - len(first)] + [
-        start + length for start in starts[:-1]
-    ]  # where the window before ended
-    at_once = windows_at_once(length + len(first), vocabulary)
-    offsets = torch.arange(length)
-    for i in range(0, len(starts), at_once):
-        positions = torch.tensor(starts[i : i + at_once])[:, None] + offsets
-        scored = positions >= torch.tensor(ends[i : i + at_once])[:, None]
-        before = first.expand(len(positions), -1)
-        yield (
-            torch.cat([before, stream[positions]], dim=1),
-            torch.cat([torch.zeros_like(before, dtype=torch.bool), scored], dim=1),
-        )
+    scored_up_to = [1 - len(first), *(start + length for start in starts[:-1])]
+    positions = torch.tensor(starts)[:, None] + torch.arange(length)
+    scored = positions >= torch.tensor(scored_up_to)[:, None]
+    before = first.expand(len(starts), -1)
+    ids = torch.cat([before, stream[positions]], dim=1)
+    scored = torch.cat([torch.zeros_like(before, dtype=torch.bool), scored], dim=1)
+    return zip(ids.split(at_once), scored.split(at_once), strict=True)
 
 
 @torch.inference_mode()
@@ -204,12 +194,14 @@ def block_nll(model, blocks: torch.Tensor) -> torch.Tensor:
         blocks: token ids, shape (blocks, block_size).
     """
     check_blocks(model, blocks, "model")
-    at_once = windows_at_once(blocks.shape[1], vocabulary_size(model))
-    found = [
-        token_scores(model, None, part.to(model.device))["nll"].double().mean(dim=1).cpu()
-        for part in blocks.split(at_once)
-    ]
-    return torch.cat(found)
+    return nll_of_rows(model, blocks).mean(dim=1)
+
+
+def nll_of_rows(model, rows: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each prediction of rows read by themselves, (rows, length - 1)."""
+    at_once = windows_at_once(rows.shape[1], vocabulary_size(model))
+    scores = [token_scores(model, None, part.to(model.device)) for part in rows.split(at_once)]
+    return torch.cat([score["nll"].double().cpu() for score in scores])
 
 
 def paired_bootstrap(
@@ -302,9 +294,6 @@ def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> d
 
 # -- one table -------------------------------------------------------------------------
 
-# 97.5 % quantiles of Student's t by degrees of freedom; from 10 on the normal's is close
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-
 LABELS = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
@@ -344,6 +333,8 @@ def compare(
             check_blocks(model, ids, name)
     teacher = next(iter(models.values()))
     training_text = tokenizer.decode(blocks.train.flatten(), skip_special_tokens=True)
+    rows = torch.linspace(0, len(blocks.test) - 1, min(3, len(blocks.test))).long()
+    openings = tokenizer.batch_decode(blocks.test[rows, :12])
     speed = latency(models, blocks.test[:1])
     rows = {}
     for name, model in models.items():
@@ -360,31 +351,13 @@ def compare(
             },
             "ngram_overlap": statistics.mean(
                 ngram_overlap(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
-                for seed, prompt in enumerate(prompts(blocks.test, tokenizer))
+                for seed, prompt in enumerate(openings)
             ),
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.attrs["threads"] = torch.get_num_threads()
     table.attrs["machine"] = f"{os.cpu_count()} cores, device {teacher.device}"
     return table
-
-
-def prompts(blocks: torch.Tensor, tokenizer, count: int = 3, tokens: int = 12) -> list[str]:
-    """The openings of a few blocks spread over a split."""
-    rows = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).long()
-    return tokenizer.batch_decode(blocks[rows, :tokens])
-
-
-def with_intervals(measured: list[dict[str, float]]) -> dict[str, float]:
-    """Means over repeats and, where there are several, the half widths of 95 % intervals."""
-    result = {}
-    for name in measured[0]:
-        values = [row[name] for row in measured]
-        result[name] = statistics.mean(values)
-        if len(values) > 1:
-            t = STUDENT_T[min(len(values) - 2, len(STUDENT_T) - 1)]
-            result[f"± {name}"] = t * statistics.stdev(values) / math.sqrt(len(values))
-    return result
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -193,22 +193,21 @@ def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) 
 
 
 DIVERGENCES: dict[str, Callable] = {
-    function.__name__: function
-    for function in (
-        *(forward_kl, reverse_kl, jensen_shannon),
-        *(skewed_forward_kl, skewed_reverse_kl, total_variation),
-    )
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+    "total_variation": total_variation,
 }
 
 
 def divergence_of(config) -> Callable:
     """The divergence that a `DistillConfig` names, with its beta or skew if it has one."""
-    function = DIVERGENCES[config.divergence]
-    if config.divergence == "jensen_shannon":
-        return functools.partial(function, beta=config.beta)
-    if config.divergence.startswith("skewed"):
-        return functools.partial(function, skew=config.skew)
-    return function
+    name = config.divergence
+    more = {"beta": config.beta} if name == "jensen_shannon" else {}
+    more |= {"skew": config.skew} if name.startswith("skewed") else {}
+    return functools.partial(DIVERGENCES[name], **more)
 
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
