@@ -556,7 +556,8 @@ def save_model(
 
 def write_weights(model, folder) -> None:
     """Write weights and settings as `transformers` does, LoRA adapters merged."""
-    model = copy.copy(merge_adapters(model))  # shallow, with a config of generation of its own
+    model = copy.copy(merge_adapters(model))  # shallow, with configs of its own
+    model.config = copy.deepcopy(model.config)  # to which saving adds
     model.generation_config = savable(model.generation_config)
     model.save_pretrained(folder)
 
