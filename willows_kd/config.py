@@ -39,7 +39,11 @@ def setting(default, about: str, accepted: str = "", fits: Callable | tuple = (T
     return field(default=default, metadata={"help": about, "accepted": accepted, "fits": fits})
 
 
-SHARE = lambda v: 0 <= v <= 1  # noqa: E731
+def is_share(value) -> bool:
+    """Whether a number lies from 0 to 1."""
+    return 0 <= value <= 1
+
+
 AT_LEAST_0 = "at least 0", lambda v: v >= 0
 AT_LEAST_1 = "at least 1", lambda v: v >= 1
 BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
@@ -64,7 +68,7 @@ class DistillConfig:
         "weight of the hard-label cross-entropy (Hinton et al. 2015); 1 - alpha, torchtune's "
         "kd_ratio, is that of the soft labels",
         "from 0 (soft labels only) to 1 (hard labels only)",
-        SHARE,
+        is_share,
     )
     divergence: str = setting(
         "forward_kl",
@@ -93,7 +97,7 @@ class DistillConfig:
         "λ, the share of a step's blocks that the student writes itself, from a block's first "
         "quarter on, and is scored on (Agarwal et al. 2024)",
         "from 0 (the text as it is) to 1 (on-policy)",
-        SHARE,
+        is_share,
     )
     epochs: int = setting(3, "passes over the training blocks", *AT_LEAST_1)
     learning_rate: float = setting(
@@ -115,7 +119,7 @@ class DistillConfig:
         0.1,
         "share of the steps over which the learning rate rises",
         "from 0 to 1",
-        SHARE,
+        is_share,
     )
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only", *AT_LEAST_0)
     max_grad_norm: float = setting(
