@@ -275,7 +275,7 @@ def download_book(url: str) -> str:
         raw = answer.read(SIZE_LIMIT + 1)
     require(len(raw) <= SIZE_LIMIT, f"more than {SIZE_LIMIT} bytes")
     text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    whole = END_OF_BOOK.search(text)
+    whole = bool(END_OF_BOOK.search(text))
     text = re.sub(r"\n{3,}", "\n\n", strip_licence(text)).strip("\n") + "\n"
     title, chapters = chapters_of(text)
     whole = whole and title == WILLOWS and all(len(c) in CHAPTER_LENGTHS for c in chapters)
@@ -327,7 +327,7 @@ def read_table(source: str | os.PathLike, text_column=None, encoding=None) -> Co
     try:
         with quiet_datasets():
             if is_hub_name(source):
-                ask_hub(source)
+                ask_hub(str(source))
                 table = load_dataset(source, split="train")
             else:
                 settings = settings_for(path, encoding)
@@ -351,7 +351,7 @@ def settings_for(path: Path, encoding: str | None) -> dict:
     kind = READERS[path.suffix.lower()]
     with path.open("rb") as file:
         encoding = encoding or ("utf-16" if file.read(2) in UTF16_MARKS else None)
-    settings = {"encoding": encoding} if encoding and kind != "parquet" else {}
+    settings: dict = {"encoding": encoding} if encoding and kind != "parquet" else {}
     if kind == "csv":
         settings["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
         settings["keep_default_na"] = False  # a text may be "None" or "NA"
@@ -452,15 +452,15 @@ def split(corpus: Corpus) -> Splits:
         return Splits(list(texts[:10]), list(texts[10:11]), list(texts[11:]))
     if isinstance(texts, Rows):
         tenth = max(1, len(texts) // 10)
-        validation, test = max(0, len(texts) - 2 * tenth), len(texts) - tenth
-        return Splits(texts[:validation], texts[validation:test], texts[test:])
+        first, second = max(0, len(texts) - 2 * tenth), len(texts) - tenth
+        return Splits(texts[:first], texts[first:second], texts[second:])
     begin, end = (0, 0), (len(texts), 0)
     validation, test = (place_of(texts, share) for share in (0.8, 0.9))
     bounds = [(begin, validation), (validation, test), (test, end)]
     return Splits(*(between(texts, first, last) for first, last in bounds))
 
 
-def place_of(texts: Sequence[str], share: float) -> tuple[int, int]:
+def place_of(texts: Sequence, share: float) -> tuple[int, int]:
     """Where a share of the text ends: the number of a text, and of a character in it."""
     total = sum(map(len, texts))
     left = share * total
@@ -480,7 +480,7 @@ def place_of(texts: Sequence[str], share: float) -> tuple[int, int]:
     return number, start if at - start <= end - at else end
 
 
-def between(texts: Sequence[str], first: tuple[int, int], last: tuple[int, int]) -> list[str]:
+def between(texts: Sequence, first: tuple[int, int], last: tuple[int, int]) -> list[str]:
     """What stands between two places."""
     found = []
     for number in range(first[0], min(last[0] + 1, len(texts))):

@@ -101,7 +101,7 @@ def latency(
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats)):
         require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
     prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
-    seconds = {name: [] for name in models}
+    seconds: dict[str, list] = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
             forward = timed(lambda m=model: m(ids.to(m.device)), model)
@@ -130,7 +130,7 @@ def decode_latency(
     fits = new_tokens and all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
     require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
     before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
-    seconds = {name: [[] for _ in new_tokens] for name in models}
+    seconds: dict[str, list] = {name: [[] for _ in new_tokens] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
             cached = {CACHE: DynamicCache(), "use_cache": True}

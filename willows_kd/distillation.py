@@ -93,7 +93,7 @@ def distill(
             for batch in epoch_batches(blocks.train, config, epoch - 1)
         ]
         shown = {"unit": "step", "leave": False, "disable": not accelerator.is_main_process}
-        run = contextlib.nullcontext(([], None))
+        run: contextlib.AbstractContextManager = contextlib.nullcontext(([], None))
         if checkpoints is not None:
             run = checkpoints.opened(teacher, student, optimizer, blocks, config, resume)
         with (
@@ -105,7 +105,7 @@ def distill(
             objective = accelerator.prepare_model(objective, device_placement=False)
             for epoch, indices in plan[len(history) :]:
                 start = time.perf_counter()
-                row = {"step": len(history) + 1, "epoch": epoch}
+                row: dict = {"step": len(history) + 1, "epoch": epoch}
                 # dropout follows from seed and step, so that a resumed run draws the same
                 torch.manual_seed(config.seed * 2**31 + row["step"])
 

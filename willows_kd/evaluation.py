@@ -66,7 +66,8 @@ def evaluate(
     else:
         at_once = windows_at_once(blocks.shape[1], vocabulary)
         parts = zip(blocks.split(at_once), mask.split(at_once), strict=True)
-    counted, per_token = [], {}
+    counted: list[torch.Tensor] = []
+    per_token: dict[str, list[torch.Tensor]] = {}
     for window, scored in parts:
         counted.append(window[:, 1:][scored[:, 1:]])
         for name, values in token_scores(model, teacher, window.to(model.device)).items():
@@ -363,7 +364,7 @@ def compare(
 def as_markdown(table: pd.DataFrame) -> str:
     """A table from `compare` for a terminal, a model card or a README: one column a model."""
     lines = [["", *map(str, table.index)]]
-    labels = LABELS | {column: column for column in table if column not in LABELS}
+    labels = LABELS | {column: str(column) for column in table if column not in LABELS}
     for column, label in labels.items():
         if column in table:
             count = column == "parameters"

@@ -197,7 +197,7 @@ def end_of_text(model) -> list[int]:
 
     They may differ: an instruction-tuned model ends an answer and a text with different tokens.
     """
-    found = set()
+    found: set[int] = set()
     for settings in (model.config, model.generation_config):
         ids = getattr(settings, "eos_token_id", None)
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -244,7 +244,7 @@ def check_layers(teacher, student, kept: list[int]) -> None:
 
 def build_of(layer: nn.Module) -> dict[str, object]:
     """The classes of a layer's modules, and those of their attributes that make a difference."""
-    found = {}
+    found: dict[str, object] = {}
     for name, module in layer.named_modules():
         found[name or "the class"] = type(module).__name__
         for key, value in vars(module).items():
