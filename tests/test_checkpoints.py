@@ -132,6 +132,8 @@ def test_a_run_may_die_again_and_again(teacher, student, blocks, folder, uninter
         with pytest.raises(SystemExit):
             run(teacher, copy.deepcopy(student), blocks, folder, True, killed(step))
         assert len(Checkpoints(folder).newest().history) == step - 1  # killed before step's own
+    kept = [int(file.stem.removeprefix("step_")) for file in Checkpoints(folder).files()]
+    assert kept == [5, 4, 3]  # the last two, and that of the last epoch
     history = run(teacher, student, blocks, folder, resume=True)
     assert without_time(history) == without_time(uninterrupted[0])
     assert same(student, uninterrupted[1])
