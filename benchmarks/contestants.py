@@ -122,7 +122,7 @@ def book() -> tuple[kd.Blocks, list[torch.Tensor]]:
     lines = [line for text in paragraphs for line in textwrap.wrap(text, LINE_WIDTH)]
     ids = [torch.tensor(row) for row in tokenizer(lines)["input_ids"] if len(row) > 1]
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED)).tolist()
-    return kd.pack(corpus, tokenizer), [ids[i] for i in order]
+    return kd.pack(corpus, tokenizer, 128), [ids[i] for i in order]
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def judge(teacher, blocks, kept: list[int], row: dict) -> None:
     part = replace(blocks, train=blocks.train[::8], validation=blocks.validation[:12])
     row |= {"depth": teacher.config.num_hidden_layers}
     row |= {"start": kd.evaluate(student, part.validation)["perplexity"]}
-    last = kd.distill(teacher, student, part, SHORT)[-1]
+    last = kd.distill(teacher, student, part, SHORT, loss=kd.ChunkedLoss)[-1]
     row |= {"end": last["validation_perplexity"], "tokens": last["tokens"]}
     rows = pd.DataFrame([*stored, row])
     rows.to_csv(STORED, index=False, float_format="%.6g")
@@ -128,8 +128,7 @@ def deep_teacher(tokenizer, blocks, options):
         ids = source[torch.arange(step * 16, step * 16 + 16) % len(source)]
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (1 - done))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(ids, labels=ids, use_cache=False).loss
+        loss = model(ids, labels=ids, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -60,7 +60,7 @@ def run(course, temperature: float, epochs: int, cache: str | None = None) -> fl
         teacher = course.teacher
         if cache:
             teacher = kd.cache_teacher(teacher, course.blocks, folder=cache)
-        kd.distill(teacher, student, course.blocks, config)
+        kd.distill(teacher, student, course.blocks, config, loss=kd.ChunkedLoss)
     return time.perf_counter() - start
 
 

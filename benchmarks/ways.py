@@ -96,7 +96,7 @@ def ways() -> dict[str, dict]:
 
 def trained(teacher, blocks, settings: dict, seed: int):
     """A student trained in one way, and the seconds that it took."""
-    settings = dict(epochs=1, dtype="bfloat16", seed=seed) | settings
+    settings = dict(epochs=1, seed=seed) | settings
     ours = ("text", "cache", "pruned", "share")
     text, cache, pruned, share = (settings.pop(name, None) for name in ours)
     count = int(len(blocks.train) * (share or 1))
@@ -109,7 +109,8 @@ def trained(teacher, blocks, settings: dict, seed: int):
     if cache:
         asked = kd.cache_teacher(teacher, blocks, **cache)
     student = narrower(teacher, blocks) if pruned else kd.student_from_teacher(teacher)
-    history = kd.distill(asked, student, blocks, kd.DistillConfig(**settings))
+    config = kd.DistillConfig(**settings)
+    history = kd.distill(asked, student, blocks, config, loss=kd.ChunkedLoss)
     return student, {"seconds": history[-1]["seconds"] + writing, "steps": len(history)}
 
 

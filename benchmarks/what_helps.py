@@ -45,9 +45,10 @@ def main() -> None:
     measured = []
     for seed in options.seeds:
         for text, settings in students():
-            config = kd.DistillConfig(**settings, epochs=1, dtype="bfloat16", seed=seed)
+            config = kd.DistillConfig(**settings, epochs=1, seed=seed)
             student = kd.student_from_teacher(teacher)
-            kd.distill(teacher, student, replace(blocks, train=texts[text]), config)
+            chosen = replace(blocks, train=texts[text])
+            kd.distill(teacher, student, chosen, config, loss=kd.ChunkedLoss)
             found = kd.evaluate(student, blocks.validation, teacher=teacher)
             found["ratio"] = found["perplexity"] / target
             tokens = texts[text].numel()
@@ -82,7 +83,7 @@ def training_texts(options, teacher, tokenizer, blocks) -> dict[str, torch.Tenso
         "the book again": torch.cat([book, book]),
         "other books": torch.cat([book, books[:half]]),
         "other books, nothing of this one": books[: 2 * half],
-        "the teacher's own writing": torch.cat([book, own_writing(teacher, half)]),
+        "the teacher's own writing": torch.cat([book, own_writing(teacher, *book.shape)]),
         "other books, words shuffled": torch.cat([book, jumbled]),
         "random tokens": torch.cat([book, noise]),
     }
@@ -105,19 +106,10 @@ def shuffled_words(blocks: torch.Tensor, tokenizer) -> torch.Tensor:
     return cut(tokenize([" ".join(words)], tokenizer), blocks.shape[1])
 
 
-@torch.no_grad()
-def own_writing(teacher, count: int, at_once: int = 200) -> torch.Tensor:
+def own_writing(teacher, count: int, length: int) -> torch.Tensor:
     """Blocks drawn from the teacher at temperature 1, each from the end-of-text token on."""
-    end = teacher.config.eos_token_id
-    free = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    lengths = dict(min_new_tokens=127, max_new_tokens=127, pad_token_id=end)
-    torch.manual_seed(0)
-    written = []
-    for start in range(0, count, at_once):
-        ids = torch.full((min(at_once, count - start), 1), end)
-        mask = torch.ones_like(ids)
-        written.append(teacher.generate(ids, attention_mask=mask, **free, **lengths))
-    return torch.cat(written)
+    first = torch.full((count, 1), teacher.config.eos_token_id)
+    return torch.cat([first, kd.sample_continuations(teacher, first, length - 1)], dim=1)
 
 
 def write(measured: pd.DataFrame) -> None:

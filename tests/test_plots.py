@@ -190,9 +190,23 @@ def test_the_prompt_box_writes_again_and_escapes(teacher, tokenizer):
     assert out.value != before and "&lt;b&gt;teacher" in out.value
     field.value = "A <i>Rat"
     assert ">A &lt;i&gt;Rat</span>" in out.value
-    out.value = ""
+    assert field.layout.width == "100%"
+
+
+def test_the_prompt_box_shows_that_it_writes(monkeypatch, teacher, tokenizer):
+    box = kd.prompt_box({"a": teacher, "b": teacher}, tokenizer, "The Mole", max_new_tokens=1)
+    _, controls, *outs = box.children
+    button, seen = controls.children[0], []
+
+    def write(model, tokenizer, prompt, *_, **__):
+        seen.append((button.description, button.disabled, *("writing …" in o.value for o in outs)))
+        return f"{prompt} was here"
+
+    monkeypatch.setattr(explorers, "complete", write)
     button.click()
-    assert "Rat</span>" in out.value and button.description == "Write" and not button.disabled
+    assert seen == [("Writing …", True, True, True), ("Writing …", True, False, True)]
+    assert (button.description, button.disabled) == ("Write", False)
+    assert all(out.value.endswith("Mole</span> was here</p>") for out in outs)
 
 
 @pytest.mark.parametrize(

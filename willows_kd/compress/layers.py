@@ -48,8 +48,7 @@ def choose_layers(
     depth, family = depth_of(teacher), teacher.config.model_type
     rows = {}
     for init in inits:
-        known = isinstance(init, str) and init in INITS
-        require(known, f"init is {init!r}; it must be one of {', '.join(INITS)}")
+        require(init in INITS, f"init is {init!r}; it must be one of {', '.join(INITS)}")
         kept = layers_to_keep(teacher, layers, "first" if init in MEASURED else init)
         with family_errors_as_input_errors(f"no layers of this {family} teacher by {init}"):
             if init in MEASURED:

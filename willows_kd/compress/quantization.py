@@ -86,14 +86,9 @@ def quantized_size(model) -> int:
     Biases, norms and whatever else was not quantized count as they are.
     """
     sizes = {id(weight): weight.nbytes for weight in model.parameters()}
-    for weight, rounding in quantized_weights(model):
-        channels = weight.shape[rounding.dim]
-        sizes[id(weight)] = weight.numel() * rounding.bits / 8 + channels * BYTES_OF_SCALE
-    return math.ceil(sum(sizes.values()))
-
-
-def quantized_weights(model):
-    """The float weights that `quantized` rounds, each with its `FakeQuantize`."""
     for part in model.modules():
         if isinstance(part, parametrize.ParametrizationList) and isinstance(part[0], FakeQuantize):
-            yield part.original, part[0]
+            weight, rounding = part.original, part[0]
+            channels = weight.shape[rounding.dim]
+            sizes[id(weight)] = weight.numel() * rounding.bits / 8 + channels * BYTES_OF_SCALE
+    return math.ceil(sum(sizes.values()))

@@ -24,14 +24,10 @@ class Speculated(NamedTuple):
     accepted: list[int]
 
     @property
-    def tested(self) -> int:
-        """How many drafted tokens were tested: in each pass up to the first that was rejected."""
-        return sum(min(a + 1, d) for a, d in zip(self.accepted, self.drafted, strict=True))
-
-    @property
     def acceptance(self) -> float:
-        """The share of accepted tokens among those that were tested."""
-        return sum(self.accepted) / max(1, self.tested)
+        """The share accepted of the tokens tested: in each pass up to the first rejected one."""
+        tested = sum(min(a + 1, d) for a, d in zip(self.accepted, self.drafted, strict=True))
+        return sum(self.accepted) / max(1, tested)
 
 
 @torch.inference_mode()

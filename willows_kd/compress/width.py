@@ -156,7 +156,13 @@ def pruned(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]):
     config, weights = copy.deepcopy(teacher.config), teacher.state_dict()
     for part, rows in kept.items():
         layers, count = layout(teacher, part)
-        resize(config.get_text_config(decoder=True), part, count, rows.shape[1])
+        text, number = config.get_text_config(decoder=True), rows.shape[1]
+        if part == "feed_forward":
+            setattr(text, "n_inner" if hasattr(text, "n_inner") else "intermediate_size", number)
+        else:
+            queries = text.num_attention_heads
+            text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // queries
+            text.num_attention_heads, text.num_key_value_heads = queries // count * number, number
         for layer, chosen in zip(layers, rows, strict=True):
             *_, out = layer
             for name, module in layer.items():
@@ -167,16 +173,6 @@ def pruned(teacher: PreTrainedModel, kept: dict[str, torch.Tensor]):
                         each = tensor.unflatten(dim, (count, -1)).index_select(dim, chosen)
                         weights[f"{name}.{key}"] = each.flatten(dim, dim + 1)
     return config, weights
-
-
-def resize(config, part: str, count: int, kept: int) -> None:
-    """State in a config how many of `count` heads or units each layer keeps."""
-    if part == "feed_forward":
-        setattr(config, "n_inner" if hasattr(config, "n_inner") else "intermediate_size", kept)
-        return
-    queries = config.num_attention_heads
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    config.num_attention_heads, config.num_key_value_heads = queries // count * kept, kept
 
 
 @contextlib.contextmanager

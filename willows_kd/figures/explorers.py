@@ -95,9 +95,10 @@ def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens
 
     def write(_change=None):
         button.disabled, button.description = True, "Writing …"
+        for name in models:
+            out[name].value = f"<b>{html.escape(name)}</b><p>writing …</p>"
         try:
             for name, model in models.items():
-                out[name].value = f"<b>{html.escape(name)}</b><p>writing …</p>"
                 text = complete(model, tokenizer, field.value, max_new_tokens, seed=seed.value)
                 out[name].value = f"<b>{html.escape(name)}</b>{continuation(field.value, text)}"
         finally:

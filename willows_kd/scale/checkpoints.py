@@ -35,7 +35,7 @@ from willows_kd.files import (
 from willows_kd.models import distributed_state, fingerprint
 
 KEPT = 2
-NAMES = "step_*.safetensors"
+NAME, NAMES = "step_{:08d}.safetensors", "step_*.safetensors"
 LOCK = "lock"
 RECORD = "record"  # JSON as bytes: a tensor among the others, as a header has a size limit
 
@@ -90,10 +90,6 @@ class Checkpoints:
             lock.release()
             remove_empty(created)
 
-    def file_of(self, step: int) -> Path:
-        """The checkpoint after a step."""
-        return self.folder / f"step_{step:08d}.safetensors"
-
     @contextlib.contextmanager
     def opened(self, teacher, student, optimizer, blocks, config: DistillConfig, resume=False):
         """The folder while a run uses it; the arguments are those of `distill`, and its AdamW.
@@ -110,8 +106,15 @@ class Checkpoints:
             history = self.resume(student, optimizer, run) if resume else []
 
             def save(history: list[dict], at_once: bool) -> None:
-                if speaks and (at_once or self.due()):
-                    self.try_save(student, optimizer, history, run)
+                due = at_once or time.monotonic() - self.last_time >= 60 * self.minutes
+                if not (speaks and due):
+                    return
+                try:
+                    self.save(student, optimizer, history, run)
+                except WriteError as error:
+                    reason = f"{error}. Training goes on."
+                    tqdm.write(f"⚠️ No checkpoint at step {len(history)}: {reason}")
+                self.last_time = time.monotonic()
 
             try:
                 yield history, save
@@ -150,37 +153,26 @@ class Checkpoints:
                     return found
         return None
 
-    def due(self) -> bool:
-        """Whether it is time for the next checkpoint."""
-        return time.monotonic() - self.last_time >= 60 * self.minutes
-
     def save(self, student: nn.Module, optimizer, history: list[dict], run: dict) -> None:
         """Write a checkpoint, whole or not at all; the last two stay, and the last epoch's.
 
         Raises:
             WriteError: it cannot be written. The earlier ones stay.
         """
-        tensors = student_tensors(student) | optimizer_tensors(student, optimizer)
+        tensors = student_tensors(student)
+        for name, parameter in student.named_parameters():  # AdamW's moments and step counts
+            for field, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"adamw.{field}/{name}"] = value
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         record = json.dumps({"run": run, "history": history}, default=np.generic.item).encode()
         tensors[RECORD] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
-        path = self.file_of(len(history))
-        save_tensors(path, tensors)
-        kept = [file for file in self.files() if file <= path][:KEPT]
         ends = [row["step"] for row in history if "average_loss" in row]
-        kept += [self.file_of(ends[-1])] if ends else []
+        path, *last = (self.folder / NAME.format(step) for step in (len(history), *ends[-1:]))
+        save_tensors(path, tensors)
+        kept = [file for file in self.files() if file <= path][:KEPT] + last
         for other in set(self.files()) - set(kept):  # older ones, and later ones of another run
             with contextlib.suppress(OSError):
                 other.unlink()
-        self.last_time = time.monotonic()
-
-    def try_save(self, student: nn.Module, optimizer, history: list[dict], run: dict) -> None:
-        """Save; if that fails, print why, so that training goes on."""
-        try:
-            self.save(student, optimizer, history, run)
-        except WriteError as error:
-            self.last_time = time.monotonic()
-            tqdm.write(f"⚠️ No checkpoint at step {len(history)}: {error}. Training goes on.")
 
     def clear(self) -> None:
         """Remove all checkpoints."""
@@ -199,14 +191,23 @@ class Checkpoint:
 
     def check(self, student: nn.Module, run: dict) -> None:
         """Refuse to resume a run that differs from the checkpoint's."""
-        found = differences(self.run, run)
+        was = self.run["settings"]
+        found = [
+            f"{name} was {was.get(name)!r}, is {value!r}"
+            for name, value in run["settings"].items()
+            if was.get(name) != value
+        ]
+        if run["teacher"] != self.run["teacher"]:
+            found.append("the teacher's weights or config differ from the checkpoint's")
+        if run["text"] != self.run["text"]:
+            found.append("the text or its blocks differ from the checkpoint's")
         if run["student"] != self.run["student"] and not self.holds(student):
             found.append("the student's weights are neither the run's first nor the checkpoint's")
-        if found:
-            raise InputError(
-                f"cannot resume from {self.file}: {', '.join(found)}; "
-                "resume with what the run began with, or start a new run"
-            )
+        require(
+            not found,
+            f"cannot resume from {self.file}: {', '.join(found)}; "
+            "resume with what the run began with, or start a new run",
+        )
 
     def holds(self, student: nn.Module) -> bool:
         """Whether a student's weights are those of the checkpoint."""
@@ -246,34 +247,10 @@ def describe(teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
     }
 
 
-def differences(before: dict, now: dict) -> list[str]:
-    """How two runs differ, in words; `Checkpoint.check` compares the student."""
-    was, settings = before["settings"], now["settings"]
-    found = [
-        f"{name} was {was.get(name)!r}, is {value!r}"
-        for name, value in settings.items()
-        if was.get(name) != value
-    ]
-    if before["teacher"] != now["teacher"]:
-        found.append("the teacher's weights or config differ from the checkpoint's")
-    if before["text"] != now["text"]:
-        found.append("the text or its blocks differ from the checkpoint's")
-    return found
-
-
 def student_tensors(student: nn.Module) -> dict[str, torch.Tensor]:
     """A student's weights and buffers by name, tied ones once."""
     return {
         f"student/{name}": tensor
         for found in (student.named_parameters(), student.named_buffers())
         for name, tensor in found
-    }
-
-
-def optimizer_tensors(student: nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments and step counts, by the names of their weights."""
-    return {
-        f"adamw.{field}/{name}": value
-        for name, parameter in student.named_parameters()
-        for field, value in optimizer.state.get(parameter, {}).items()
     }

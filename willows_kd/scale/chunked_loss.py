@@ -75,7 +75,15 @@ def chunked_distillation_loss(
     require(chunk is None or is_integer(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
     counted = ... if mask is None else mask.bool()
     if alpha < 1:
-        check_teacher(student_hidden, student_head, teacher_hidden, teacher_head)
+        given = teacher_hidden is not None and teacher_head is not None
+        needed = "with alpha below 1 the teacher's hidden states and output weights are needed"
+        require(given, needed)
+        sizes = [
+            f"{tuple(hidden.shape[:-1])} tokens and {len(head)} logits each"
+            for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
+        ]
+        differ = f"the student has {sizes[0]}, the teacher {sizes[1]}; they must be equal"
+        require(sizes[0] == sizes[1], differ)
         teacher_hidden = teacher_hidden[counted].flatten(0, -2).detach()
         teacher_head = teacher_head.detach()
     else:
@@ -85,19 +93,6 @@ def chunked_distillation_loss(
     settings = *objective, chunk or max(1, CHUNK // len(student_head))
     return LossWithGradients.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, settings
-    )
-
-
-def check_teacher(student_hidden, student_head, teacher_hidden, teacher_head) -> None:
-    """Require a teacher with the tokens and the vocabulary of the student."""
-    given = teacher_hidden is not None and teacher_head is not None
-    require(given, "with alpha below 1 the teacher's hidden states and output weights are needed")
-    require(
-        teacher_hidden.shape[:-1] == student_hidden.shape[:-1]
-        and len(teacher_head) == len(student_head),
-        f"the student has {tuple(student_hidden.shape[:-1])} tokens and {len(student_head)} logits "
-        f"each, the teacher {tuple(teacher_hidden.shape[:-1])} and {len(teacher_head)}; "
-        "they must be equal",
     )
 
 

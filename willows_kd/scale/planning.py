@@ -155,7 +155,10 @@ def plan(
         stored = sum(part.numel() for part in blocks_to_cache(blocks, teacher, CacheSpec()))
         cached = bytes_per_token(teacher, CacheSpec()) * stored
     return Plan(
-        parameters={"teacher": count(teacher), "student": count(student)},
+        parameters={
+            name: sum(p.numel() for p in model.parameters())
+            for name, model in (("teacher", teacher), ("student", student))
+        },
         memory=memory,
         cache=cached,
         flops={name: n * len(blocks.train) / len(ids) for name, n in passes.items()},
@@ -178,16 +181,6 @@ def fake(model, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Mo
     require(isinstance(model, PreTrainedConfig), f"the model is {type_name(model)}; {accepted}")
     with mode, quiet_transformers():
         return AutoModelForCausalLM.from_config(model, dtype=dtype or model.dtype or torch.float32)
-
-
-def count(model: nn.Module) -> int:
-    """Parameters, those that are used twice counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def nbytes(model: nn.Module) -> int:
-    """Bytes of the parameters."""
-    return sum(p.nbytes for p in model.parameters())
 
 
 def count_flops(objective: DistillationLoss, teacher, ids, linear: bool) -> dict[str, float]:
@@ -218,8 +211,8 @@ def memory_parts(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dic
             optimizer.zero_grad()
     trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     return {
-        "teacher's weights": nbytes(teacher),
-        "student's weights": nbytes(student),
+        "teacher's weights": sum(p.nbytes for p in teacher.parameters()),
+        "student's weights": sum(p.nbytes for p in student.parameters()),
         "gradients": trained,
         "moments": 2 * trained,
         "activations and logits": watch.most - 3 * trained,

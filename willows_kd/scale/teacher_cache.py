@@ -236,8 +236,8 @@ def validate_inputs(teacher, blocks: Blocks, spec: CacheSpec) -> None:
     dtype, top_k, samples = spec
     known = teacher.config.vocab_size
     require(dtype in DTYPES, f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    both = top_k is not None and samples is not None
-    require(not both, f"top_k is {top_k!r} and samples is {samples!r}; give only one of them")
+    one = None in (top_k, samples)
+    require(one, f"top_k is {top_k!r} and samples is {samples!r}; give only one of them")
     require(
         samples is None or is_integer(samples),
         f"samples is {samples!r}; it must be a whole number, at least 1",
