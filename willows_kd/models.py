@@ -36,16 +36,8 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
 BUNDLED = ("base", "teacher", "student", "student_hard_labels")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
-OF_SAMPLING = [
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_h",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-]
+OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff")
+OF_SAMPLING += ("eta_cutoff",)
 # what `transformers` calls a model's cache: past_key_values, in later versions cache
 CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
 LEAST_SHARED = 0.9  # of the larger head: with less the models have two vocabularies
