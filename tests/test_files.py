@@ -89,6 +89,12 @@ def test_the_error_is_one_line_that_names_the_place(tmp_path):
     assert issubclass(WriteError, InputError)
 
 
+def test_folders_made_for_a_directory_that_failed_are_removed(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "new" / "work"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("replaced_too", [False, True])
 def test_what_a_killed_process_left_is_restored_or_removed(replaced_too, tmp_path):
     work, neighbour = tmp_path / "work[1]", tmp_path / ".work1.00ff.partial"

@@ -51,6 +51,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     """
     directory = directory.resolve()
     partial, replaced = (temporary_name(directory, end) for end in ("partial", "replaced"))
+    created = missing_folders(directory.parent)
     with write_errors(directory):
         try:
             partial.mkdir(parents=True)
@@ -65,6 +66,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
                 os.rename(replaced, directory)
             for leftover in (partial, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
+            remove_empty(created)
 
 
 def temporary_name(path: Path, ending: str) -> Path:
@@ -87,6 +89,18 @@ def write_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise WriteError(f"{path} cannot be written: {reason}") from error
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those around it, as far as they do not exist yet, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those folders that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def clean_up_interrupted_writes(directory: Path) -> None:
