@@ -199,7 +199,7 @@ def load_merged(base: str, adapter: str | os.PathLike, device=None) -> PreTraine
     found = (Path(adapter) / "adapter_model.safetensors").is_file()  # never a pickle
     require(found, f"{adapter} holds no adapter weights (no adapter_model.safetensors)")
     model = load_model(base, device)
-    with loading(adapter, "cannot be loaded"):
+    with loading_errors_as_input_errors(adapter, "cannot be loaded"):
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged.requires_grad_(True)  # PEFT froze the base model
 
@@ -296,7 +296,7 @@ def hub_answers(name_or_path: str | os.PathLike) -> bool:
 
 def load_part(kind, name_or_path: str | os.PathLike, what: str, **options):
     """What a class of `transformers` loads from a name, with no remote code; `what` says if not."""
-    with loading(name_or_path, what):
+    with loading_errors_as_input_errors(name_or_path, what):
         offline = not hub_answers(name_or_path)
         return kind.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=offline, **options
@@ -304,7 +304,7 @@ def load_part(kind, name_or_path: str | os.PathLike, what: str, **options):
 
 
 @contextlib.contextmanager
-def loading(name_or_path: str | os.PathLike, what: str):
+def loading_errors_as_input_errors(name_or_path: str | os.PathLike, what: str):
     """Quietly, and with what `transformers` raises for a bad model in one line."""
     try:
         with quiet_transformers():
