@@ -5,6 +5,7 @@ import copy
 import gzip
 import hashlib
 import json
+import re
 import textwrap
 
 import datasets
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import willows_kd as kd
-from willows_kd import corpus as corpus_file
-from willows_kd.corpus import LONGEST_WRAPPED_LINE, WILLOWS, decode, parse_text, split, tokenize
+from willows_kd import texts as texts_file
+from willows_kd.corpus import PIECE, split, tokenize
 from willows_kd.models import BUNDLED_TEACHER
+from willows_kd.tables import Rows, quiet_datasets
+from willows_kd.texts import LONGEST_WRAPPED_LINE, WILLOWS, decode, parse_text
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
 # the first and last titles tell the book; those between, and all the words, are our own
@@ -222,14 +225,14 @@ def test_no_word_of_a_text_is_lost(paragraphs, width, gap):
 def test_the_first_source_that_can_be_had_is_read(
     source, there, read, story, tmp_path, monkeypatch, capsys
 ):
-    cache = corpus_file.cache_folder() / "wind_in_the_willows.txt"
+    cache = texts_file.cache_folder() / "wind_in_the_willows.txt"
     cache.parent.mkdir(parents=True)
     files = {"path": tmp_path / "a.txt", "variable": tmp_path / "b.txt", "cache": cache}
     for name in there.split():
         files[name].write_text(f"This is the {name}.\n\nIt rained.")
     if "variable" in there:
         monkeypatch.setenv("WILLOWS_KD_CORPUS", str(files["variable"]))
-    monkeypatch.setattr(corpus_file, "download_book", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(texts_file, "download_book", lambda url: pytest.fail("asked the network"))
 
     book = kd.load_corpus(files.get(source, source))
 
@@ -306,7 +309,7 @@ def write_rows(tmp_path):
             path.write_bytes(rows.encode(encoding))
             return path
         table = datasets.Dataset.from_list(rows)
-        with corpus_file.quiet_datasets():
+        with quiet_datasets():
             if path.suffix == ".parquet":
                 table.to_parquet(path)
             elif "json" in path.suffix:
@@ -339,7 +342,7 @@ def test_rows_are_read_from_the_disk_and_none_is_in_two_splits(write_rows):
     corpus = kd.load_corpus(write_rows("a.jsonl", [{"text": text} for text in texts]))
     parts = split(corpus)
     for part in (corpus.texts, parts.train, parts.test):
-        assert isinstance(part, corpus_file.Rows) and not isinstance(part.table, list)
+        assert isinstance(part, Rows) and not isinstance(part.table, list)
     found = [[*parts.train], [*parts.validation], [*parts.test]]
     assert found == [texts[:21], texts[21:23], texts[23:]]
 
@@ -440,7 +443,7 @@ def test_a_split_loses_nothing_and_holds_out_the_end(book):
     paragraphs = [paragraph for text in book for paragraph in text]
     splits = vars(split(corpus_of(["\n\n".join(text) for text in book]))).values()
     parts = [[p for text in part for p in text.split("\n\n")] for part in splits]
-    total = sum(len("\n\n".join(text)) for text in book)
+    total = len("\n\n\n".join("\n\n".join(text) for text in book))
     longest = max(map(len, paragraphs))
     if longest <= total / 10:  # none is so long that it is cut
         assert sum(parts, []) == paragraphs
@@ -509,8 +512,10 @@ def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
 )
 def test_a_long_text_that_is_cut_has_the_tokens_of_the_whole(tokenizer, words, longest):
     text = "".join(words)
-    pieces = [*corpus_file.cut(text, longest)]
-    assert "".join(pieces) == text and max(map(len, pieces)) <= longest
+    assert "100000" in PIECE.pattern
+    cut = re.compile(PIECE.pattern.replace("100000", str(longest)), PIECE.flags)
+    pieces = cut.findall(text)
+    assert "".join(pieces) == text and all(len(piece) <= longest for piece in pieces)
     found = [i for piece in pieces for i in tokenizer(piece)["input_ids"]]
     if all(piece[:1].isspace() for piece in pieces[1:]):  # no word was longer than a piece
         assert found == tokenizer(text)["input_ids"]
@@ -518,10 +523,11 @@ def test_a_long_text_that_is_cut_has_the_tokens_of_the_whole(tokenizer, words, l
         assert tokenizer.decode(found) == text
 
 
-def test_a_text_in_several_pieces_is_one_text(story, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus_file, "LONGEST_PIECE", 5_000)
-    tokens = tokenize([story.texts[0], "The end."], tokenizer)
-    first, last = (tokenizer(t, verbose=False)["input_ids"] for t in (story.texts[0], "The end."))
+def test_a_text_in_several_pieces_is_one_text(story, tokenizer):
+    long = story.text
+    assert len(PIECE.findall(long)) > 1
+    tokens = tokenize([long, "The end."], tokenizer)
+    first, last = (tokenizer(text, verbose=False)["input_ids"] for text in (long, "The end."))
     assert tokens.tolist() == [*first, tokenizer.eos_token_id, *last]
 
 

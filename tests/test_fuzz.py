@@ -17,6 +17,7 @@ from willows_kd import corpus
 from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
 from willows_kd.scale.checkpoints import Checkpoints
+from willows_kd.texts import parse_text
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +79,7 @@ def test_any_file_is_a_corpus_or_refused(raw):
 @given(texts)
 def test_any_text_is_cleaned_and_nothing_is_made_up(raw):
     try:
-        book = corpus.parse_text(raw, "title", "somewhere")
+        book = parse_text(raw, "title", "somewhere")
     except kd.InputError as error:
         assert one_line(error)
         return

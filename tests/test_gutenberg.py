@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import willows_kd as kd
-from willows_kd import corpus
-from willows_kd.corpus import fetch_willows
+from willows_kd import texts
 from willows_kd.files import cache_folder
+from willows_kd.texts import fetch_willows
 
 # the first and last titles tell the book; those between, and all the words, are our own
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
@@ -95,7 +95,7 @@ def fetch(monkeypatch):
     """Fetch the book from some addresses."""
 
     def fetch(*urls: str) -> Path:
-        monkeypatch.setattr(corpus, "URLS", urls)
+        monkeypatch.setattr(texts, "URLS", urls)
         return fetch_willows()
 
     return fetch
@@ -114,7 +114,7 @@ def test_the_book_is_kept_without_its_licence_and_not_fetched_again(site, fetch)
     assert site.asked == ["/book"]
     for source in (None, "willows"):
         book = kd.load_corpus(source)
-        assert (book.title, len(book.texts), book.skipped) == (corpus.WILLOWS, 12, 0)
+        assert (book.title, len(book.texts), book.skipped) == (texts.WILLOWS, 12, 0)
         assert book.provenance == "Project Gutenberg eBook #289"
 
 
@@ -142,7 +142,7 @@ CHUNKED = {"Content_Length": None, "Transfer_Encoding": "chunked"}
         pytest.param(as_bytes(book_of(TITLES[1:])), {}, "not the twelve", id="another book"),
         pytest.param(as_bytes(book_of(TITLES, 1_000)), {}, "not the twelve", id="an abridged book"),
         pytest.param(BODY[: -len(BODY) // 30], {}, "not the twelve", id="without its last pages"),
-        pytest.param(BODY + bytes(corpus.SIZE_LIMIT), {}, "more than", id="too large"),
+        pytest.param(BODY + bytes(texts.SIZE_LIMIT), {}, "more than", id="too large"),
         pytest.param(BODY.replace("‘".encode(), b"\x91"), {}, "invalid start", id="not UTF-8"),
         pytest.param(BODY, {"status": "404 Not Found"}, "Not Found", id="not found"),
         pytest.param(b"800\r\nI. THE", CHUNKED, None, id="a connection that breaks off"),
@@ -158,7 +158,7 @@ def test_what_is_not_the_whole_book_is_refused_and_not_kept(body, answer, proble
 
 
 def test_a_server_that_does_not_answer_is_given_up(site, fetch, monkeypatch):
-    monkeypatch.setattr(corpus, "TIMEOUT", 0.05)
+    monkeypatch.setattr(texts, "TIMEOUT", 0.05)
     refused = pytest.raises(kd.InputError, match="timed out")
     with socket.create_server(("127.0.0.1", 0)) as silent, refused:
         fetch(f"https://127.0.0.1:{silent.getsockname()[1]}/book")
@@ -172,7 +172,7 @@ def test_each_problem_is_named_once(site, fetch):
 
 
 def test_the_addresses_are_encrypted():
-    assert corpus.URLS and all(url.startswith("https://") for url in corpus.URLS)
+    assert texts.URLS and all(url.startswith("https://") for url in texts.URLS)
 
 
 @pytest.mark.parametrize("locked", [False, True], ids=["a file", "locked"])

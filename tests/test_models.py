@@ -381,9 +381,11 @@ DAMAGES = {
     "missing": (shutil.rmtree, "does not exist"),
     "a file": (become_a_file, "is a file"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
-    "config is cut": (lambda d: (d / "config.json").write_text('{"n_layer":'), "damaged"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "damaged"),
-    "architecture is null": (lambda d: write_config(d, architectures=[None]), "damaged"),
+    "config is cut": (
+        lambda d: (d / "config.json").write_text('{"n_layer":'),
+        "has no config that can be read",
+    ),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config"),
     "a BERT": (
         lambda d: BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(d),
         "must be a causal language model",

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from willows_kd.errors import InputError, WriteError
+from willows_kd.errors import InputError, WriteError, one_line, require
 
 SETTINGS_FILE = "distillation.json"  # marks an output directory as ours
 
@@ -87,7 +87,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
@@ -123,27 +123,25 @@ def remove_partial_writes(folder: Path, names: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_output(directory: Path, overwrite: bool = False) -> None:
+def check_output(directory: str | Path, overwrite: bool = False) -> None:
     """Refuse an output directory that is a file, cannot be written or holds other files."""
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; give a directory to write to")
-    if not directory.resolve().name:
-        raise InputError(f"{directory} is the root of a disk; give a directory below it")
+    is_file = directory.exists() and not directory.is_dir()
+    require(not is_file, f"{directory} is a file; give a directory to write to")
+    is_root = directory.resolve() == Path(directory.resolve().anchor)
+    require(not is_root, f"{directory} is the root of a disk; give a directory below it")
     try:
         str(directory.resolve()).encode()
     except UnicodeEncodeError:  # some libraries cannot write there
         unread = "has letters that this locale does not know; set the variable PYTHONUTF8=1"
         raise InputError(f"{ascii(str(directory))} {unread}") from None
     taken = directory.is_dir() and any(directory.iterdir())
-    if taken and not overwrite and not (directory / SETTINGS_FILE).exists():
-        raise InputError(
-            f"{directory} holds files that no distillation wrote; "
-            "choose another directory, or add --overwrite to replace it"
-        )
-    parent = directory.parent
-    while not parent.exists():
-        parent = parent.parent
+    require(
+        not taken or overwrite or (directory / SETTINGS_FILE).exists(),
+        f"{directory} holds files that no distillation wrote; "
+        "choose another directory, or add --overwrite to replace it",
+    )
+    parent = next(path for path in directory.absolute().parents if path.exists())
     try:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as error:

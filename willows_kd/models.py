@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import get_session
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from willows_kd.errors import InputError, is_integer, one_line, require, type_name
@@ -35,8 +42,6 @@ OF_SAMPLING = (
 )
 # what `transformers` calls a model's cache: past_key_values, in later versions cache
 CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
-
-
 LEAST_SHARED = 0.9  # of the larger head: with less the models have two vocabularies
 
 
@@ -63,7 +68,9 @@ def distributed_state() -> PartialState:
 # -- loading ---------------------------------------------------------------------------
 
 
-def load_teacher(name_or_path=None, device=None) -> tuple[PreTrainedModel, object]:
+def load_teacher(
+    name_or_path: str | os.PathLike | None = None, device=None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A teacher and its tokenizer: in eval mode, in float32, ready to be asked.
 
     Args:
@@ -80,7 +87,9 @@ def load_teacher(name_or_path=None, device=None) -> tuple[PreTrainedModel, objec
     return load_model(name_or_path, device).eval(), tokenizer
 
 
-def load_student(name_or_path, teacher_tokenizer, device=None) -> PreTrainedModel:
+def load_student(
+    name_or_path: str | os.PathLike, teacher_tokenizer: PreTrainedTokenizerBase, device=None
+) -> PreTrainedModel:
     """A student made elsewhere, such as ``"distilgpt2"``.
 
     Raises:
@@ -146,20 +155,19 @@ def bundled(name: str) -> Path:
     return ASSETS / name
 
 
-def load_tokenizer(name_or_path):
+def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub name."""
     check_model(name_or_path)
     path = Path(name_or_path)
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
-        if path.resolve().parent == ASSETS:  # the bundled models share one
-            return load_tokenizer(BUNDLED_TEACHER)
-        if base := adapter_base(name_or_path):
-            return load_tokenizer(base)
-        raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
+        bundled_one = BUNDLED_TEACHER if path.resolve().parent == ASSETS else None  # they share it
+        base = bundled_one or adapter_base(path)
+        require(base, f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
+        return load_tokenizer(base)
     return load_part(AutoTokenizer, name_or_path, "has no tokenizer that can be read")
 
 
-def load_model(name_or_path, device=None) -> PreTrainedModel:
+def load_model(name_or_path: str | os.PathLike, device=None) -> PreTrainedModel:
     """A causal language model in float32, from safetensors only, with no remote code.
 
     A directory with a LoRA adapter is loaded onto its base model and merged.
@@ -176,31 +184,29 @@ def load_model(name_or_path, device=None) -> PreTrainedModel:
         ignore_mismatched_sizes=True,  # they are refused below, by name
         output_loading_info=True,
     )
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{name_or_path} lacks weights ({', '.join(missing[:3])} ...)")
-    if mismatched := sorted(key for key, *_ in info["mismatched_keys"]):
-        raise InputError(
-            f"{name_or_path} has weights that do not fit its config ({', '.join(mismatched[:3])})"
-        )
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    require(not missing, f"{name_or_path} lacks weights ({', '.join(missing[:3])} ...)")
+    names = ", ".join(key for key, *_ in mismatched[:3])
+    require(not mismatched, f"{name_or_path} has weights that do not fit its config ({names})")
     model.generation_config = savable(model.generation_config)
     return model.to(device or best_device())
 
 
-def load_merged(base: str, adapter, device=None) -> PreTrainedModel:
+def load_merged(base: str, adapter: str | os.PathLike, device=None) -> PreTrainedModel:
     """A base model with a directory's LoRA adapter merged into its weights."""
     try:
         from peft import PeftModel
     except ImportError:
         raise InputError(f"{adapter} holds a LoRA adapter; to load it, pip install peft") from None
-    found = (Path(adapter) / "adapter_model.safetensors").is_file()
+    found = (Path(adapter) / "adapter_model.safetensors").is_file()  # never a pickle
     require(found, f"{adapter} holds no adapter weights (no adapter_model.safetensors)")
     model = load_model(base, device)
-    with loading_errors_as_input_errors(adapter, "cannot be loaded"), quiet_transformers():
+    with loading_errors_as_input_errors(adapter, "cannot be loaded"):
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged.requires_grad_(True)  # PEFT froze the base model
 
 
-def adapter_base(name_or_path) -> str | None:
+def adapter_base(name_or_path: str | os.PathLike) -> str | None:
     """The model that a directory's LoRA adapter belongs to; None if it holds no adapter."""
     file = Path(name_or_path) / "adapter_config.json"
     if not file.is_file() or (file.parent / "config.json").is_file():
@@ -214,41 +220,33 @@ def adapter_base(name_or_path) -> str | None:
     return base
 
 
-def check_model(name_or_path) -> None:
+def check_model(name_or_path: str | os.PathLike) -> None:
     """Refuse a local directory that cannot hold a causal language model, before loading it."""
     named = isinstance(name_or_path, str | os.PathLike) and str(name_or_path).strip()
     require(named, f"the model is {name_or_path!r}; give a directory or a name on the hub")
     path = Path(name_or_path)
-    if not path.exists():
-        if looks_like_a_path(str(name_or_path)):
-            raise InputError(f"model directory {path} does not exist")
-        return  # a name on the hub: `transformers` will tell
-    if not path.is_dir():
-        raise InputError(f"{path} is a file; give the directory that holds a model's config.json")
+    if not path.exists():  # a name on the hub, of which `transformers` will tell
+        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_path))
+        require(is_name, f"model directory {path} does not exist")
+        return
+    require(path.is_dir(), f"{path} is a file; give the directory that holds a model's config.json")
     if adapter_base(path):
         return
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"{path} is not a model: it holds no config.json")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        architectures = ["".join(name) for name in config.get("architectures") or []]
-    except (ValueError, AttributeError, TypeError, OSError):
-        raise InputError(f"{config_file} is damaged: it holds no JSON object") from None
-    if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
-        raise InputError(
-            f"{path} is a {architectures[0]}; a teacher or student must be a causal language model"
-        )
-    if not any(path.glob("*.safetensors")):
-        for export in [*path.glob("model.onnx"), *path.glob("model.gguf")]:
-            raise InputError(f"{export} is an export; give the model that it was made from")
-        if any(path.glob("*.bin")):
-            raise InputError(
-                f"{path} holds only pickled weights, which can run code when loaded; if you trust "
-                "them, convert them once: AutoModelForCausalLM.from_pretrained(DIR)"
-                ".save_pretrained(NEW_DIR)"
-            )
-        raise InputError(f"{path} holds no weights (no .safetensors file)")
+    require((path / "config.json").is_file(), f"{path} is not a model: it holds no config.json")
+    kinds = load_part(AutoConfig, path, "has no config that can be read").architectures or []
+    causal = not kinds or any(re.search("CausalLM|LMHead", kind) for kind in kinds)
+    must = "a teacher or student must be a causal language model"
+    require(causal, f"{path} is a {', '.join(kinds)}; {must}")
+    if any(path.glob("*.safetensors")):
+        return
+    export = next((name for name in ("model.onnx", "model.gguf") if (path / name).exists()), None)
+    require(not export, f"{path / str(export)} is an export; give the model that it was made from")
+    require(
+        not any(path.glob("*.bin")),
+        f"{path} holds only pickled weights, which can run code when loaded; if you trust them, "
+        "convert them once: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+    )
+    raise InputError(f"{path} holds no weights (no .safetensors file)")
 
 
 def load_config(name_or_path):
@@ -258,12 +256,11 @@ def load_config(name_or_path):
     return load_part(AutoConfig, name_or_path, "has no config that can be read")
 
 
-def check_context(name_or_path, block_size: int) -> None:
+def check_context(name_or_path: str | os.PathLike, block_size: int) -> None:
     """Refuse blocks longer than the positions that a model has."""
-    config = load_config(name_or_path)
-    positions = max_positions(config)
-    if block_size < 2 or positions and block_size > positions:
-        raise InputError(f"block_size is {block_size}; this model takes 2 to {positions or 'any'}")
+    most = max_positions(load_config(name_or_path))
+    fits = block_size >= 2 and (most is None or block_size <= most)
+    require(fits, f"block_size is {block_size}; this model takes 2 to {most or 'any'}")
 
 
 def max_positions(config) -> int | None:
@@ -284,12 +281,7 @@ def check_positions(model, blocks: torch.Tensor, name: str) -> None:
     )
 
 
-def looks_like_a_path(name: str) -> bool:
-    """Whether a name means a place on disk: hub names are NAME or OWNER/NAME."""
-    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
-
-
-def hub_answers(name_or_path) -> bool:
+def hub_answers(name_or_path: str | os.PathLike) -> bool:
     """Whether the hub has an answer for a name, within 5 seconds.
 
     Without a connection `transformers` tries for half a minute. Told to look in its cache only,
@@ -304,9 +296,9 @@ def hub_answers(name_or_path) -> bool:
     return True
 
 
-def load_part(kind, name_or_path, what: str, **options):
+def load_part(kind, name_or_path: str | os.PathLike, what: str, **options):
     """What a class of `transformers` loads from a name, with no remote code; `what` says if not."""
-    with loading_errors_as_input_errors(name_or_path, what), quiet_transformers():
+    with loading_errors_as_input_errors(name_or_path, what):
         offline = not hub_answers(name_or_path)
         return kind.from_pretrained(
             name_or_path, trust_remote_code=False, local_files_only=offline, **options
@@ -314,12 +306,11 @@ def load_part(kind, name_or_path, what: str, **options):
 
 
 @contextlib.contextmanager
-def loading_errors_as_input_errors(name_or_path, what: str):
-    """Turn what `transformers` raises for a bad model into one line."""
+def loading_errors_as_input_errors(name_or_path: str | os.PathLike, what: str):
+    """Quietly, and with what `transformers` raises for a bad model in one line."""
     try:
-        yield
-    except (InputError, KeyboardInterrupt):
-        raise
+        with quiet_transformers():
+            yield
     except Exception as error:
         if not Path(name_or_path).exists() and isinstance(error, OSError):
             raise HubError(
@@ -327,6 +318,9 @@ def loading_errors_as_input_errors(name_or_path, what: str):
                 f"Hugging Face Hub: {one_line(error)}"
             ) from error
         raise InputError(f"{name_or_path} {what}: {one_line(error)}") from error
+
+
+# -- modes, copies and checks ------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -346,14 +340,13 @@ def eval_mode(*models):
 @contextlib.contextmanager
 def dropout_set_to(model, p: float):
     """Every `nn.Dropout` of a model at one probability, and afterwards as it was."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    before = [layer.p for layer in layers]
-    for layer in layers:
+    before = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    for layer in before:
         layer.p = p
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
+        for layer, value in before.items():
             layer.p = value
 
 
@@ -407,32 +400,24 @@ def is_placed(model) -> bool:
     return bool(getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False))
 
 
-def require_weights(model) -> None:
+def require_weights(model: nn.Module) -> None:
     """Require a model whose weights can be copied: not quantized, not offloaded."""
-    require(
-        not getattr(model, "is_quantized", False),
-        "the teacher's weights are quantized: it can teach, but to make a student of it, load it "
-        "unquantised, without quantization_config",
-    )
-    require(
-        not any(p.is_meta for p in model.parameters()),
-        "some of the teacher's weights are offloaded: it can teach, but to make a student of it, "
-        "load it without device_map",
-    )
+    reasons = {
+        "quantized": (getattr(model, "is_quantized", False), "unquantised"),
+        "offloaded": (any(p.is_meta for p in model.parameters()), "without device_map"),
+    }
+    for what, (found, how) in reasons.items():
+        teaches = f"the teacher's weights are {what}: it can teach, but to make a student of it, "
+        require(not found, f"{teaches}load it {how}")
 
 
 def require_model(model, name: str) -> None:
     """Require a language model: not the pair that `load_teacher` returns, not a headless one."""
     is_model = isinstance(model, nn.Module) and hasattr(model, "config")
-    require(
-        is_model, f"{name} is {type_name(model)}; give a model: teacher, tokenizer = load_teacher()"
-    )
+    given = f"{name} is {type_name(model)}"
+    require(is_model, f"{given}; give a model: teacher, tokenizer = load_teacher()")
     headless = isinstance(model, PreTrainedModel) and not model.can_generate()
-    require(
-        not headless,
-        f"{name} is {type_name(model)}, which predicts no tokens; "
-        "load it with AutoModelForCausalLM",
-    )
+    require(not headless, f"{given}, which predicts no tokens; load it with AutoModelForCausalLM")
 
 
 # -- one vocabulary --------------------------------------------------------------------
@@ -441,10 +426,9 @@ def require_model(model, name: str) -> None:
 def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> str | None:
     """Refuse a student that reads text otherwise than its teacher.
 
-    One of them may have tokens added, as a GPT-2 that was fine-tuned with a ``[PAD]``.
-
     Returns:
-        if so, a sentence that names them; else None.
+        a sentence that names the tokens that one of them alone has, added as ``[PAD]`` is; or
+        None.
 
     Raises:
         InputError: the same text gets other ids, or sizes differ by more than added tokens.
@@ -454,15 +438,10 @@ def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> str | None:
     small, large = sorted((teacher_tokenizer, student_tokenizer), key=len)
     added = large.get_vocab().keys() - small.get_vocab().keys()
     sizes = f"{len(teacher_tokenizer)} tokens, the student's {len(student_tokenizer)}"
-    require(
-        added <= large.get_added_vocab().keys(),
-        f"teacher and student must share a vocabulary: the teacher's has {sizes}",
-    )
-    require(
-        small.get_vocab().items() <= large.get_vocab().items(),
-        f"teacher and student must share a vocabulary: the teacher's has {sizes}, and they give "
-        "different ids to the same text",
-    )
+    wrong = f"teacher and student must share a vocabulary: the teacher's has {sizes}"
+    require(added <= large.get_added_vocab().keys(), wrong)
+    same = small.get_vocab().items() <= large.get_vocab().items()
+    require(same, f"{wrong}, and they give different ids to the same text")
     if not added:
         return None
     whose = "teacher" if large is teacher_tokenizer else "student"
@@ -523,8 +502,7 @@ def fingerprint(model) -> str:
         made.update(name.encode())
         if hasattr(tensor, "full_tensor"):  # a share of one, of a sharded teacher
             tensor = tensor.full_tensor()
-        offloaded = "a model with offloaded weights cannot be told from others; "
-        require(not tensor.is_meta, f"{offloaded}load it without device_map")
+        require(not tensor.is_meta, "some weights are offloaded; load it without device_map")
         made.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return made.hexdigest()[:24]
 

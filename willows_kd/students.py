@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from willows_kd.errors import InputError, is_integer, require, type_name
+from willows_kd.errors import InputError, is_integer, one_line, require
 from willows_kd.models import (
     eval_mode,
     merge_adapters,
@@ -71,7 +71,7 @@ def family_errors_as_input_errors(what: str):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type_name(error)
+        reason = one_line(error).partition(". ")[0]
         raise InputError(f"{what}: {reason}") from error
 
 
@@ -125,11 +125,9 @@ def layer_stack(model: PreTrainedModel) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     }
-    if found:  # the decoder's rather than those of a part that sees or hears
-        return next(
-            (name for name, module in found.items() if module in decoder), next(iter(found))
-        )
-    raise InputError(f"this {config.model_type} model has no list of its {depth} layers")
+    require(bool(found), f"this {config.model_type} model has no list of its {depth} layers")
+    # the decoder's rather than those of a part that sees or hears
+    return next((name for name, module in found.items() if module in decoder), next(iter(found)))
 
 
 def depth_name(config) -> str:
@@ -190,15 +188,14 @@ def config_of_layers(config, depth: int, kept: list[int]):
 
 def weights_of_layers(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
     """A model's weights with only some of its layers, numbered anew."""
-    stack = layer_stack(model)
+    numbered = re.compile(rf"({re.escape(layer_stack(model))})\.(\d+)\.(.+)")
     weights = {}
     for key, tensor in model.state_dict().items():
-        if key.startswith(stack + "."):
-            index, rest = key[len(stack) + 1 :].split(".", 1)
-            if int(index) not in kept:
-                continue
-            key = f"{stack}.{kept.index(int(index))}.{rest}"
-        weights[key] = tensor
+        of_layer = numbered.fullmatch(key)
+        if of_layer is None:
+            weights[key] = tensor
+        elif int(of_layer[2]) in kept:
+            weights[f"{of_layer[1]}.{kept.index(int(of_layer[2]))}.{of_layer[3]}"] = tensor
     return weights
 
 
@@ -234,12 +231,9 @@ def check_layers(teacher, student, kept: list[int]) -> None:
     for i, number in enumerate(kept):
         ours, its = build_of(mine[i]), build_of(theirs[number])
         for name in sorted(ours.keys() | its.keys()):
-            values = its.get(name, "absent"), ours.get(name, "absent")
-            require(
-                values[0] == values[1],
-                f"{name} is {values[0]} in layer {number}, and its config makes it {values[1]} in "
-                f"layer {i} of {len(kept)}",
-            )
+            was, now = its.get(name, "absent"), ours.get(name, "absent")
+            made = f"{name} is {was} in layer {number}, and its config makes it {now} in layer {i}"
+            require(was == now, f"{made} of {len(kept)}")
 
 
 def build_of(layer: nn.Module) -> dict[str, object]:
