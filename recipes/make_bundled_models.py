@@ -1,10 +1,12 @@
-"""How the bundled models were made, from nothing: tokenizer, base, teacher.
+"""How the bundled models were made, from nothing: tokenizer, reader, base, teacher.
 
     python recipes/make_bundled_models.py --books FOLDER --willows FILE
 
 FOLDER holds public-domain books as text files (the forty that were used are listed
 in recipes/books.csv with their Project Gutenberg numbers), FILE is *The Wind in the
-Willows*. Chapters XI and XII of it are seen by nothing here but the perplexities.
+Willows*. The reader reads the books, the base also learns to copy (`teach_copying.py`), the
+teacher is the base, fine-tuned on chapters I-X. Chapters XI and XII are seen by nothing here
+but the choice of an epoch (XI) and the perplexities.
 
 Everything unfinished lives in --work_dir. Run the same command again after an
 interruption: finished parts are kept, and training goes on from its last checkpoint.
@@ -16,6 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from teach_copying import SHARE, teach_copying, with_spans
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -50,24 +53,27 @@ def main() -> None:
     tokenizer = make_tokenizer(books + chapters.train, options.work_dir / "tokenizer")
     validation = blocks_of(chapters.validation, tokenizer, CONTEXT)
 
-    base = options.work_dir / "base"
+    reader = options.work_dir / "reader"
     train(
         new_gpt2(tokenizer),
         blocks_of(books, tokenizer, CONTEXT),
         validation,
-        base,
+        reader,
         per_device_train_batch_size=8,
         num_train_epochs=options.passes,
         learning_rate=2e-3,
         warmup_steps=400,
         weight_decay=0.1,
     )
-    teacher = options.work_dir / "teacher"
+    base = options.work_dir / "base"
+    teach_copying(reader, tokenize(books, tokenizer), base)
+    torch.manual_seed(0)
+    ids, labels = with_spans(as_tensor(blocks_of(chapters.train, tokenizer, CONTEXT)), SHARE / 2)
     train(
         GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32),
-        blocks_of(chapters.train, tokenizer, CONTEXT),
+        [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)],
         validation,
-        teacher,
+        options.work_dir / "teacher",
         per_device_train_batch_size=4,
         num_train_epochs=3,
         learning_rate=5e-4,
@@ -183,7 +189,8 @@ def publish(source: Path, target: Path, tokenizer, splits: dict[str, torch.Tenso
     found = {name: evaluate(model, blocks, tokenizer) for name, blocks in splits.items()}
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
-    shutil.copy(source / "training_log.csv", target)
+    log = source / "training_log.csv"
+    shutil.copy(log if log.exists() else source.with_name("reader") / log.name, target)
     (target / "README.md").write_text(model_card(target.name, model, found), encoding="utf-8")
 
 
