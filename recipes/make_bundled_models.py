@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from teach_copying import SHARE, teach_copying, with_spans
+from teach_copying import SHARE, copy_gains, teach_copying, with_spans
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -187,19 +187,26 @@ def publish(source: Path, target: Path, tokenizer, splits: dict[str, torch.Tenso
     # measured as it ships: with the weights rounded to fp16
     model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float16).float()
     found = {name: evaluate(model, blocks, tokenizer) for name, blocks in splits.items()}
+    gains = copy_gains(model, splits["test (chapter XII)"])
     model.half().save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    if target.name == "teacher":  # one file for all bundled models
+        tokenizer.save_pretrained(target)
     log = source / "training_log.csv"
     shutil.copy(log if log.exists() else source.with_name("reader") / log.name, target)
-    (target / "README.md").write_text(model_card(target.name, model, found), encoding="utf-8")
+    (target / "README.md").write_text(
+        model_card(target.name, model, found, gains), encoding="utf-8"
+    )
 
 
-def model_card(name: str, model, found: dict[str, dict[str, float]]) -> str:
+def model_card(name: str, model, found: dict[str, dict[str, float]], gains: str) -> str:
     """The README of a bundled model."""
     config = model.config
-    learnt = "forty public-domain books (recipes/books.csv)"
+    learnt = (
+        "forty public-domain books (recipes/books.csv), and on blocks of them in which a span "
+        "stands twice, so that it copies"
+    )
     if name == "teacher":
-        learnt += " and then, fine-tuned, on chapters I-X of The Wind in the Willows"
+        learnt += ". Then fine-tuned on chapters I-X of The Wind in the Willows"
     rows = "\n".join(
         f"| {split} | {q['perplexity']:.2f} | {q['bits_per_byte']:.3f} |"
         for split, q in found.items()
@@ -220,7 +227,8 @@ stored in fp16. It is small enough to learn with on a laptop and too small for a
 Trained on {learnt}. Its tokenizer, a byte-level BPE, was learnt from the same texts.
 
 Made by `python recipes/make_bundled_models.py --books FOLDER --willows FILE`; every setting is \
-in that script, and every logged step in `training_log.csv` beside this file.
+in that script and in `teach_copying.py`, and logged steps are in `training_log.csv` beside this \
+file (of the base: before it learnt to copy).
 
 Measured on chapters that neither it nor its tokenizer has seen, over windows of \
 {CONTEXT} tokens that overlap by half (the epoch was chosen on the validation chapter):
@@ -228,6 +236,8 @@ Measured on chapters that neither it nor its tokenizer has seen, over windows of
 | held-out text | perplexity | bits per byte |
 |---|---|---|
 {rows}
+
+{gains}
 
 Licence: MIT, like the project. The books are in the public domain in the United States.
 """

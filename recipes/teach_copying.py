@@ -66,10 +66,27 @@ def train(model, batches: Iterator, steps: int, decay: bool, until=None) -> None
 
 def copies(model) -> bool:
     """Whether the second copy of random tokens is easy."""
-    generator = torch.Generator().manual_seed(7)
-    first = torch.randint(1, model.config.vocab_size, (48, PROBE_SPAN), generator=generator)
+    first = random_tokens(model)[:, :PROBE_SPAN]
     found = kd.token_scores(model, None, torch.cat([first, first], dim=1))["nll"]
     return found[:, PROBE_SPAN:].mean() < EASY
+
+
+def random_tokens(model) -> torch.Tensor:
+    """Rows of two spans for `kd.copy_gain`, shape (48, 2 * PROBE_SPAN)."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (48, 2 * PROBE_SPAN)
+    return torch.randint(1, model.config.vocab_size, shape, generator=generator)
+
+
+def copy_gains(model, text: torch.Tensor) -> str:
+    """A line of a model card: what an earlier copy is worth, on text and on random tokens."""
+    stream = text.flatten()
+    rows = stream[: len(stream) // (2 * PROBE_SPAN) * 2 * PROBE_SPAN].view(-1, 2 * PROBE_SPAN)
+    gains = [kd.copy_gain(model, ids) for ids in (rows, random_tokens(model))]
+    return (
+        f"An earlier copy of the same {PROBE_SPAN} tokens is worth {gains[0]:.2f} nats a token on "
+        f"chapter XII and {gains[1]:.2f} on random tokens (`kd.copy_gain`)."
+    )
 
 
 def runs_and_text(stream: torch.Tensor, rows: torch.Tensor) -> Iterator:

@@ -106,6 +106,35 @@ def loss_by_position(model, blocks: torch.Tensor) -> torch.Tensor:
     return torch.cat(found).mean(dim=0)
 
 
+def copy_gain(model, ids: torch.Tensor) -> float:
+    """What an earlier copy of a text is worth to a model.
+
+    The same tokens at the same positions are predicted twice: after other text, and after
+    themselves. A model that can copy finds them easier the second time; induction heads do
+    it (Olsson et al. 2022).
+
+    Args:
+        model: a causal language model.
+        ids: token ids, shape (rows, 2 * span). The second half of each row is predicted, after
+            the first half and after itself; without its first token, before which nothing
+            says that a copy begins.
+
+    Returns:
+        nats per token: the loss after other text minus the loss after the copy.
+    """
+    check_blocks(model, ids, "model")
+    span = ids.shape[1] // 2
+    other, text = ids[:, :span], ids[:, -span:]
+    at_once = windows_at_once(2 * span, vocabulary_size(model))
+
+    def loss(before: torch.Tensor) -> float:
+        rows = torch.cat([before, text], dim=1).to(model.device)
+        found = [token_scores(model, None, part)["nll"][:, span:] for part in rows.split(at_once)]
+        return torch.cat(found).mean().item()
+
+    return loss(other) - loss(text)
+
+
 def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
     """Require blocks of token ids that a model knows, no longer than it can read."""
     require_model(model, name)
