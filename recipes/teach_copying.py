@@ -22,9 +22,9 @@ CONTEXT = 256
 RUN_BLOCK = 80  # tokens of a block that repeats a run
 IGNORED = -100  # the label of a token without loss
 EASY = 3.0  # nats per token on the second copy of random tokens
-FORM_STEPS, MIX_STEPS = 1500, 2000  # the first at most
+FORM_STEPS, MIX_STEPS = 1500, 1800  # the first at most
 LEARNING_RATE = 1e-3
-SHARE = 0.15  # of the blocks in the second part that hold a span twice
+SHARE = 0.3  # of the blocks in the second part that hold a span twice
 LOOK_EVERY = 50
 PROBE_SPAN = 60  # tokens
 
