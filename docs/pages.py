@@ -56,12 +56,19 @@ def prepare_docstring(app, what, name, value, options, lines: list[str]) -> None
     lines[:] = f"{before}{returns}{after}".split("\n")
 
 
+def to_take_home(path: Path) -> dict:
+    """A cell that offers the notebook's file, and says how it is run."""
+    told = f"{{download}}`Download <{path.name}>`, or run it: `jupyter lab {path.name}`"
+    return {"cell_type": "markdown", "metadata": {}, "source": told}
+
+
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
-    """Fold the set-up cell, and write the line on Colab for the address of this copy."""
+    """Offer the file, fold the set-up cell, write the line on Colab for this copy's address."""
     path = Path(app.env.doc2path(docname))
     if path.suffix != ".ipynb":
         return
     notebook = json.loads(source[0])
+    notebook["cells"].insert(1, to_take_home(path))
     for cell in notebook["cells"]:
         tags = cell["metadata"].setdefault("tags", [])
         if "set-up" in tags:

@@ -27,7 +27,7 @@ from willows_kd.files import atomic_directory, check_output
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
-BUNDLED = ("base", "teacher", "student", "student_hard_labels")
+BUNDLED = ("base", "teacher", "student", "student_hard_labels", "student_narrow")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff")
 OF_SAMPLING += ("eta_cutoff",)
