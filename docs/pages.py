@@ -59,7 +59,7 @@ def prepare_docstring(app, what, name, value, options, lines: list[str]) -> None
 def to_take_home(path: Path) -> dict:
     """A cell that offers the notebook's file, and says how it is run."""
     told = f"{{download}}`Download <{path.name}>`, or run it: `jupyter lab {path.name}`"
-    return {"cell_type": "markdown", "metadata": {}, "source": told}
+    return {"cell_type": "markdown", "id": "download", "metadata": {}, "source": told}
 
 
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
