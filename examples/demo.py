@@ -39,6 +39,7 @@ CSS = """
 .model { border-top: 2px solid var(--border-color-primary); padding-top: .6em; min-height: 9em }
 .model h3 { margin: 0 } .model small, .model .prompt { opacity: .65 }
 .model details { opacity: .65 }
+@media (max-width: 40em) { .models { flex-direction: column } }
 .model p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; font-size: 1.05em }
 """
 
@@ -136,7 +137,7 @@ def make_page(models: dict[str, torch.nn.Module], tokenizer):
         with gr.Row():
             button = gr.Button("Write", variant="primary")
             stop = gr.Button("Stop")
-        with gr.Row():
+        with gr.Row(elem_classes="models"):
             outputs = [gr.HTML(column(head), min_width=300) for head in heads.values()]
         # one at a time: a second browser sees its place in the queue
         writing = gr.on(
