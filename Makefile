@@ -17,7 +17,7 @@ lint:
 	$(PYTHON) -m ruff format --check .
 
 notebooks:
-	$(PYTHON) notebooks/run.py
+	$(PYTHON) tools/run.py
 
 benchmarks:
 	$(PYTHON) benchmarks/students.py

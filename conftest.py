@@ -1,9 +1,32 @@
-"""What tests and notebooks share: the workers of pytest-xdist divide the cores among them."""
+"""What tests and notebooks share: cores, and what a notebook finds when pytest runs it."""
 
 import os
+import sys
+from pathlib import Path
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
-# Read by torch when it is imported, here and in the kernels and processes that tests start.
+# Read by torch when it is imported, here and in the kernels and processes that tests start:
+# the workers of pytest-xdist divide the cores among them.
 if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+ROOT = Path(__file__).parent
+STORY = ROOT / "willows_kd" / "assets" / "sample_story.txt"
+DEAD_END = "http://127.0.0.1:9"  # nothing listens on the discard port
+
+sys.path.append(str(ROOT / "tests"))
+from notebook_runs import FEW, dial  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Notebooks find the sample story, few blocks and no network; all cells run, but quickly."""
+    cells = [item.cell for item in items if getattr(item, "cell", None) is not None]
+    if not cells:
+        return
+    os.environ.setdefault("WILLOWS_KD_CORPUS", str(STORY))
+    os.environ.update(HF_HUB_OFFLINE="1", HTTPS_PROXY=DEAD_END, HTTP_PROXY=DEAD_END)
+    os.environ["NO_PROXY"] = "localhost,127.0.0.1"  # this machine is no network
+    for cell in cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += f"\n{dial(cell.source, **FEW)}"

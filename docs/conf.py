@@ -20,6 +20,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md",
+    "notebooks/README.md",
     "notebooks/[0-9AS]*.ipynb",
     "notebooks/solutions/[0-9AS]*.ipynb",
     "benchmarks/results/*.md",
@@ -36,8 +37,6 @@ exclude_patterns = [
 # Notebooks and pages.
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"  # which has tables
-nb_code_prompt_show = "Show the set-up"
-nb_code_prompt_hide = "Hide the set-up"
 myst_enable_extensions = ["dollarmath", "amsmath", "substitution"]
 myst_heading_anchors = 3
 commands = ("distill", "generate", "compare", "export")

@@ -13,8 +13,8 @@ import willows_kd as kd
 from willows_kd import cli
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-from sync_setup import BADGE, address, colab_line  # noqa: E402
+sys.path.insert(0, str(ROOT / "tools"))
+from sync_setup import BADGE, address, nav_cell  # noqa: E402
 
 HELP_WIDTH = "88"  # columns
 RESULTS = "Returned"  # the heading of a list of results
@@ -63,17 +63,15 @@ def to_take_home(path: Path) -> dict:
 
 
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
-    """Offer the file, fold the set-up cell, write the line on Colab for this copy's address."""
+    """Offer the file, and write the line of links for the address of this copy."""
     path = Path(app.env.doc2path(docname))
     if path.suffix != ".ipynb":
         return
     notebook = json.loads(source[0])
     notebook["cells"].insert(1, to_take_home(path))
     for cell in notebook["cells"]:
-        tags = cell["metadata"].setdefault("tags", [])
-        if "set-up" in tags:
-            tags.append("hide-input")
-        elif "colab" in tags:  # site.css draws the badge: its picture is on another machine
-            line = colab_line(ROOT / path, address())
+        if "nav" in cell["metadata"].get("tags", []):
+            # site.css draws the badge: its picture is on another machine
+            line = nav_cell(ROOT / path, address())
             cell["source"] = line.replace(f"![Open in Colab]({BADGE})", "Open in Colab")
     source[0] = json.dumps(notebook)

@@ -1,5 +1,6 @@
 """What is true of every stored notebook; `python tests/check_notebooks.py NOTEBOOK ...`."""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -7,6 +8,21 @@ from pathlib import Path
 import nbformat
 
 SIZE_LIMIT = 1_500_000  # bytes
+METADATA = {
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+    },
+}
 PATHS = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|var|private)/\S+|[A-Z]:\\\\Users")
 
 
@@ -20,8 +36,10 @@ def problems(path: Path) -> list[str]:
         found.append(f"is not valid: {error}")
     if path.stat().st_size > SIZE_LIMIT:
         found.append(f"has {path.stat().st_size:,} bytes, more than {SIZE_LIMIT:,}")
-    if "widgets" in notebook.metadata:
-        found.append("carries metadata.widgets")
+    metadata = copy.deepcopy(notebook.metadata)
+    version = metadata.get("language_info", {}).pop("version", "")
+    if metadata != METADATA or not re.fullmatch(r"3\.\d+\.\d+", version):
+        found.append("has other metadata than JupyterLab writes, which tools/run.py stores")
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     counts = [cell.execution_count for cell in code]
     if counts != list(range(1, len(code) + 1)):

@@ -84,4 +84,4 @@ def test_a_notebook_runs_from_an_uploaded_wheel_and_changes_nothing_else(path, c
 def test_without_a_wheel_the_set_up_cell_says_what_to_do(colab):
     result = run(colab, small(SERIES[0]))
     assert result.returncode != 0
-    assert "upload it here" in result.stderr
+    assert "upload a wheel" in result.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -136,3 +137,20 @@ def test_settings_cannot_be_changed_once_they_are_checked():
 def test_a_changed_copy_is_checked_again():
     with pytest.raises(kd.InputError, match="alpha is 2; it must be from 0"):
         dataclasses.replace(kd.DistillConfig(), alpha=2)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"temperature": -1}, "temperature is -1; it must be above 0"),
+        ({"temperature": "a"}, "temperature is 'a'; it must be above 0"),
+        ({"train_blocks": -1}, "train_blocks is -1; it must be a whole number, at least 1"),
+        ({"texts": "a"}, "texts is 'a'; it must be a whole number, at least 1"),
+    ],
+)
+def test_a_notebooks_dial_says_in_one_line_what_cannot_be(values, said):
+    with pytest.raises(kd.InputError, match=re.escape(said)) as caught:
+        kd.check_dial(**values)
+    [line] = caught.value._render_traceback_()  # what a notebook shows
+    assert said in line
+    kd.check_dial(temperature=2, seed=0, train_blocks=None, texts=8)

@@ -1,4 +1,4 @@
-"""The set-up cell and the Colab line: the same in every notebook, with a fork's own address."""
+"""The set-up cell and the links: written by one script, with a fork's own address."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from notebook_runs import NOTEBOOKS
 
-sys.path.insert(0, str(NOTEBOOKS))
+sys.path.insert(0, str(NOTEBOOKS.parent / "tools"))
 import sync_setup  # noqa: E402
 
 ADDRESS = "https://github.com/owner/name"
@@ -22,7 +22,26 @@ def test_stored_cells_are_those_that_the_script_writes_for_one_address():
     [address] = {sync_setup.stored_address(notebook) for notebook in stored.values()}
     for path, notebook in stored.items():
         assert tagged(notebook, "set-up") == [sync_setup.set_up_cell(address)], path
-        assert tagged(notebook, "colab") == [sync_setup.colab_line(path, address)], path
+        assert tagged(notebook, "nav") == [sync_setup.nav_cell(path, address)], path
+        assert "nav" in notebook.cells[0].metadata.tags, path
+        texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+        assert [text for text in texts if sync_setup.linked(text, path) != text] == [], path
+
+
+def test_the_set_up_cell_has_at_most_six_lines():
+    for address in ("", ADDRESS):
+        lines = sync_setup.set_up_cell(address).splitlines()
+        assert len([line for line in lines if line]) <= 6
+
+
+def test_a_mention_of_another_notebook_becomes_a_link_once():
+    path = NOTEBOOKS / "solutions" / "01_teacher_solutions.ipynb"
+    text = sync_setup.linked("See notebook 02, appendix A1 and notebook 99.", path)
+    assert "[notebook 02](../02_soft_labels_and_temperature.ipynb)" in text
+    assert "[appendix A1](../A1_how_distill_works.ipynb) and notebook 99." in text
+    assert sync_setup.linked(text, path) == text
+    own = "This is notebook 02."
+    assert sync_setup.linked(own, NOTEBOOKS / "02_soft_labels_and_temperature.ipynb") == own
 
 
 @pytest.mark.parametrize(
@@ -61,10 +80,12 @@ def test_a_forks_remote_comes_before_pyproject_and_a_local_one_after(tmp_path, m
 
 def test_an_address_reaches_the_badge_and_the_set_up_cell():
     path = sync_setup.notebooks()[0]
-    assert f'REPOSITORY = "{ADDRESS}"' in sync_setup.set_up_cell(ADDRESS)
-    link = f"https://colab.research.google.com/github/owner/name/blob/main/notebooks/{path.name}"
-    assert link in sync_setup.colab_line(path, ADDRESS)
-    assert "wheel" in sync_setup.colab_line(path, "https://gitlab.com/owner/name")
+    assert f"%pip install -q git+{ADDRESS}\n" in sync_setup.set_up_cell(ADDRESS)
+    badge = f"https://colab.research.google.com/github/owner/name/blob/main/notebooks/{path.name}"
+    assert badge in sync_setup.nav_cell(path, ADDRESS)
+    for elsewhere in ("", "https://gitlab.com/owner/name"):
+        assert "colab" not in sync_setup.nav_cell(path, elsewhere)
+    assert "wheel" in sync_setup.set_up_cell("")
 
 
 def test_writing_an_address_leaves_all_else_as_it_is(tmp_path, monkeypatch):
@@ -80,5 +101,5 @@ def test_writing_an_address_leaves_all_else_as_it_is(tmp_path, monkeypatch):
     sync_setup.sync(copy)  # as when the notebook is run again
     assert sync_setup.stored_address(nbformat.read(copy, as_version=4)) == ADDRESS
     for old, new in zip(before.cells, changed.cells, strict=True):
-        if not {"set-up", "colab"} & set(old.metadata.get("tags", [])):
+        if not {"set-up", "nav"} & set(old.metadata.get("tags", [])):
             assert new == old

@@ -23,7 +23,7 @@ PUBLIC_NAMES = {
         "skewed_reverse_kl total_variation "
         "hard_label_loss mix cosine_distance shift"
     ),
-    "config": "DistillConfig",
+    "config": "DistillConfig check_dial",
     "distillation": "distill epoch_batches parameter_groups",
     "scale.checkpoints": "Checkpoints",
     "scale.chunked_loss": "chunked_distillation_loss",

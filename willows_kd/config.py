@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from willows_kd.errors import InputError, is_integer
+from willows_kd.errors import InputError, is_integer, require
 
 DIVERGENCE_NAMES = (
     "forward_kl",
@@ -170,6 +170,23 @@ class DistillConfig:
             raise InputError(f"{each.name} is {value!r}; it must be {whole}{accepted}")
         if not isinstance(value, int | float | str):  # NumPy's, which JSON does not know
             object.__setattr__(self, each.name, type_(value))
+
+
+def check_dial(**values) -> None:
+    """Check what stands in a notebook's dial, before anything is computed with it.
+
+    Args:
+        values: settings of `DistillConfig` by name, and numbers of things: blocks, texts, tokens.
+
+    Raises:
+        InputError: a setting lies outside its range, or a number of things is not whole or
+            below 1; None leaves it to the notebook.
+    """
+    names = {each.name for each in dataclasses.fields(DistillConfig)}
+    DistillConfig(**{name: value for name, value in values.items() if name in names})
+    for name, value in values.items():
+        fits = name in names or value is None or is_integer(value)
+        require(fits, f"{name} is {value!r}; it must be a whole number, at least 1")
 
 
 def scalar_type(each: dataclasses.Field) -> type:

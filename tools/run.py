@@ -1,6 +1,6 @@
 """Run notebooks from top to bottom and store what they show.
 
-    python notebooks/run.py [NOTEBOOK ...]
+    python tools/run.py [NOTEBOOK ...]
 
 Left out of what is stored: progress bars, and the live state of widgets, without which
 a viewer would show an error in their place. A line says where a widget will be.
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-
 from sync_setup import notebooks, sync
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -23,20 +22,12 @@ def run(path: Path) -> None:
     sync(path)
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(
-        notebook, timeout=CELL_TIMEOUT, resources=where, kernel_name="python3"
-    )
+    client = NotebookClient(notebook, timeout=CELL_TIMEOUT, resources=where, kernel_name="python3")
     client.execute()
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {
-                "display_name": "Python 3",
-                "language": "python",
-                "name": "python3",
-            },
-            "language_info": {"name": "python"},
-        }
-    )
+    # as JupyterLab writes it, so that a notebook opened and saved is the same
+    spec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    language = notebook.metadata.language_info  # which the kernel tells
+    notebook.metadata = nbformat.from_dict({"kernelspec": spec, "language_info": language})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -52,11 +43,7 @@ def still(output):
             return None
         data.pop(WIDGET)
         data["text/plain"] = "(run this cell to use it)"
-    is_bar = (
-        output.get("name") == "stderr"
-        and "it/s" in output.text
-        or "step/s" in str(output)
-    )
+    is_bar = output.get("name") == "stderr" and "it/s" in output.text or "step/s" in str(output)
     return None if is_bar else output
 
 
