@@ -151,7 +151,7 @@ def train(model, blocks, validation, folder: Path, **settings) -> None:
         args=TrainingArguments(
             output_dir=checkpoints,
             use_cpu=not torch.cuda.is_available(),
-            bf16=True,
+            bf16=torch.cuda.is_available(),
             adam_beta2=0.95,
             lr_scheduler_type="cosine",
             eval_strategy="epoch",

@@ -38,12 +38,12 @@ SETTINGS = dict(temperature=1.0, seed=0)
 STAGES = (
     dict(block_size=128, batch_size=8, epochs=2, rate=1.0, every=1),
     dict(block_size=256, batch_size=4, epochs=1, rate=0.5, every=2),  # every second block
-    dict(block_size=256, batch_size=4, epochs=1, rate=0.5, every=4),
+    dict(block_size=256, batch_size=4, epochs=1, rate=0.75, every=3),
 )
 STUDENTS = {
     "student": dict(alpha=0.0, learning_rate=2e-3),
     "student_hard_labels": dict(alpha=1.0, learning_rate=4e-4),
-    "student_narrow": dict(alpha=0.0, learning_rate=4e-3),
+    "student_narrow": dict(alpha=0.0, learning_rate=2e-3),
 }
 FIRST_STAGE = {"student": 0, "student_hard_labels": 0, "student_narrow": 2}
 SAMPLE = 64  # blocks on which units are scored
