@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from teach_copying import SHARE, copy_gains, teach_copying, with_spans
+from teach_copying import FINE_TUNING_SHARE, copy_gains, teach_copying, with_spans
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -68,7 +68,9 @@ def main() -> None:
     base = options.work_dir / "base"
     teach_copying(reader, tokenize(books, tokenizer), base)
     torch.manual_seed(0)
-    ids, labels = with_spans(as_tensor(blocks_of(chapters.train, tokenizer, CONTEXT)), SHARE / 2)
+    ids, labels = with_spans(
+        as_tensor(blocks_of(chapters.train, tokenizer, CONTEXT)), FINE_TUNING_SHARE
+    )
     train(
         GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32),
         [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)],
