@@ -1,4 +1,5 @@
 """What the functions and the commands say to what they cannot use: one line, with what would do."""
+# ruff: noqa: F811  a fixture's name is that of an argument
 
 import copy
 import dataclasses
@@ -9,10 +10,9 @@ import shlex
 
 import pytest
 import torch
-from test_cli import make_text, run, save
+from test_cli import place, run  # noqa: F401 (a fixture)
 
 import willows_kd as kd
-from willows_kd.models import BUNDLED_TEACHER, load_tokenizer
 
 
 class Things:
@@ -241,30 +241,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(rule, things, tmp_path):
 # -- the command line ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def place(tokenizer, tmp_path_factory):
-    """A directory with all that a command line can name, good and bad. No test writes there."""
-    place = tmp_path_factory.mktemp("place")
-    save(place / "large", tokenizer)
-    save(place / "small", tokenizer, n_layer=1, n_positions=64)
-    larger = load_tokenizer(BUNDLED_TEACHER)
-    larger.add_tokens(["<extra>"])
-    save(place / "stranger", larger, n_layer=1)
-    (place / "text.txt").write_text(make_text(1000), encoding="utf-8")
-    (place / "short.txt").write_text("The Mole had been working.\n", encoding="utf-8")
-    (place / "folder").mkdir()
-    (place / "folder" / "poem.txt").write_text("by me")
-    (place / "student").mkdir()
-    made = '{"temperature": 2.0, "epochs_finished": 3}'
-    (place / "student" / "distillation.json").write_text(made)
-    return place
-
-
 DISTILL = (
-    "distill --model_dir {large} --dataset_path {place}/text.txt --output_dir {new} --epochs 1 "
-    "--block_size 32 --device cpu --dtype float32 "
+    "distill --model_dir {teacher} --dataset_path {place}/text.txt --output_dir {new} --epochs 1 "
+    "--block_size 32 --device cpu "
 )
-COMPARE = "compare {small} {large} --block_size 32 --device cpu "
+COMPARE = "compare {narrow} {teacher} --block_size 32 --device cpu "
 
 # One row for each source of an error; the ranges of the settings are tested in test_config.py.
 BAD_COMMANDS = [
@@ -288,19 +269,21 @@ BAD_COMMANDS = [
     # models
     (DISTILL + "--block_size 129", "block_size is 129; this model takes 2 to 128"),
     (DISTILL + "--layers 5", "layers is 5; this teacher allows 1 to 4"),
-    (DISTILL + "--layers 2 --student {small}", "leave out --student"),
+    (DISTILL + "--layers 2 --student {narrow}", "leave out --student"),
     (DISTILL + "--init last", "'last' is none of auto, spaced, first, influence, contiguous"),
     (DISTILL + "--init 0,4", "init is [0, 4]; layer numbers must rise and lie between 0 and 3"),
     (DISTILL + "--init 0,3 --layers 3", "be as many as layers, 3"),
     (DISTILL + "--model_dir {place}/missing", "does not exist"),
     (DISTILL + "--model_dir no-such-owner/no-such-model", "no-such-model"),
-    (DISTILL + "--model_dir ''", "model_dir is empty"),
+    (DISTILL + "--model_dir ''", "--model_dir: it is empty"),
     (DISTILL + "--student {place}/folder", "no config.json"),
     (DISTILL + "--student no-such-owner/no-such-model", "--student half"),
-    (DISTILL + "--student {small} --block_size 65", "2 to 64"),
+    (DISTILL + "--student {narrow} --block_size 65", "2 to 64"),
     # texts
     (DISTILL + "--dataset_path {place}/missing.txt", "does not exist"),
     (DISTILL + "--dataset_path {place}/short.txt", "too short"),
+    (DISTILL + "--encoding nope", "nope"),
+    (DISTILL + "--text_column body", "no columns"),
     # where the student goes
     (DISTILL + "--output_dir {place}/folder", "no distillation wrote"),
     (DISTILL + "--output_dir {place}/student", "T = 2.0, 3 epochs); choose another --output_dir"),
@@ -308,26 +291,33 @@ BAD_COMMANDS = [
     (DISTILL + "--output_dir {place}/short.txt/below/student", "cannot be written"),
     (DISTILL + "--overwrite --output_dir {place}/short.txt", "is a file"),
     (DISTILL + "--overwrite --output_dir /", "root of a disk"),
+    (DISTILL + "--overwrite --output_dir {teacher}", "would be replaced"),
+    (DISTILL + "--overwrite --output_dir {narrow} --student {narrow}", "would be replaced"),
+    (
+        DISTILL + "--overwrite --output_dir {place}/folder --dataset_path {place}/folder/poem.txt",
+        "would be replaced",
+    ),
     # the other commands
     ("generate --prompt A", "DIR"),
     ("generate {place}/missing", "does not exist"),
-    ("generate {small} --max_new_tokens 0", "at least 1"),
-    ("generate {small} --temperature nan", "at least 0"),
-    ("generate {small} --top_k -1", "0 for all tokens"),
-    ("generate {small} --seed -1", "from 0 to"),
-    ("compare {small}", "at least two models"),
-    ("compare {small} {small}", "each once"),
-    ("compare {small} {large} --block_size 65", "this model takes 2 to 64"),
+    ("generate {narrow} --max_new_tokens 0", "at least 1"),
+    ("generate {narrow} --temperature nan", "at least 0"),
+    ("generate {narrow} --top_k -1", "0 for all tokens"),
+    ("generate {narrow} --seed -1", "from 0 to"),
+    ("compare {narrow}", "at least two models"),
+    ("compare {narrow} {narrow}", "each once"),
+    ("compare {narrow} {teacher} --block_size 65", "this model takes 2 to 64"),
     (COMPARE + "--device tpu9", "cannot be used here"),
     (COMPARE + "--dataset_path {place}/short.txt", "too short"),
     (COMPARE + "--output_dir {place}/folder", "add --overwrite"),
     (COMPARE + "--output_dir {place}/student", "holds a student"),
-    (COMPARE + "--output_dir {small} --overwrite", "would be replaced"),
-    ("export {small} --output_dir {new}", "--to"),
-    ("export {small} --to pickle --output_dir {new}", "invalid choice: 'pickle'"),
-    ("export {small} --to gguf --output_dir {place}/text.txt", "is a file"),
-    ("export {small} --to gguf --output_dir {place}/student", "holds a student"),
-    ("export {small} --to gguf --output_dir {place} --overwrite", "would be replaced"),
+    (COMPARE + "--output_dir {narrow} --overwrite", "would be replaced"),
+    ("export {narrow} --output_dir {new}", "--to"),
+    ("export {narrow} --to pickle --output_dir {new}", "invalid choice: 'pickle'"),
+    ("export {narrow} --to gguf --output_dir {place}/text.txt", "is a file"),
+    ("export {narrow} --to gguf --output_dir {place}/student", "holds a student"),
+    ("export {narrow} --to gguf --output_dir {place}/folder", "add --overwrite"),
+    ("export {narrow} --to gguf --output_dir {place} --overwrite", "would be replaced"),
 ]
 
 
@@ -337,7 +327,7 @@ def test_a_bad_command_is_one_line_and_exit_code_2_and_writes_nothing(
 ):
     before = sorted(place.rglob("*"))
     given = {"place": place, "new": tmp_path / "new"}
-    given |= {name: place / name for name in ("small", "large")}
+    given |= {name: place / name for name in ("narrow", "teacher")}
     assert run(shlex.split(arguments.format(**given))) == 2
     shown = capsys.readouterr()
     assert re.fullmatch(r"error: [^\n]+\n", shown.err)
@@ -350,7 +340,7 @@ def test_a_bad_command_is_one_line_and_exit_code_2_and_writes_nothing(
 def test_without_its_packages_export_says_what_to_install(to, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     output = tmp_path / "out"
-    assert run(["export", str(place / "small"), "--to", to, "--output_dir", str(output)]) == 2
+    assert run(["export", str(place / "narrow"), "--to", to, "--output_dir", str(output)]) == 2
     shown = capsys.readouterr().err
     assert re.fullmatch(r'error: .* needs .*; pip install "willows-kd\[export\]"\n', shown)
     assert not output.exists()

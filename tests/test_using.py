@@ -12,7 +12,6 @@ from test_cli import make_text, run, save
 
 import willows_kd as kd
 from willows_kd import evaluation, files
-from willows_kd.cli import distill as commands
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def test_models_of_several_vocabularies_are_compared_by_bytes(compare, tmp_path,
     table = pd.read_csv(output / "comparison.csv", index_col="model")
     model, tokenizer = kd.load_teacher(str(place / "stranger"))
     corpus = kd.load_corpus(place / "text.txt")
-    blocks = commands.pack_without_warning(corpus, tokenizer, 32)
+    blocks = kd.pack(corpus, tokenizer, 32)
     wanted = kd.evaluate(model, blocks.test, tokenizer)["bits_per_byte"]
     assert table.loc["stranger", "bits_per_byte"] == pytest.approx(wanted)
 

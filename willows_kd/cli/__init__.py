@@ -25,11 +25,15 @@ from willows_kd.errors import InputError, WriteError
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the output was closed early; distill: saved, but could not be compared
+  1    the output was closed early{or_not_compared}
   2    something that was given cannot be used
   3    a file could not be written, such as on a full disk
-  130  stopped by the user; distill: --resume continues
+  130  stopped by the user{and_then}
 """
+OF_DISTILL = {
+    "or_not_compared": ", or the saved student was not compared",
+    "and_then": "; --resume continues",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Exit with code 2."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,10 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check what can be checked at once, then do what a command is for."""
-    check_given(options)
+    """Check the settings, and only then import what does the work."""
     if options.command == "distill":
-        config = config_of(options)
+        names = {field.name for field in dataclasses.fields(DistillConfig)}
+        config = DistillConfig(**{k: v for k, v in vars(options).items() if k in names})
         from willows_kd.cli.distill import distill_to_directory
 
         return distill_to_directory(options, config)
@@ -76,31 +80,20 @@ def run(options: argparse.Namespace) -> int:
     return getattr(others, options.command)(options)
 
 
-def check_given(options: argparse.Namespace) -> None:
-    """Refuse empty values, and paths where nothing is."""
-    for name in ("model_dir", "student", "dataset_path", "output_dir", "text_column", "encoding"):
-        value = getattr(options, name, None)
-        for given in value if isinstance(value, list) else [value]:
-            if given == "":
-                raise InputError(f"{name} is empty; leave it out or give a value")
-            is_read = given is not None and name in ("model_dir", "student", "dataset_path")
-            if is_read and given.startswith((".", "/", "~")) and not os.path.exists(given):
-                raise InputError(f"{name} {given} does not exist")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line; without any, its help is shown."""
     parser = Parser(prog="willows-kd", description="Knowledge distillation of language models.")
     version = f"willows-kd {willows_kd.__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=version, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (about, operands, example, add_options) in COMMANDS.items():
+        more = OF_DISTILL if name == "distill" else dict.fromkeys(OF_DISTILL, "")
         command = commands.add_parser(
             name,
             help=about,
             usage=f"%(prog)s {operands}[options]",
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example:\n  willows-kd {name} {example}\n\n{EXIT_CODES}",
+            epilog=f"example:\n  willows-kd {name} {example}\n\n{EXIT_CODES.format(**more)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_options(command)
@@ -114,132 +107,21 @@ def underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def add_distill(parser: Parser) -> None:
-    """The options of `distill`."""
-    add = parser.add_argument_group("teacher and student").add_argument
-    add("--model_dir", help="the teacher: a directory or hub name (default: the bundled one)")
-    add(
-        "--student",
-        help="half, for half of the teacher's layers, or a directory or hub name "
-        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
-    )
-    add("--layers", type=int, help="how many of the teacher's layers the student keeps")
-    add(
-        "--init",
-        type=init_of,
-        help=f"which layers it keeps: {', '.join(INITS)}, their numbers, such as 0,3,5, or auto, "
-        "which tries all these ways on a few blocks and takes the best (default: auto)",
-    )
-    add = add_text(parser)
-    add(
-        "--teacher_text",
-        action="store_true",
-        help="train on what the teacher writes from the openings of the text's blocks",
-    )
-    settings = dataclasses.fields(DistillConfig)
-    loss = [each.name for each in settings].index("epochs")
-    add_settings(parser.add_argument_group("loss"), settings[:loss])
-    group = parser.add_argument_group("training")
-    add_settings(group, settings[loss:])
-    add_device(group)
-    group.add_argument(
-        "--cache_teacher",
-        action="store_true",
-        help="run the teacher once and keep its hidden states on disk, for this run and later ones",
-    )
-    add = parser.add_argument_group("output").add_argument
-    output = "./wind_in_the_willows_distilled"
-    add("--output_dir", default=output, help=f"where the student is saved (default: {output})")
-    add("--resume", action="store_true", help="continue a run that was stopped, if there is one")
-    add(
-        "--checkpoint_minutes",
-        type=float,
-        default=5.0,
-        help="between two checkpoints; each epoch ends with one, too (default: 5.0)",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace what is in the output directory, and a run that was stopped",
-    )
+# -- values ----------------------------------------------------------------------------
 
 
-def add_settings(group, settings: list[dataclasses.Field]) -> None:
-    """The options for those settings of `DistillConfig` that are one value."""
-    for each in settings:
-        about, default = described(each), each.default
-        if each.name == "hidden_layers":
-            continue
-        if default is False:
-            group.add_argument(f"--{each.name}", action="store_true", help=about)
-            continue
-        named = each.metadata["fits"] if isinstance(default, str) else None
-        if each.name == "dtype":
-            about += ", or auto, which times a few steps of each and takes the faster"
-            named, default = ("auto", *named), "auto"
-        group.add_argument(
-            f"--{each.name}",
-            type=scalar_type(each),
-            choices=named,
-            default=default,
-            metavar="NAME" if named else None,
-            help=about if default is None else f"{about} (default: {default})",
-        )
+def given(text: str) -> str:
+    """A value that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; leave it out or give a value")
+    return text
 
 
-def add_generate(parser: Parser) -> None:
-    """The options of `generate`, with the defaults of `complete`."""
-    add = parser.add_argument
-    add("model_dir", metavar="DIR", help="a model's directory or hub name, or an export to ONNX")
-    prompt = "The Mole had been"
-    add("--prompt", default=prompt, help=f"what the text begins with (default: {prompt})")
-    add("--max_new_tokens", type=int, default=60, help="length of the continuation (default: 60)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="of sampling; 0: the likeliest (default: 0.8)",
-    )
-    add("--top_k", type=int, default=50, help="draw among the k likeliest; 0: all (default: 50)")
-    add("--seed", type=int, default=0, help="for the draws (default: 0)")
-
-
-def add_compare(parser: Parser) -> None:
-    """The options of `compare`."""
-    models = "directories or hub names, at least two; the others are compared with the first"
-    parser.add_argument("model_dir", metavar="DIR", nargs="+", help=models)
-    add_text(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", help="where table and figure are saved (default: nowhere)")
-    add("--overwrite", action="store_true", help="replace what is in the output directory")
-    add_device(parser)
-
-
-def add_export(parser: Parser) -> None:
-    """The options of `export`."""
-    add = parser.add_argument
-    add("model_dir", metavar="DIR", help="the model: a directory or hub name")
-    add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
-    add("--output_dir", required=True, help="where it is saved")
-    add("--overwrite", action="store_true", help="replace what is in the output directory")
-
-
-def add_text(parser: Parser):
-    """The options for a text and how it is cut; returns the way to add more to them."""
-    add = parser.add_argument_group("text").add_argument
-    text = "a text (default: The Wind in the Willows; offline, the sample story)"
-    add("--dataset_path", help=text)
-    add("--text_column", help="column of a table, such as a JSON Lines file, that holds the text")
-    add("--encoding", help="encoding of the text, such as cp1251 (default: UTF-8)")
-    longest = f"all that the models read at once, at most {LONGEST_BLOCK:,}"
-    add("--block_size", type=int, help=f"tokens in a block (default: {longest})")
-    return add
-
-
-def add_device(parser) -> None:
-    """The option for where models run."""
-    about = "auto, cpu, cuda, cuda:1, mps ... (default: auto)"
-    parser.add_argument("--device", default="auto", help=about)
+def source(text: str) -> str:
+    """What a command reads: a name on the hub, or a path where something is."""
+    if given(text).startswith((".", "/", "~")) and not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return text
 
 
 def init_of(text: str) -> str | list[int]:
@@ -253,24 +135,138 @@ def init_of(text: str) -> str | list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {accepted}") from None
 
 
-def config_of(options: argparse.Namespace) -> DistillConfig:
-    """The settings among the options, in float32 until a dtype is chosen."""
-    names = {field.name for field in dataclasses.fields(DistillConfig)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    if given["dtype"] == "auto":
-        given["dtype"] = "float32"
-    return DistillConfig(**given)
+# -- options ---------------------------------------------------------------------------
+
+
+def add_distill(parser: Parser) -> None:
+    """The options of `distill`."""
+    add = parser.add_argument_group("teacher and student").add_argument
+    bundled = "the teacher: a directory or hub name (default: the bundled one)"
+    add("--model_dir", type=source, metavar="DIR", help=bundled)
+    add(
+        "--student",
+        type=source,
+        metavar="DIR",
+        help="half, for half of the teacher's layers, or a directory or hub name "
+        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
+    )
+    depth = "how many of the teacher's layers the student keeps (default: half)"
+    add("--layers", type=int, metavar="N", help=depth)
+    add(
+        "--init",
+        type=init_of,
+        metavar="WAY",
+        help=f"which layers it keeps: {', '.join(INITS)}, their numbers, such as 0,3,5, or auto, "
+        "which tries all these ways on a few blocks and takes the best (default: auto)",
+    )
+    add = add_text(parser)
+    written = "train on what the teacher writes from the openings of the text's blocks"
+    add("--teacher_text", action="store_true", help=written)
+    settings = dataclasses.fields(DistillConfig)
+    loss = [each.name for each in settings].index("epochs")
+    add_settings(parser.add_argument_group("loss"), settings[:loss])
+    group = parser.add_argument_group("training")
+    add_settings(group, settings[loss:])
+    add_device(group)
+    kept = "run the teacher once and keep its hidden states on disk, for this run and later ones"
+    group.add_argument("--cache_teacher", action="store_true", help=kept)
+    add = add_output(parser, "the student", default="./wind_in_the_willows_distilled")
+    add("--resume", action="store_true", help="continue a run that was stopped, if there is one")
+    minutes = "between two checkpoints; each epoch ends with one, too (default: 5.0)"
+    add("--checkpoint_minutes", type=float, default=5.0, metavar="MINUTES", help=minutes)
+
+
+def add_settings(group, settings: list[dataclasses.Field]) -> None:
+    """The options for those settings of `DistillConfig` that are one value."""
+    for each in settings:
+        about, default = described(each), each.default
+        if each.name == "hidden_layers":
+            continue
+        if default is False:
+            group.add_argument(f"--{each.name}", action="store_true", help=about)
+            continue
+        type_ = scalar_type(each)
+        group.add_argument(
+            f"--{each.name}",
+            type=type_,
+            choices=each.metadata["fits"] if type_ is str else None,
+            default=default,
+            metavar={str: "NAME", int: "N", float: "X"}[type_],
+            help=about if default is None else f"{about} (default: {default})",
+        )
+
+
+def add_generate(parser: Parser) -> None:
+    """The options of `generate`, with the defaults of `complete`."""
+    add = parser.add_argument
+    model = "a model's directory or hub name, or an export to ONNX"
+    add("model_dir", metavar="DIR", type=source, help=model)
+    prompt = "The Mole had been"
+    add("--prompt", default=prompt, help=f"what the text begins with (default: {prompt})")
+    add("--max_new_tokens", type=int, default=60, metavar="N", help="tokens to write (default: 60)")
+    warmth = "of sampling; 0 takes the likeliest token (default: 0.8)"
+    add("--temperature", type=float, default=0.8, metavar="X", help=warmth)
+    among = "draw among the N likeliest tokens; 0: among all (default: 50)"
+    add("--top_k", type=int, default=50, metavar="N", help=among)
+    add("--seed", type=int, default=0, metavar="N", help="for the draws (default: 0)")
+
+
+def add_compare(parser: Parser) -> None:
+    """The options of `compare`."""
+    models = "directories or hub names, at least two; the others are compared with the first"
+    parser.add_argument("model_dir", metavar="DIR", type=source, nargs="+", help=models)
+    add_text(parser)
+    add_output(parser, "table and figure")
+    add_device(parser)
+
+
+def add_export(parser: Parser) -> None:
+    """The options of `export`."""
+    add = parser.add_argument
+    add("model_dir", metavar="DIR", type=source, help="the model: a directory or hub name")
+    add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
+    add_output(parser, "the export", required=True)
+
+
+def add_text(parser: Parser):
+    """The options for a text and how it is cut; returns the way to add more to them."""
+    add = parser.add_argument_group("text").add_argument
+    text = "a text or a table (default: The Wind in the Willows; offline, the sample story)"
+    add("--dataset_path", type=source, metavar="FILE", help=text)
+    column = "column of a table, such as a JSON Lines file, that holds the text"
+    add("--text_column", type=given, metavar="NAME", help=column)
+    encoding = "encoding of the text, such as cp1251 (default: UTF-8)"
+    add("--encoding", type=given, metavar="NAME", help=encoding)
+    longest = f"all that the models read at once, at most {LONGEST_BLOCK:,}"
+    add("--block_size", type=int, metavar="N", help=f"tokens in a block (default: {longest})")
+    return add
+
+
+def add_output(parser: Parser, what: str, **more):
+    """The options for where something is saved; returns the way to add more to them."""
+    add = parser.add_argument_group("output").add_argument
+    default = "" if "required" in more else f" (default: {more.get('default', 'nowhere')})"
+    about = f"directory for {what}{default}"
+    add("--output_dir", type=given, metavar="DIR", help=about, **more)
+    add("--overwrite", action="store_true", help="replace what is there")
+    return add
+
+
+def add_device(parser) -> None:
+    """The option for where models run."""
+    about = "auto, cpu, cuda, cuda:1, mps ... (default: auto)"
+    parser.add_argument("--device", default="auto", metavar="NAME", help=about)
 
 
 COMMANDS = {  # what they do, what they are given, an example, and the function for their options
     "distill": (
         "train a smaller student on a teacher's soft labels",
         "",
-        "--model_dir gpt2 --dataset_path my_text.txt --output_dir my_student",
+        "--model_dir gpt2 --dataset_path my_text.txt \\\n    --output_dir my_student",
         add_distill,
     ),
     "generate": (
-        "continue a prompt",
+        "generate text from a prompt",
         "DIR ",
         'my_student --prompt "The Mole had been"',
         add_generate,

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
-import math
 import sys
 import tempfile
 import warnings
@@ -22,7 +20,7 @@ from tqdm.auto import tqdm
 import willows_kd
 from willows_kd import files, models
 from willows_kd.compress.layers import choose_layers, passes_to_choose
-from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
+from willows_kd.config import INITS, LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, Stopped, WriteError, one_line, require
@@ -35,10 +33,24 @@ from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
 
 GPT2_VOCABULARY = 50_257
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
-STEPS_TO_TIME = 3  # of each dtype
-SECONDS_TO_TIME = 3.0  # after which one step is enough
 AS_BYTES = "utf-8", "surrogateescape"  # of a path, whatever bytes it has
-FASTER = 1.1  # by so much, or float32 stays
+UNEVEN = 1.25  # between the speeds of one network, above which they are not to be trusted
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [knowledge-distillation, willows_kd]
+---
+
+# A distilled student
+
+Trained with willows_kd on the soft labels of its teacher ({teacher}), {epochs} on {corpus}.
+
+{limit}## Settings
+
+{settings}
+"""
 
 # exit codes; bad input is 2
 OK, FAILED, CANNOT_WRITE, STOPPED = 0, 1, 3, 130
@@ -54,27 +66,26 @@ class Job:
     tokenizer: object
     corpus: Corpus
     blocks: Blocks
+    config: DistillConfig
     facts: dict  # what is saved beside the settings
 
 
 def distill_to_directory(options, config: DistillConfig) -> int:
     """Run the whole job, with checkpoints beside the output directory, and return the exit code."""
-    output, main_process = Path(options.output_dir), models.distributed_state().is_main_process
-    files.check_output(output, options.overwrite)
-    checkpoints = Checkpoints(checkpoints_folder(output), options.checkpoint_minutes)
+    main_process = models.distributed_state().is_main_process
+    check_output(options, options.model_dir, options.student, options.dataset_path)
+    folder = checkpoints_folder(Path(options.output_dir))
+    checkpoints = Checkpoints(folder, options.checkpoint_minutes)
     locked = checkpoints.locked() if main_process else contextlib.nullcontext()
     with locked, warnings_as_lines():
         if main_process:
-            files.clean_up_interrupted_writes(output)
-            check_nothing_is_lost(output, checkpoints, options)
-        job = prepare(options)
-        config = dataclasses.replace(config, dtype=choose_dtype(options, job, config, checkpoints))
+            files.clean_up_interrupted_writes(Path(options.output_dir))
+            check_nothing_is_lost(options, checkpoints)
+        job = prepare(options, config)
         if main_process:
-            check_savable(job, config)
-        history = train(job, config, checkpoints, options)
-        if not main_process:
-            return OK
-        return save_and_compare(job, config, history, checkpoints, options)
+            check_savable(job)
+        history = train(job, checkpoints, options)
+        return save_and_compare(job, history, checkpoints, options) if main_process else OK
 
 
 def checkpoints_folder(output: Path) -> Path:
@@ -83,30 +94,33 @@ def checkpoints_folder(output: Path) -> Path:
     return named.with_name(f"{named.name}.checkpoints")
 
 
-def check_nothing_is_lost(output: Path, checkpoints: Checkpoints, options) -> None:
-    """Refuse to replace a stopped run or a student unless the options say so."""
-    stopped = checkpoints.files()
-    if options.overwrite or options.resume and stopped:
+def check_output(options, *inputs: str | None) -> None:
+    """Refuse an output directory that cannot be one, or would replace what the command reads."""
+    files.check_output(options.output_dir, options.overwrite)
+    output = Path(options.output_dir).resolve()
+    for given in filter(None, inputs):
+        path = Path(given).resolve()
+        if path.exists() and output in (path, *path.parents):
+            raise InputError(f"{given} would be replaced; choose another --output_dir")
+
+
+def check_nothing_is_lost(options, checkpoints: Checkpoints | None = None) -> None:
+    """Refuse to replace a student or a stopped run unless the options say so."""
+    stopped = checkpoints is not None and checkpoints.files()
+    if options.overwrite or stopped and options.resume:
         return
-    require(
-        not stopped,
-        f"{checkpoints.folder} holds a run that was stopped; "
-        "--resume continues it, --overwrite starts afresh",
-    )
-    check_no_student(output)
+    if stopped:
+        choice = "--resume continues it, --overwrite starts afresh"
+        raise InputError(f"{checkpoints.folder} holds a run that was stopped; {choice}")
+    if student := student_in(options.output_dir):
+        choice = "choose another --output_dir, or add --overwrite to replace it"
+        raise InputError(f"{options.output_dir} holds a student ({student}); {choice}")
 
 
-def check_no_student(output: Path) -> None:
-    """Refuse to replace a student, and say which."""
-    student = student_in(output)
-    choice = "choose another --output_dir, or add --overwrite to replace it"
-    require(not student, f"{output} holds a student ({student}); {choice}")
-
-
-def student_in(output: Path) -> str:
+def student_in(output: str) -> str:
     """When and how the student in an output directory was made; nothing if there is none."""
+    file = Path(output) / files.SETTINGS_FILE
     try:
-        file = output / files.SETTINGS_FILE
         made = json.loads(file.read_text(encoding="utf-8"))
         when = f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d %H:%M}"
         return f"{when}, T = {made['temperature']}, {counted(made['epochs_finished'], 'epoch')}"
@@ -117,50 +131,49 @@ def student_in(output: Path) -> str:
 # -- before training -------------------------------------------------------------------
 
 
-def prepare(options) -> Job:
+def prepare(options, config: DistillConfig) -> Job:
     """Check and load everything, what is quickest to check first."""
     device = find_device(options.device)
-    check_inputs_stay(options.output_dir, options.model_dir, options.student, options.dataset_path)
-    cached_text = options.on_policy_share == 0 or not options.cache_teacher
-    require(cached_text, "--cache_teacher knows no text that is yet to be written; leave it out")
-    bundled = options.model_dir is None
-    teacher_name = str(models.BUNDLED_TEACHER) if bundled else options.model_dir
+    cacheable = config.on_policy_share == 0 or not options.cache_teacher
+    require(cacheable, "--cache_teacher knows no text that is yet to be written; leave it out")
+    teacher_name = options.model_dir or str(models.BUNDLED_TEACHER)
     block_length(options.block_size, teacher_name)
     tokenizer = models.load_tokenizer(teacher_name)
     student_name = choose_student(options, tokenizer)
-    sources = [teacher_name] if student_name == "half" else [teacher_name, student_name]
-    block_size = block_length(options.block_size, *sources)
+    sources = {"teacher": teacher_name, "student": student_name}
+    if student_name == "half":
+        del sources["student"]
+    block_size = block_length(options.block_size, *sources.values())
     corpus = None if options.dataset_path is None else read_corpus(options)
 
-    print(f"🔍 Loading teacher model from: {'the bundled teacher' if bundled else teacher_name}")
+    print(f"🔍 Loading teacher model from: {options.model_dir or 'the bundled teacher'}")
     teacher, _ = models.load_teacher(teacher_name, device)
     shown = f"{options.layers} of the teacher's layers" if options.layers else student_name
     print(f"🔍 Loading student model ({shown})...")
-    if student_name == "half":  # refuses bad layers before a text is read
-        layers = options.init if isinstance(options.init, list) else "spaced"
-        layers_to_keep(teacher, options.layers, layers)
-    for whose, name in zip(("teacher", "student"), sources, strict=False):
+    for whose, name in sources.items():
         if models.adapter_base(name):
             print(f"ℹ️ The {whose}'s LoRA adapter is merged into its weights")
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
     corpus = corpus or read_corpus(options)
     print("⚙️ Tokenizing dataset...")
-    blocks = pack_without_warning(corpus, tokenizer, block_size)
-    facts = {"teacher": "willows_kd's bundled teacher" if bundled else teacher_name}
+    blocks = pack(corpus, tokenizer, block_size)
     if student_name == "half":
         kept = layers_of_student(options, teacher, blocks.train)
-        facts["student"] = f"layers {listed(kept)} of the teacher's {depth_of(teacher)}"
+        about = f"layers {listed(kept)} of the teacher's {depth_of(teacher)}"
         make = functools.partial(student_from_teacher, teacher, init=kept)
     else:
-        facts["student"] = student_name
+        about = student_name
         make = functools.partial(models.load_student, student_name, tokenizer, device)
     student = make()
-    if len(tokenizer) > models.vocabulary_size(
-        student
-    ):  # tokens that only the teacher has would have no embedding
-        tokenizer = models.load_tokenizer(student_name)
-    facts |= {"corpus": corpus.provenance, "block_size": block_size}
-    facts |= {"teacher_text": options.teacher_text}
+    if len(tokenizer) > models.vocabulary_size(student):
+        tokenizer = models.load_tokenizer(student_name)  # the teacher's has tokens too many
+    facts = {
+        "teacher": options.model_dir or "willows_kd's bundled teacher",
+        "student": about,
+        "corpus": corpus.provenance,
+        "block_size": block_size,
+        "teacher_text": options.teacher_text,
+    }
     if limit := untrained_positions(student, block_size):
         print(f"⚠️ {limit}")
         facts["untrained_positions"] = limit
@@ -168,7 +181,7 @@ def prepare(options) -> Job:
         print("✍️ The teacher is writing the training text...")
         written = make_transfer_set(teacher, blocks.train, seed=options.seed)
         blocks = dataclasses.replace(blocks, train=written)
-    return Job(teacher, student, make, tokenizer, corpus, blocks, facts)
+    return Job(teacher, student, make, tokenizer, corpus, blocks, config, facts)
 
 
 def choose_student(options, tokenizer) -> str:
@@ -193,9 +206,11 @@ def layers_of_student(options, teacher, blocks: torch.Tensor) -> list[int]:
     Measured is on a few training blocks; ways to choose for which the teacher would read more
     than an epoch's blocks are left out.
     """
-    if isinstance(options.init, list):
-        return options.init
-    depth, size = depth_of(teacher), len(layers_to_keep(teacher, options.layers, "spaced"))
+    given = isinstance(options.init, list)
+    kept = layers_to_keep(teacher, options.layers, options.init if given else "spaced")
+    if given:
+        return kept
+    depth, size = depth_of(teacher), len(kept)
     few = blocks[:: max(1, len(blocks) // BLOCKS_TO_CHOOSE)][:BLOCKS_TO_CHOOSE]
     affordable = [i for i in INITS if passes_to_choose(i, depth, size) * len(few) <= len(blocks)]
     inits = affordable if options.init in (None, "auto") else [options.init]
@@ -229,53 +244,13 @@ def untrained_positions(student, block_size: int) -> str:
     )
 
 
-def choose_dtype(options, job: Job, config: DistillConfig, checkpoints: Checkpoints) -> str:
-    """The arithmetic of the steps: as given, that of a run that is resumed, or the faster one.
-
-    Several processes would have to agree on what is faster: they train in float32.
-    """
-    if options.dtype != "auto" or models.distributed_state().num_processes > 1:
-        return config.dtype
-    if options.resume and (found := checkpoints.newest()):
-        return found.run["settings"]["dtype"]
-    seconds = {dtype: step_seconds(job, config, dtype) for dtype in DTYPES}
-    if math.inf in seconds.values():
-        return "float32"
-    ratio = seconds["float32"] / seconds["bfloat16"]
-    dtype = "bfloat16" if ratio >= FASTER else "float32"
-    print(f"ℹ️ A step in bfloat16 has {ratio:.2f} times float32's speed here: using {dtype}")
-    return dtype
-
-
-def step_seconds(job: Job, config: DistillConfig, dtype: str) -> float:
-    """Seconds of a step of a student that is thrown away; infinity if a step fails."""
-    config = dataclasses.replace(config, dtype=dtype, epochs=1, gradient_accumulation_steps=1)
-    some = job.blocks.train[: config.blocks_per_pass(job.blocks.block_size)]
-    train, held_out = some.repeat(STEPS_TO_TIME, 1), job.blocks.validation[:1]
-    ends = [0.0]
-
-    def on_step(row: dict) -> None:
-        ends.append(row["seconds"])
-        if row["seconds"] > SECONDS_TO_TIME:
-            raise EnoughError
-
-    with contextlib.suppress(EnoughError, InputError, RuntimeError):
-        few = Blocks(train, held_out, held_out, {})
-        distill(job.teacher, job.make_student(), few, config, on_step=on_step, loss=ChunkedLoss)
-    return min((b - a for a, b in itertools.pairwise(ends)), default=math.inf)
-
-
-class EnoughError(Exception):
-    """A step was timed that took long."""
-
-
-def check_savable(job: Job, config: DistillConfig) -> None:
+def check_savable(job: Job) -> None:
     """Try to save all but the weights before training, rather than after hours."""
     try:
         with tempfile.TemporaryDirectory() as folder, models.quiet_transformers():
             job.student.config.save_pretrained(folder)
             job.tokenizer.save_pretrained(folder)
-            for text in texts(job, config, []).values():
+            for text in texts(job, []).values():
                 text.encode(*AS_BYTES)
     except Exception as error:
         # no room for temporary files, as Python or Rust says it: the output directory may have it
@@ -288,14 +263,14 @@ def check_savable(job: Job, config: DistillConfig) -> None:
 # -- training, and after it ------------------------------------------------------------
 
 
-def train(job: Job, config: DistillConfig, checkpoints: Checkpoints, options) -> list[dict]:
+def train(job: Job, checkpoints: Checkpoints, options) -> list[dict]:
     """Distil; if Ctrl-C stops it, the student is that of the last finished epoch.
 
     Returns:
         the history of the finished epochs.
     """
     teacher = job.teacher
-    if options.cache_teacher and config.alpha < 1:
+    if options.cache_teacher and job.config.alpha < 1:
         teacher = cache_teacher(teacher, job.blocks)
     print("🚀 Starting distillation training...")
     if job.corpus.skipped:
@@ -310,11 +285,10 @@ def train(job: Job, config: DistillConfig, checkpoints: Checkpoints, options) ->
 
     more = {"on_step": on_step, "checkpoints": checkpoints, "resume": options.resume}
     try:
-        history = distill(teacher, job.student, job.blocks, config, loss=ChunkedLoss, **more)
+        return distill(teacher, job.student, job.blocks, job.config, loss=ChunkedLoss, **more)
     except Stopped as stopped:
-        history = stopped.history
-    if history and is_finished(history, config):
-        return history
+        if stopped.history and is_finished(stopped.history, job.config):
+            return stopped.history
     ended = checkpoints.newest(ends_epoch=True)
     if ended is None:
         return []
@@ -327,7 +301,7 @@ def is_finished(history: list[dict], config: DistillConfig) -> bool:
     return history[-1]["epoch"] == config.epochs and "average_loss" in history[-1]
 
 
-def save_and_compare(job: Job, config, history: list[dict], checkpoints, options) -> int:
+def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int:
     """Save the student, measure it beside its teacher, and return the exit code."""
     resumable = "; add --resume to go on from where it stopped" if checkpoints.files() else ""
     if not history:
@@ -335,41 +309,43 @@ def save_and_compare(job: Job, config, history: list[dict], checkpoints, options
         return STOPPED
     output = options.output_dir
     print(f"💾 Saving distilled student model to: {output}")
-    extra = texts(job, config, history)
-    models.save_model(job.student, job.tokenizer, output, extra, options.overwrite)
+    models.save_model(job.student, job.tokenizer, output, texts(job, history), options.overwrite)
     print("✅ Distilled model saved successfully!")
-    if not is_finished(history, config):
-        done = f"epoch {history[-1]['epoch']} of {config.epochs}"
+    if not is_finished(history, job.config):
+        done = f"epoch {history[-1]['epoch']} of {job.config.epochs}"
         print(f"stopped: the student is that of {done}{resumable}")
         return STOPPED
     print("📏 Comparing with the teacher...", flush=True)
+    code, failure = OK, ""
     try:
         named = {"teacher": job.teacher, "student before": job.make_student()}
         table = compare(named | {"student": job.student}, job.blocks, job.tokenizer)
         with files.atomic_file(Path(output) / "README.md") as card:
-            card.write_bytes(texts(job, config, history, table)["README.md"].encode(*AS_BYTES))
+            card.write_bytes(texts(job, history, table)["README.md"].encode(*AS_BYTES))
     except KeyboardInterrupt:
-        failure, code = "stopped", STOPPED
+        code, failure = STOPPED, "stopped"
     except Exception as error:  # whatever happens, the student is saved
-        failure = one_line(error)
         code = CANNOT_WRITE if isinstance(error, OSError | WriteError) else FAILED
-    else:
-        print(f"\n{as_text(table)}")
-        print(f"\nMeasured on the held-out test text of {job.corpus.title},")
-        print(f"with {describe(table)}.")
-        failure, code = "", OK
+        failure = one_line(error)
     if failure:
         print(f"{failure}: the student is trained and saved, but was not compared")
+    else:
+        print_table(table, job.corpus)
+        if is_uneven(table.loc[["student before", "student"]]):
+            print(
+                "⚠️ Both students are one network, yet their speeds differ by more than a quarter:"
+            )
+            print("   the machine was busy; compare them again when it is not")
     checkpoints.clear()
     return code
 
 
-def texts(job: Job, config: DistillConfig, history: list[dict], table=None) -> dict[str, str]:
+def texts(job: Job, history: list[dict], table=None) -> dict[str, str]:
     """What is saved beside the student: settings, history and model card."""
     settings = {
         **job.facts,
         "epochs_finished": history[-1]["epoch"] if history else 0,
-        **dataclasses.asdict(config),
+        **dataclasses.asdict(job.config),
         "versions": {m.__name__: m.__version__ for m in (willows_kd, torch, transformers)},
     }
     return {
@@ -381,28 +357,18 @@ def texts(job: Job, config: DistillConfig, history: list[dict], table=None) -> d
 
 def model_card(settings: dict, table: pd.DataFrame | None) -> str:
     """The README of an output directory."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [knowledge-distillation, willows_kd]",
-        "---",
-        "",
-        "# A distilled student",
-        "",
-        f"Trained with willows_kd on the soft labels of its teacher ({settings['teacher']}), "
-        f"{counted(settings['epochs_finished'], 'epoch')} on {settings['corpus']}.",
-        "",
-        *(f"{settings[name]}.\n" for name in ["untrained_positions"] if name in settings),
-        "## Settings",
-        "",
-        *(f"- {name}: {value}" for name, value in settings.items()),
-        "",
-    ]
+    limit = f"{settings['untrained_positions']}.\n\n" if "untrained_positions" in settings else ""
+    card = CARD.format(
+        teacher=settings["teacher"],
+        epochs=counted(settings["epochs_finished"], "epoch"),
+        corpus=settings["corpus"],
+        limit=limit,
+        settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
+    )
     if table is not None:
-        lines += ["## Measured on held-out text", "", as_markdown(table), ""]
-        lines += [f"Speed and memory: {describe(table)}.", ""]
-    return "\n".join(lines)
+        card += f"\n## Measured on held-out text\n\n{as_markdown(table)}\n"
+        card += f"\nSpeed and memory: {describe(table)}.\n"
+    return card
 
 
 # -- what the commands share -----------------------------------------------------------
@@ -416,15 +382,6 @@ def block_length(block_size: int | None, *names: str) -> int:
     for name in names:
         models.check_context(name, block_size)
     return block_size
-
-
-def check_inputs_stay(output_dir: str, *inputs: str | None) -> None:
-    """Refuse an output directory that would replace what the run reads."""
-    output = Path(output_dir).resolve()
-    for given in filter(None, inputs):
-        path = Path(given).resolve()
-        if path.exists() and output in (path, *path.parents):
-            raise InputError(f"{given} lies in {output_dir}, which would be replaced")
 
 
 def find_device(name: str) -> torch.device:
@@ -445,13 +402,6 @@ def read_corpus(options) -> Corpus:
     return load_corpus(options.dataset_path, options.text_column, options.encoding)
 
 
-def pack_without_warning(corpus: Corpus, tokenizer, block_size: int) -> Blocks:
-    """`pack` without its warning, which the command words in its own way."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return pack(corpus, tokenizer, block_size)
-
-
 @contextlib.contextmanager
 def warnings_as_lines():
     """Print each warning once, as a line like the others."""
@@ -464,17 +414,25 @@ def warnings_as_lines():
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
+        warnings.filterwarnings("ignore", "skipped .* empty")  # which `train` says
         warnings.showwarning = show
         yield
 
 
-def as_text(table: pd.DataFrame) -> str:
-    """The table of `compare` in plain text, at most 80 columns wide."""
+def print_table(table: pd.DataFrame, corpus: Corpus) -> None:
+    """Print the table of `compare` in plain text, at most 80 columns wide, and where it is from."""
     rows = [line.split("|")[1:-1] for line in as_markdown(table).splitlines()]
     names, _, *rows = [[cell.strip() for cell in row] for row in rows]
     cells = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], names[1:])
     widths = [len(name) + 1 for name in cells]  # names may be of several words
-    return cells.to_string(line_width=80, col_space=widths)
+    print(f"\n{cells.to_string(line_width=80, col_space=widths)}\n")
+    print(f"Measured on the held-out test text of {corpus.title},\nwith {describe(table)}.")
+
+
+def is_uneven(rows: pd.DataFrame) -> bool:
+    """Whether the speeds of one network, measured several times, differ by more than a quarter."""
+    speeds = rows[["forward_ms", "token_ms"]]
+    return bool((speeds.max() > UNEVEN * speeds.min()).any())
 
 
 def describe(table: pd.DataFrame) -> str:

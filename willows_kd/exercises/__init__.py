@@ -5,6 +5,7 @@ right ones and with what each usual mistake gives.
 """
 
 import copy
+import functools
 import itertools
 import textwrap
 from collections.abc import Callable, Iterable
@@ -150,9 +151,18 @@ def combined(choices: tuple[dict, ...], answer: Callable, most: int = 3):
                 yield lambda *case, chosen=chosen: answer(*chosen, *case), hints[0] + more
 
 
-def first_choices(choices: tuple[dict, ...]) -> list:
-    """What is right of each choice."""
-    return [next(iter(texts)) for texts in choices]
+def judge_choices(
+    function: Callable,
+    cases: list[tuple],
+    choices: tuple[dict, ...],
+    answer: Callable,
+    praise: str = "",
+    most: int = 3,
+    **more,
+) -> bool:
+    """`judge` a function whose mistakes are those of `combined`; what is right comes from both."""
+    right = functools.partial(answer, *(next(iter(texts)) for texts in choices))
+    return judge(function, cases, right, combined(choices, answer, most), praise, **more)
 
 
 def random_logits(*shape: int, seed: int) -> torch.Tensor:

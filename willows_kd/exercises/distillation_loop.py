@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from willows_kd.exercises import attempt, combined, judge, not_yet, well_done
-from willows_kd.exercises.soft_labels import KL, kl_with, logit_cases
-from willows_kd.losses import forward_kl, hard_label_loss, mix
+from willows_kd.exercises import attempt, judge, judge_choices, not_yet, well_done
+from willows_kd.exercises.soft_labels import KL, NOT_FINITE, kl_with, logit_cases
+from willows_kd.losses import hard_label_loss, mix
 
 
 def check_shift(my_shift: Callable) -> bool:
@@ -33,22 +33,19 @@ def check_shift(my_shift: Callable) -> bool:
             "goes. Time is the second dimension: [:, :-1] or [:, 1:]"
         )
     offsets = (labels - predictions[..., 0]).unique().tolist()
-    if offsets == [0]:
-        return not_yet(
-            "position i is paired with token i, which the student has just read. The loss would "
-            "fall to nothing by copying. Pair it with token i + 1"
-        )
-    if offsets == [-1]:
-        return not_yet(
-            "position i is paired with token i - 1. Drop the last prediction and the first token, "
-            "not the other way round"
-        )
-    if offsets != [1] or shapes[1] != (2, 5):
-        return not_yet(
-            "not every position but the last is paired with the token after it. The last one has "
-            "no next token: cut it off, do not roll it round"
-        )
-    return well_done("position i answers for token i + 1, and for no other")
+    if offsets == [1] and shapes[1] == (2, 5):
+        return well_done("position i answers for token i + 1, and for no other")
+    return not_yet(SHIFTED.get(tuple(offsets), SHIFTED[()]))
+
+
+SHIFTED = {  # tokens by which a label lies after its prediction: the hint
+    (0,): "position i is paired with token i, which the student has just read. The loss would "
+    "fall to nothing by copying. Pair it with token i + 1",
+    (-1,): "position i is paired with token i - 1. Drop the last prediction and the first token, "
+    "not the other way round",
+    (): "not every position but the last is paired with the token after it. The last one has no "
+    "next token: cut it off, do not roll it round",
+}
 
 
 MIXED = (
@@ -73,9 +70,6 @@ def check_loss(my_loss: Callable) -> bool:
         labels = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(0))
         cases.append((z_s, z_t, labels, t, alpha))
 
-    def right(z_s, z_t, labels, t, alpha) -> float:
-        return mix(hard_label_loss(z_s, labels), forward_kl(z_s, z_t, t), alpha).item()
-
     def answer(side, hard_from, *choices_and_case) -> float:
         *choices, z_s, z_t, labels, t, alpha = choices_and_case
         hard = hard_label_loss(z_s.detach() / (t if hard_from == "softened" else 1), labels)
@@ -84,26 +78,25 @@ def check_loss(my_loss: Callable) -> bool:
         return mix(hard, kl_with(*choices, z_s, z_t, t), weight).item()
 
     praise = "alpha weighs the hard labels, T² the soft ones, both per token"
-    hint = "A target that is a logarithm needs log_target=True"
-    return judge(my_loss, cases, right, combined((*MIXED, *KL), answer), praise, hint)
+    choices = (*MIXED, *KL)
+    return judge_choices(my_loss, cases, choices, answer, praise, not_finite=NOT_FINITE)
 
 
 def check_steps(my_steps: Callable) -> bool:
     """Check `my_steps(blocks, batch_size, gradient_accumulation_steps, epochs)`."""
     cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
+
+    def right(blocks, size, times, epochs) -> int:
+        return epochs * math.ceil(blocks / (size * times))
+
     mistakes = {
-        lambda blocks, size, times, epochs: math.ceil(blocks / (size * times)): "that is one "
-        "epoch; every epoch sees all blocks again",
-        lambda blocks, size, times, epochs: epochs * (blocks // (size * times)): "the last step "
-        "of an epoch is missing; it has fewer blocks, but it is a step: round up",
-        lambda blocks, size, times, epochs: epochs * math.ceil(blocks / size): "those are "
-        "forward passes; an optimiser step comes after gradient_accumulation_steps of them",
-        lambda blocks, size, times, epochs: math.ceil(epochs * blocks / (size * times)): "no "
-        "step reaches over the end of an epoch; round up in each epoch, then multiply",
+        lambda b, s, t, e: right(b, s, t, 1): "that is one epoch; each sees all blocks again",
+        lambda b, s, t, e: e * (b // (s * t)): "the last step of an epoch is missing; it has fewer "
+        "blocks, but it is a step: round up",
+        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes; an optimiser step comes "
+        "after gradient_accumulation_steps of them",
+        lambda b, s, t, e: right(e * b, s, t, 1): "no step reaches over the end of an epoch; round "
+        "up in each epoch, then multiply",
     }
-
-    def right(blocks, batch_size, gradient_accumulation_steps, epochs) -> int:
-        return epochs * math.ceil(blocks / (batch_size * gradient_accumulation_steps))
-
     praise = f"{right(*cases[0])} steps for {cases[0]}"
     return judge(my_steps, cases, right, mistakes, praise)

@@ -3,11 +3,10 @@
 import math
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from willows_kd.exercises import combined, first_choices, judge
+from willows_kd.exercises import judge, judge_choices
 
 
 def check_agreement(my_agreement: Callable) -> bool:
@@ -79,31 +78,30 @@ def check_half_width(my_half_width: Callable) -> bool:
         divided = {"root": math.sqrt(len(values)), "nothing": 1, "n": len(values)}[divisor]
         return width * quantile * spread(values) / divided
 
-    right = partial(answer, *first_choices(HALF_WIDTH))
     values = cases[0][0]
-    praise = f"{statistics.mean(values):.1f} ± {right(values):.1f} for {values}"
-    mistakes = combined(HALF_WIDTH, answer)
-    return judge(my_half_width, cases, right, mistakes, praise, tolerance=2e-3)  # 4.30 is fine
+    width = answer(4.303, "root", statistics.stdev, 1, values)
+    praise = f"{statistics.mean(values):.1f} ± {width:.1f} for {values}"
+    # the tolerance: 4.30 is fine
+    return judge_choices(my_half_width, cases, HALF_WIDTH, answer, praise, tolerance=2e-3)
 
 
 def check_perplexity(my_perplexity: Callable) -> bool:
     """Check `my_perplexity(bits_per_byte, bytes_of_text, tokens)`."""
-    mistakes = {
-        lambda bits, size, tokens: 2**bits: "you raise 2 to the bits of a byte. A token has "
-        "several bytes: multiply by bytes per token first",
-        lambda bits, size, tokens: 2 ** (bits * tokens / size): "bytes and tokens are the "
-        "wrong way round: bits per byte times bytes is all the bits, and these are shared among "
-        "the tokens",
-        lambda bits, size, tokens: math.exp(bits * size / tokens): "bits are raised with the "
-        "base e. exp belongs to nats; the base for bits is 2",
-        lambda bits, size, tokens: bits * size / tokens: "these are bits per token. "
-        "Perplexity is 2 to this power",
-        lambda bits, size, tokens: bits * size: "these are the bits of the whole text. Share "
-        "them among the tokens, then raise 2 to this power",
-    }
 
-    def right(bits_per_byte, bytes_of_text, tokens) -> float:
-        return 2 ** (bits_per_byte * bytes_of_text / tokens)
+    def right(bits, size, tokens) -> float:
+        return 2 ** (bits * size / tokens)
+
+    mistakes = {
+        lambda b, n, t: 2**b: "you raise 2 to the bits of a byte. A token has several bytes: "
+        "multiply by bytes per token first",
+        lambda b, n, t: right(b, t, n): "bytes and tokens are the wrong way round: bits per byte "
+        "times bytes is all the bits, and these are shared among the tokens",
+        lambda b, n, t: math.exp(b * n / t): "bits are raised with the base e. exp belongs to "
+        "nats; the base for bits is 2",
+        lambda b, n, t: b * n / t: "these are bits per token. Perplexity is 2 to this power",
+        lambda b, n, t: b * n: "these are the bits of the whole text. Share them among the "
+        "tokens, then raise 2 to this power",
+    }
 
     cases = [(1.25, 320, 80), (2.0, 90, 30)]
     praise = f"5 bits a token are a perplexity of {right(*cases[0]):g}"

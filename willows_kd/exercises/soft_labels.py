@@ -2,31 +2,17 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from willows_kd import losses
-from willows_kd.exercises import (
-    combined,
-    first_choices,
-    judge,
-    not_yet,
-    random_logits,
-    result_of,
-    well_done,
-)
+from willows_kd.exercises import judge_choices, not_yet, random_logits, result_of, well_done
 from willows_kd.losses import entropy, soften
 
+AXIS = "the probabilities of one token do not sum to 1: your softmax runs over dim={}. Give it "
+AXIS += "dim=-1, the vocabulary"
 KL = (
-    {
-        -1: None,
-        **{
-            dim: "the probabilities of one token do not sum to 1: your softmax runs over "
-            f"dim={dim}, which is {what}. Give it dim=-1, the vocabulary"
-            for dim, what in ((1, "time"), (0, "the batch"))
-        },
-    },
+    {-1: None, 1: AXIS.format("1, which is time"), 0: AXIS.format("0, which is the batch")},
     {
         "kl": None,
         "cross-entropy": "your loss is not 0 when the student equals the teacher: it is the "
@@ -60,6 +46,7 @@ KL = (
         1: "the gradient still shrinks as T grows: your factor is T, not temperature**2",
     },
 )
+NOT_FINITE = "A target that is a logarithm needs log_target=True"
 
 
 def kl_with(axis, form, order, softened, divided, factor, z_s, z_t, t) -> torch.Tensor:
@@ -86,10 +73,8 @@ def logit_cases() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
 
 def check_forward_kl(my_kl: Callable) -> bool:
     """Check `my_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
-    right = partial(kl_with, *first_choices(KL))
     praise = "the same value as kd.forward_kl"
-    hint = "A target that is a logarithm needs log_target=True"
-    if not judge(my_kl, logit_cases(), right, combined(KL, kl_with), praise, hint):
+    if not judge_choices(my_kl, logit_cases(), KL, kl_with, praise, not_finite=NOT_FINITE):
         return False
     z_s, z_t, t = logit_cases()[0]
     loss = my_kl(z_s, z_t.clone(), t)
@@ -176,9 +161,7 @@ def check_equal_say(my_alpha: Callable) -> bool:
     for seed, (z_s, z_t, t) in enumerate(logit_cases()):
         labels = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(seed))
         cases.append((z_s.detach(), z_t, labels, t))
-    praise = "hard and soft labels pull equally hard"
-    right = partial(equal_say, *first_choices(SAY))
-    return judge(my_alpha, cases, right, combined(SAY, equal_say), praise)
+    return judge_choices(my_alpha, cases, SAY, equal_say, "hard and soft labels pull equally hard")
 
 
 def equal_say(say, compared, soft_from, z_s, z_t, labels, t) -> float:

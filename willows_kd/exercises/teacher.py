@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from transformers import GPT2Config
 
-from willows_kd.exercises import combined, first_choices, judge
+from willows_kd.exercises import judge, judge_choices
 
 PARTS = {  # of a GPT-2 of width w: how many parameters, and the hint if they are forgotten
     "tokens": "the table of tokens is missing: one row of the width for each",
@@ -32,10 +31,9 @@ def check_count(my_count: Callable) -> bool:
     names = "vocab_size", "n_positions", "n_embd", "n_layer"
     rest = {"n_head": 2, "bos_token_id": None, "eos_token_id": None}
     cases = [(GPT2Config(**dict(zip(names, shape, strict=True)), **rest),) for shape in shapes]
-    right = partial(count, *first_choices(COUNTED))
     praise = "every parameter of two more GPT-2s is accounted for"
-    mistakes = combined(COUNTED, count, most=len(COUNTED))
-    return judge(my_count, cases, right, mistakes, praise, tolerance=0)
+    most = len(COUNTED)
+    return judge_choices(my_count, cases, COUNTED, count, praise, most, tolerance=0)
 
 
 def count(layers: str, table: str, *parts_and_config) -> float:
@@ -125,6 +123,4 @@ def check_bits(my_bits: Callable) -> bool:
         factor = {"bits": 1 / math.log(2), "nats": 1, "upside down": math.log(2)}
         return nats.sum().item() / size.get(by, 1) * factor[unit]
 
-    right = partial(answer, *first_choices(READ))
-    praise = "a number to compare any models by"
-    return judge(my_bits, [(nats, text)], right, combined(READ, answer), praise)
+    return judge_choices(my_bits, [(nats, text)], READ, answer, "a number to compare any models by")
