@@ -63,6 +63,7 @@ html_favicon = "icon.svg"
 html_css_files = ["site.css"]
 html_extra_path = ["_root"]
 html_copy_source = False
+html_search_scorer = str(Path(__file__).with_name("search_order.js"))
 if pages.address():  # links to a page's source
     html_theme_options = {
         "source_repository": pages.address(),

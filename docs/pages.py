@@ -56,12 +56,19 @@ def prepare_docstring(app, what, name, value, options, lines: list[str]) -> None
     lines[:] = f"{before}{returns}{after}".split("\n")
 
 
+def to_take_home(path: Path) -> dict:
+    """A cell that offers the notebook's file, and says how it is run."""
+    told = f"{{download}}`Download <{path.name}>`, or run it: `jupyter lab {path.name}`"
+    return {"cell_type": "markdown", "id": "download", "metadata": {}, "source": told}
+
+
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
-    """Write the line of links for the address of this copy."""
+    """Offer the file, and write the line of links for the address of this copy."""
     path = Path(app.env.doc2path(docname))
     if path.suffix != ".ipynb":
         return
     notebook = json.loads(source[0])
+    notebook["cells"].insert(1, to_take_home(path))
     for cell in notebook["cells"]:
         if "nav" in cell["metadata"].get("tags", []):
             # site.css draws the badge: its picture is on another machine

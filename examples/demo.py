@@ -29,13 +29,17 @@ from willows_kd.models import bundled, load_student, load_teacher
 
 HOST = "127.0.0.1"
 NEW_TOKENS = 60
+LONG_PROMPT = 400  # characters that are shown at once
 ABOUT = """# Teacher and student, side by side
-They write one after the other, so that each has the machine to itself. A student's token is shaded
-by how far its distribution was from that of the first model: the KL divergence, in nats;
-point at a token for the number."""
+Begin a text. A language model, the *teacher*, goes on with it, and so does a smaller one that
+learnt from it, the *student*: one after the other, so that each has the machine to itself. The
+redder a token of the student, the further its prediction was from the teacher's (KL divergence,
+in nats; point at a token for the number)."""
 CSS = """
 .model { border-top: 2px solid var(--border-color-primary); padding-top: .6em; min-height: 9em }
 .model h3 { margin: 0 } .model small, .model .prompt { opacity: .65 }
+.model details { opacity: .65 }
+@media (max-width: 40em) { .models { flex-direction: column } }
 .model p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; font-size: 1.05em }
 """
 
@@ -112,12 +116,12 @@ def make_page(models: dict[str, torch.nn.Module], tokenizer):
     teacher = next(iter(models.values()))
     heads = {name: heading(name, model) for name, model in models.items()}
 
-    def answer(prompt: str, temperature: float, seed: int):
+    def answer(prompt: str, length: int, temperature: float, seed: int):
         shown = {name: column(head) for name, head in heads.items()}
         try:
             for name, model in models.items():
-                arguments = heads[name], teacher, model, tokenizer, prompt, temperature, seed
-                for now in columns(*arguments):
+                settings = int(length), temperature, seed
+                for now in columns(heads[name], teacher, model, tokenizer, prompt, *settings):
                     shown[name] = now
                     yield list(shown.values())
         except InputError as error:
@@ -127,20 +131,24 @@ def make_page(models: dict[str, torch.nn.Module], tokenizer):
         gr.Markdown(ABOUT)
         prompt = gr.Textbox("The Mole had been", label="prompt", lines=2, max_lines=8)
         with gr.Row():
+            length = gr.Slider(10, 200, NEW_TOKENS, step=10, label="tokens to write")
             heat = gr.Slider(0, 2, 0.8, step=0.1, label="temperature (0: the likeliest token)")
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**31)
-        button = gr.Button("Write", variant="primary")
         with gr.Row():
+            button = gr.Button("Write", variant="primary")
+            stop = gr.Button("Stop")
+        with gr.Row(elem_classes="models"):
             outputs = [gr.HTML(column(head), min_width=300) for head in heads.values()]
         # one at a time: a second browser sees its place in the queue
-        gr.on(
+        writing = gr.on(
             [button.click, prompt.submit],
             answer,
-            [prompt, heat, seed],
+            [prompt, length, heat, seed],
             outputs,
             concurrency_limit=1,
             trigger_mode="once",
         )
+        stop.click(None, cancels=[writing])
     return page
 
 
@@ -162,14 +170,20 @@ def columns(head: str, teacher, model, tokenizer, prompt: str, *settings) -> Ite
         yield column(head, facts, parts, kl)
 
 
-def written(model, tokenizer, prompt, temperature, seed) -> Iterator[tuple[list, list]]:
+def written(model, tokenizer, prompt, *settings) -> Iterator[tuple[list, list]]:
     """The prompt's ids, as the model reads them, and those written so far, at each new one."""
     arrived: queue.SimpleQueue = queue.SimpleQueue()
-    streamer = SimpleNamespace(put=arrived.put, end=lambda: None)
+    left = threading.Event()
+
+    def put(ids):
+        if left.is_set():
+            raise InterruptedError("nobody reads on")
+        arrived.put(ids)
 
     def write():
         try:
-            complete(model, tokenizer, prompt, NEW_TOKENS, temperature, seed, streamer=streamer)
+            streamer = SimpleNamespace(put=put, end=lambda: None)
+            complete(model, tokenizer, prompt, *settings, streamer=streamer)
             arrived.put(None)
         except BaseException as error:  # is raised where it is seen
             arrived.put(error)
@@ -185,7 +199,8 @@ def written(model, tokenizer, prompt, temperature, seed) -> Iterator[tuple[list,
             if len(ids) > 1:
                 yield ids[0], sum(ids[1:], [])
     finally:
-        writer.join()  # a page that was left waits for its model, for the next one's sake
+        left.set()
+        writer.join()  # the next page has the machine to itself
 
 
 def text_of(tokenizer, ids: list[int]) -> str:
@@ -208,8 +223,13 @@ def column(head: str, facts=(), parts=("",), kl=()) -> str:
         for token, nats in zip(tokens, kl, strict=True)
     ]
     facts = f"<small>{' · '.join(facts)}</small>" if facts else ""
-    text = f'<span class="prompt">{prompt}</span>{"".join(shaded)}'
-    return f'<div class="model">{head}<br>{facts}<p>{text}</p></div>'
+    given = f'<span class="prompt">{prompt}</span>'
+    folded = ""
+    if len(parts[0]) > LONG_PROMPT:
+        told = f"the prompt, {len(parts[0]):,} characters"
+        folded, given = f"<details><summary>{told}</summary>{prompt}</details>", "… "
+    text = f"{folded}<p>{given}{''.join(shaded)}</p>"
+    return f'<div class="model">{head}<br>{facts}{text}</div>'
 
 
 if __name__ == "__main__":

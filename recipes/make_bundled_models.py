@@ -1,10 +1,12 @@
-"""How the bundled models were made, from nothing: tokenizer, base, teacher.
+"""How the bundled models were made, from nothing: tokenizer, reader, base, teacher.
 
     python recipes/make_bundled_models.py --books FOLDER --willows FILE
 
 FOLDER holds public-domain books as text files (the forty that were used are listed
 in recipes/books.csv with their Project Gutenberg numbers), FILE is *The Wind in the
-Willows*. Chapters XI and XII of it are seen by nothing here but the perplexities.
+Willows*. The reader reads the books, the base also learns to copy (`teach_copying.py`), the
+teacher is the base, fine-tuned on chapters I-X. Chapters XI and XII are seen by nothing here
+but the choice of an epoch (XI) and the perplexities.
 
 Everything unfinished lives in --work_dir. Run the same command again after an
 interruption: finished parts are kept, and training goes on from its last checkpoint.
@@ -16,6 +18,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from teach_copying import FINE_TUNING_SHARE, copy_gains, teach_copying, with_spans
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
@@ -50,24 +53,29 @@ def main() -> None:
     tokenizer = make_tokenizer(books + chapters.train, options.work_dir / "tokenizer")
     validation = blocks_of(chapters.validation, tokenizer, CONTEXT)
 
-    base = options.work_dir / "base"
+    reader = options.work_dir / "reader"
     train(
         new_gpt2(tokenizer),
         blocks_of(books, tokenizer, CONTEXT),
         validation,
-        base,
+        reader,
         per_device_train_batch_size=8,
         num_train_epochs=options.passes,
         learning_rate=2e-3,
         warmup_steps=400,
         weight_decay=0.1,
     )
-    teacher = options.work_dir / "teacher"
+    base = options.work_dir / "base"
+    teach_copying(reader, tokenize(books, tokenizer), base)
+    torch.manual_seed(0)
+    ids, labels = with_spans(
+        as_tensor(blocks_of(chapters.train, tokenizer, CONTEXT)), FINE_TUNING_SHARE
+    )
     train(
         GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32),
-        blocks_of(chapters.train, tokenizer, CONTEXT),
+        [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)],
         validation,
-        teacher,
+        options.work_dir / "teacher",
         per_device_train_batch_size=4,
         num_train_epochs=3,
         learning_rate=5e-4,
@@ -145,7 +153,7 @@ def train(model, blocks, validation, folder: Path, **settings) -> None:
         args=TrainingArguments(
             output_dir=checkpoints,
             use_cpu=not torch.cuda.is_available(),
-            bf16=True,
+            bf16=torch.cuda.is_available(),
             adam_beta2=0.95,
             lr_scheduler_type="cosine",
             eval_strategy="epoch",
@@ -181,18 +189,26 @@ def publish(source: Path, target: Path, tokenizer, splits: dict[str, torch.Tenso
     # measured as it ships: with the weights rounded to fp16
     model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float16).float()
     found = {name: evaluate(model, blocks, tokenizer) for name, blocks in splits.items()}
+    gains = copy_gains(model, splits["test (chapter XII)"])
     model.half().save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    shutil.copy(source / "training_log.csv", target)
-    (target / "README.md").write_text(model_card(target.name, model, found), encoding="utf-8")
+    if target.name == "teacher":  # one file for all bundled models
+        tokenizer.save_pretrained(target)
+    log = source / "training_log.csv"
+    shutil.copy(log if log.exists() else source.with_name("reader") / log.name, target)
+    (target / "README.md").write_text(
+        model_card(target.name, model, found, gains), encoding="utf-8"
+    )
 
 
-def model_card(name: str, model, found: dict[str, dict[str, float]]) -> str:
+def model_card(name: str, model, found: dict[str, dict[str, float]], gains: str) -> str:
     """The README of a bundled model."""
     config = model.config
-    learnt = "forty public-domain books (recipes/books.csv)"
+    learnt = (
+        "forty public-domain books (recipes/books.csv), and on blocks of them in which a span "
+        "stands twice, so that it copies"
+    )
     if name == "teacher":
-        learnt += " and then, fine-tuned, on chapters I-X of The Wind in the Willows"
+        learnt += ". Then fine-tuned on chapters I-X of The Wind in the Willows"
     rows = "\n".join(
         f"| {split} | {q['perplexity']:.2f} | {q['bits_per_byte']:.3f} |"
         for split, q in found.items()
@@ -213,7 +229,8 @@ stored in fp16. It is small enough to learn with on a laptop and too small for a
 Trained on {learnt}. Its tokenizer, a byte-level BPE, was learnt from the same texts.
 
 Made by `python recipes/make_bundled_models.py --books FOLDER --willows FILE`; every setting is \
-in that script, and every logged step in `training_log.csv` beside this file.
+in that script and in `teach_copying.py`, and logged steps are in `training_log.csv` beside this \
+file (of the base: before it learnt to copy).
 
 Measured on chapters that neither it nor its tokenizer has seen, over windows of \
 {CONTEXT} tokens that overlap by half (the epoch was chosen on the validation chapter):
@@ -221,6 +238,8 @@ Measured on chapters that neither it nor its tokenizer has seen, over windows of
 | held-out text | perplexity | bits per byte |
 |---|---|---|
 {rows}
+
+{gains}
 
 Licence: MIT, like the project. The books are in the public domain in the United States.
 """

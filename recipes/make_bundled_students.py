@@ -3,16 +3,18 @@
     python recipes/make_bundled_students.py --books FOLDER --willows FILE
 
 Run `recipes/make_bundled_models.py` first, or use the teacher that ships. FOLDER and FILE
-are those of that recipe. Both students have half of the teacher's layers, start from the
-same copied weights, and see the same blocks in the same order: chapters I-X of the book,
-repeated, and other books, since soft labels can be learnt from any text
-(`benchmarks/what_helps.py` compares kinds of text). One student learns from soft labels
-only, the other, the control, from hard labels only. Both stages of each are kept as they
-were best on chapter XI; chapter XII is looked at once, for the model cards and for the
-table of the loss by position.
+are those of that recipe. All students have as many parameters and see the same kinds of
+blocks: chapters I-X of the book, repeated, and other books, since soft labels can be learnt
+from any text (`benchmarks/what_helps.py` compares kinds of text). `student` has half of the
+teacher's layers and learns from soft labels only; `student_hard_labels`, the control, is the
+same but for its labels; `student_narrow` has all layers and a quarter of the feed-forward
+units, the most active ones, and soft labels. Each stage is kept as it was best on chapter XI;
+chapter XII is looked at once, for the model cards and for the table of the loss by position.
 
-The first stage reads blocks of 128 tokens, and leaves the positions from 128 on untrained.
-The second reads blocks of all 256 positions. Both are measured over windows of 256.
+The first stage reads blocks of 128 tokens, and leaves the positions from 128 on untrained;
+the others read blocks of all 256 positions. All are measured over windows of 256. The
+students that ship went through the first two stages with the reader, fine-tuned, as their
+teacher, and through the third with the teacher that ships.
 
 Everything unfinished lies in --work_dir: a stage that is finished there is not run again.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from teach_copying import copy_gains
 
 import willows_kd as kd
 from willows_kd.corpus import tokenize
@@ -35,11 +38,15 @@ SETTINGS = dict(temperature=1.0, seed=0)
 STAGES = (
     dict(block_size=128, batch_size=8, epochs=2, rate=1.0, every=1),
     dict(block_size=256, batch_size=4, epochs=1, rate=0.5, every=2),  # every second block
+    dict(block_size=256, batch_size=4, epochs=1, rate=0.75, every=3),
 )
 STUDENTS = {
     "student": dict(alpha=0.0, learning_rate=2e-3),
     "student_hard_labels": dict(alpha=1.0, learning_rate=4e-4),
+    "student_narrow": dict(alpha=0.0, learning_rate=2e-3),
 }
+FIRST_STAGE = {"student": 0, "student_hard_labels": 0, "student_narrow": 2}
+SAMPLE = 64  # blocks on which units are scored
 LOOK_AT = {8 * 2**i for i in range(6)}  # steps early in training at which validation is measured
 LOOK_EVERY = 250  # and later ones
 BIN = 32  # positions that share a row in the table of the loss by position
@@ -52,19 +59,21 @@ def main() -> None:
     parser.add_argument("--willows", type=Path, required=True, help="the book, as .txt")
     parser.add_argument("--work_dir", type=Path, default=Path("recipe_work"))
     parser.add_argument("--assets", type=Path, default=ASSETS, help="where the students go")
+    parser.add_argument("--only", nargs="+", choices=STUDENTS, help="these students")
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
     curves = {("teacher", 0): teacher}
-    for name in STUDENTS:
-        for stage in range(len(STAGES)):
+    for name in options.only or STUDENTS:
+        for stage in range(FIRST_STAGE[name], len(STAGES)):
             folder = options.work_dir / f"{name}_{stage + 1}"
             if not (folder / "model.safetensors").exists():
                 before = options.work_dir / f"{name}_{stage}"
                 run_stage(name, stage, before, folder, teacher, tokenizer, options)
             curves[name, stage + 1] = kd.load_student(folder, tokenizer).eval()
         publish(name, folder, options.assets / name, teacher, tokenizer, options.willows)
-    write_curves(curves, tokenizer, options)
+    if not options.only:
+        write_curves(curves, tokenizer, options)
 
 
 def run_stage(name, stage, before: Path, folder: Path, teacher, tokenizer, options) -> None:
@@ -75,8 +84,8 @@ def run_stage(name, stage, before: Path, folder: Path, teacher, tokenizer, optio
     )
     config = replace(config, learning_rate=config.learning_rate * settings["rate"])
     blocks = transfer_set(tokenizer, settings["block_size"], settings["every"], options)
-    student, history = kd.student_from_teacher(teacher), []
-    if stage:
+    student, history = start(name, teacher, blocks), []
+    if stage > FIRST_STAGE[name]:
         student, history = kd.load_student(before, tokenizer), read_history(before)
     student, new = train(teacher, student, blocks, config)
     last = history[-1] if history else {"step": 0, "epoch": 0, "tokens": 0, "seconds": 0}
@@ -85,6 +94,14 @@ def run_stage(name, stage, before: Path, folder: Path, teacher, tokenizer, optio
     history += [row | size | {count: row[count] + last[count] for count in counts} for row in new]
     kd.save_model(student.half(), tokenizer, folder)
     pd.DataFrame(history).to_csv(folder / "history.csv", index=False, float_format="%.6g")
+
+
+def start(name: str, teacher, blocks: kd.Blocks):
+    """A student before any training."""
+    if name != "student_narrow":
+        return kd.student_from_teacher(teacher)
+    units = kd.importance(teacher, blocks.train[:SAMPLE])["feed_forward"]
+    return kd.narrowed(teacher, feed_forward=units.topk(units.shape[1] // 4).indices)
 
 
 def read_history(folder: Path) -> list[dict]:
@@ -145,13 +162,16 @@ def publish(name: str, source: Path, target: Path, teacher, tokenizer, willows: 
     history = read_history(source)
     student.half().save_pretrained(target)
     shutil.copy(source / "history.csv", target)
-    card = model_card(name, student, history, found, asked)
+    gains = copy_gains(student, blocks.test)
+    card = model_card(name, student, history, found, asked, gains)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(name: str, student, history: list[dict], found: dict, asked: dict) -> str:
+def model_card(name, student, history, found: dict, asked: dict, gains: str) -> str:
     """The README of a bundled student."""
-    labels = "the teacher's soft labels" if name == "student" else "hard labels, as a control,"
+    labels = "hard labels, as a control," if "hard" in name else "the teacher's soft labels"
+    kept = "A quarter of the feed-forward units" if "narrow" in name else "Half of the layers"
+    sizes = [f"{size:.0f}" for size in dict.fromkeys(row["block_size"] for row in history)]
     rows = "\n".join(
         f"| {part} | {q['perplexity']:.2f} | {q['perplexity'] / asked[part]['perplexity']:.3f} "
         f"| {q['kl_to_teacher']:.3f} | {q['agreement']:.3f} |"
@@ -167,12 +187,12 @@ tags: [knowledge-distillation, willows_kd]
 
 # willows_kd {name}
 
-Half the layers of the bundled teacher ({student.config.n_layer} of them): \
+{kept} of the bundled teacher, {student.config.n_layer} layers: \
 {student.num_parameters():,} parameters, stored in fp16. Trained on {labels} with \
 {history[-1]["tokens"] / 1e6:.1f} million tokens: chapters I-X of The Wind in the Willows and \
 forty other public-domain books (recipes/books.csv), one block of the book for three of the \
-others, first in blocks of {STAGES[0]["block_size"]} tokens, then in blocks of \
-{STAGES[1]["block_size"]}. Each stage was kept as it was best on chapter XI.
+others, in blocks of {" and then ".join(sizes)} tokens. Each stage was kept as it was best on \
+chapter XI.
 
 Made by `python recipes/make_bundled_students.py --books FOLDER --willows FILE`; every setting \
 is in that script. `history.csv` holds every tenth step of the training run, and the validation \
@@ -184,6 +204,8 @@ teacher nor their tokenizer has seen:
 | held-out text | perplexity | times the teacher's | KL (nats per token) | top-1 agreement |
 |---|---|---|---|---|
 {rows}
+
+{gains}
 
 Licence: MIT, like the project. The books are in the public domain in the United States.
 """

@@ -302,6 +302,22 @@ def test_options_change_the_student_and_are_written_down(distil, good_run, tmp_p
     assert {tensor.dtype for tensor in saved[0].values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("slower", "taken"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_auto_takes_the_dtype_whose_steps_are_faster(
+    distil, tmp_path, monkeypatch, capsys, slower, taken
+):
+    timed = commands.step_seconds
+
+    def step_seconds(job, dtype):
+        assert timed(job, dtype) > 0
+        return 2.0 if dtype == slower else 1.0
+
+    monkeypatch.setattr(commands, "step_seconds", step_seconds)
+    assert distil("--dtype", "auto") == 0
+    assert f"using {taken}" in capsys.readouterr().out
+    assert settings_of(tmp_path / "student")["dtype"] == taken
+
+
 def test_blocks_are_as_long_as_the_shorter_models_positions(
     quick, place, tokenizer, tmp_path, capsys
 ):

@@ -40,7 +40,7 @@ def port():
 
 def test_a_column_holds_the_text_and_the_kl_of_each_token(teacher, make_gpt2, tokenizer):
     student = make_gpt2(layers=2, seed=1)
-    *_, last = columns("", teacher, student, tokenizer, "The river", 0.8, 3)
+    *_, last = columns("", teacher, student, tokenizer, "The river", 60, 0.8, 3)
     text = kd.complete(student, tokenizer, "The river", 60, 0.8, 3)
     assert html.unescape(re.sub(r"<[^>]*>", "", last)).endswith(text.rstrip("\ufffd"))
     ids = torch.tensor([tokenizer("The river")["input_ids"]])
@@ -48,13 +48,13 @@ def test_a_column_holds_the_text_and_the_kl_of_each_token(teacher, make_gpt2, to
     first = kd.token_scores(student, teacher, torch.cat([ids, ids[:, :1]], dim=1))["kl"][0, -1]
     assert spans[0][0] == f"{first:.2f}"
     assert max(float(nats) for nats, _ in spans) > 0
-    *_, its_own = columns("", teacher, teacher, tokenizer, "The river", 0.8, 3)
+    *_, its_own = columns("", teacher, teacher, tokenizer, "The river", 60, 0.8, 3)
     assert {nats for nats, _ in re.findall(SPAN, its_own)} == {"0.00"}
 
 
 def test_a_prompt_too_long_says_what_was_cut_off(teacher, tokenizer):
     prompt = "river " * 100
-    first = next(columns("", teacher, teacher, tokenizer, prompt, 0, 0))
+    first = next(columns("", teacher, teacher, tokenizer, prompt, 60, 0, 0))
     lost = (
         len(tokenizer(prompt)["input_ids"]) - teacher.config.n_positions // 2
     )  # half is kept for the text
@@ -63,7 +63,23 @@ def test_a_prompt_too_long_says_what_was_cut_off(teacher, tokenizer):
 
 def test_an_error_while_writing_is_raised(teacher, tokenizer):
     with pytest.raises(kd.InputError, match="temperature is -1"):
-        next(columns("", teacher, teacher, tokenizer, "The", -1, 0))
+        next(columns("", teacher, teacher, tokenizer, "The", 60, -1, 0))
+
+
+def test_who_stops_reading_stops_the_model(teacher, tokenizer):
+    passes = []
+    hook = teacher.register_forward_hook(lambda *_: passes.append(1))
+    shown = columns("", teacher, teacher, tokenizer, "The", 60, 0, 0)
+    next(shown)
+    shown.close()
+    hook.remove()
+    assert len(passes) < 60
+
+
+def test_a_long_prompt_is_folded():
+    shown = column("", [], ["river " * 100, "bank"], [0.5])
+    assert "<summary>the prompt, 600 characters</summary>" in shown
+    assert "<details>" not in column("", [], ["river", "bank"], [0.5])
 
 
 def test_hostile_text_is_escaped():

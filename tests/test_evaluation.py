@@ -5,6 +5,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -413,6 +414,45 @@ def test_the_calibration_error_is_that_of_the_bins_by_hand(pairs, bins):
     expected = calibration_by_hand(confidence, correct, bins)
     found = calibration_error(torch.tensor(confidence).double(), torch.tensor(correct), bins)
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+# -- copying ---------------------------------------------------------------------------
+
+
+class Copier(torch.nn.Module):
+    """Sure, as far as logits of 5 go, that the token follows which followed it last time."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.config, self.device = like.config, torch.device("cpu")
+
+    def forward(self, ids, **_):
+        logits = torch.zeros(*ids.shape, self.config.vocab_size)
+        for row, tokens in enumerate(ids.tolist()):
+            follows = {}
+            for i, token in enumerate(tokens):
+                if i:
+                    follows[tokens[i - 1]] = token
+                if token in follows:
+                    logits[row, i, follows[token]] = 5.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_copy_is_worth_what_the_copier_is_sure_of(make_gpt2, monkeypatch):
+    model = make_gpt2()
+    copier = Copier(model)
+    size = model.config.vocab_size
+    ids = torch.randperm(size)[: 2 * 3 * 8].view(3, 16)
+    monkeypatch.setattr("willows_kd.evaluation.require_model", lambda *_: None)
+    unsure, sure = math.log(size), math.log(math.exp(5) + size - 1) - 5
+    assert kd.copy_gain(copier, ids) == pytest.approx(unsure - sure, rel=1e-5)
+
+
+def test_copies_are_read_a_few_at_a_time(make_gpt2, monkeypatch):
+    model, ids = make_gpt2(), torch.randint(1, 90, (5, 12))
+    whole = kd.copy_gain(model, ids)
+    monkeypatch.setattr("willows_kd.evaluation.LOGITS_AT_ONCE", 1)
+    assert kd.copy_gain(model, ids) == pytest.approx(whole, abs=1e-5)
 
 
 # -- verbatim --------------------------------------------------------------------------

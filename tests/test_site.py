@@ -36,6 +36,11 @@ PROSE = """() => {
     copy.querySelectorAll('pre, code, mjx-container, script').forEach(one => one.remove());
     return copy.textContent;
 }"""
+# Inline formulas that scroll, and pictures that say nothing to who cannot see them.
+BARS = """() => [...document.querySelectorAll('span.math')]
+    .filter(one => ['auto', 'scroll'].includes(getComputedStyle(one).overflowX)).length"""
+MUTE = """() => [...document.querySelectorAll('article img')]
+    .filter(one => one.alt.length < 10 || one.alt.includes('_images')).map(one => one.src)"""
 TEX = re.compile(r"\$[^$\n]+\$|\\\(|\\\[|\\[a-z]{2,}")
 TABLE = re.compile(r"\| ?:?[-–—]{2}")  # as Markdown writes it, with dashes made long or not
 # Drawn, and with no command that MathJax does not know, which it writes in red.
@@ -108,6 +113,7 @@ def visit(site, context, name: str) -> SimpleNamespace:
     page.evaluate("() => window.MathJax?.startup?.promise")
     found = SimpleNamespace(requests=requests, errors=errors)
     found.links, found.anchors = page.evaluate(LINKS), page.evaluate(ANCHORS)
+    found.bars, found.mute = page.evaluate(BARS), page.evaluate(MUTE)
     found.formulas, found.prose = page.evaluate(FORMULAS), page.evaluate(PROSE)
     picture = ARTIFACTS / "site" / name.replace("/", "-").removesuffix(".html")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +162,11 @@ def test_formulas_are_drawn_and_none_is_left_as_tex(seen):
     assert {n: TEX.findall(page.prose) for n, page in seen.items() if TEX.search(page.prose)} == {}
 
 
+def test_no_inline_formula_scrolls_and_every_picture_says_what_it_shows(seen):
+    assert {name: page.bars for name, page in seen.items() if page.bars} == {}
+    assert {name: page.mute for name, page in seen.items() if page.mute} == {}
+
+
 def test_tables_are_drawn_and_none_is_left_as_markdown(seen):
     assert [name for name, page in seen.items() if TABLE.search(page.prose)] == []
 
@@ -175,7 +186,9 @@ def test_the_search_finds_the_notebook_on_temperature(site, context):
     found = page.evaluate(
         "() => [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
     )
+    lessons = ["/solutions/" not in link for link in found]
     assert any("02_soft_labels_and_temperature.html" in link for link in found)
+    assert lessons == sorted(lessons, reverse=True)  # solutions come last
     page.close()
 
 
@@ -205,4 +218,6 @@ def test_a_notebook_gets_the_badge_of_this_copys_address(monkeypatch):
     place = (
         "https://colab.research.google.com/github/owner/name/blob/main/notebooks/01_teacher.ipynb"
     )
-    assert json.loads(source[0])["cells"][0]["source"].endswith(f"[Open in Colab]({place})")
+    first, offered = (cell["source"] for cell in json.loads(source[0])["cells"])
+    assert first.endswith(f"[Open in Colab]({place})")
+    assert "{download}`Download <01_teacher.ipynb>`" in offered

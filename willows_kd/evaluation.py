@@ -102,6 +102,32 @@ def loss_by_position(model, blocks: torch.Tensor) -> torch.Tensor:
     return nll_of_rows(model, torch.cat([first.expand(len(rows), -1), rows], dim=1)).mean(dim=0)
 
 
+def copy_gain(model, ids: torch.Tensor) -> float:
+    """What an earlier copy of a text is worth to a model.
+
+    The same tokens at the same positions are predicted twice: after other text, and after
+    themselves. A model that can copy finds them easier the second time; induction heads do
+    it (Olsson et al. 2022).
+
+    Args:
+        model: a causal language model.
+        ids: token ids, shape (rows, 2 * span). The second half of each row is predicted, after
+            the first half and after itself; without its first token, before which nothing
+            says that a copy begins.
+
+    Returns:
+        nats per token: the loss after other text minus the loss after the copy.
+    """
+    check_blocks(model, ids, "model")
+    span = ids.shape[1] // 2
+    other, text = ids[:, :span], ids[:, -span:]
+
+    def loss(before: torch.Tensor) -> float:
+        return nll_of_rows(model, torch.cat([before, text], dim=1))[:, span:].mean().item()
+
+    return loss(other) - loss(text)
+
+
 def check_blocks(model, blocks: torch.Tensor, name: str) -> None:
     """Require blocks of token ids that a model knows, no longer than it can read."""
     require_model(model, name)

@@ -34,7 +34,7 @@ from willows_kd.files import atomic_directory, check_output
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
-BUNDLED = ("base", "teacher", "student", "student_hard_labels")
+BUNDLED = ("base", "teacher", "student", "student_hard_labels", "student_narrow")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 OF_SAMPLING = (
     *("temperature", "top_k", "top_p", "top_h"),
@@ -113,8 +113,9 @@ def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
 
     Args:
         name: ``"base"``, the teacher before it was fine-tuned on the book;
-            ``"teacher"``; ``"student"``, trained on the teacher's soft labels alone; or
-            ``"student_hard_labels"``, trained on the book alone.
+            ``"teacher"``; ``"student"``, half its layers, trained on its soft labels alone;
+            ``"student_hard_labels"``, the same, trained on hard labels alone; or
+            ``"student_narrow"``, all layers with fewer units, on soft labels.
         device: where it goes; None for the GPU if there is one.
     """
     return load_model(bundled(name), device).eval()

@@ -71,7 +71,10 @@ def run(options: argparse.Namespace) -> int:
     """Check the settings, and only then import what does the work."""
     if options.command == "distill":
         names = {field.name for field in dataclasses.fields(DistillConfig)}
-        config = DistillConfig(**{k: v for k, v in vars(options).items() if k in names})
+        settings = {name: value for name, value in vars(options).items() if name in names}
+        if options.dtype == "auto":
+            settings["dtype"] = "float32"  # until it is tried which is faster
+        config = DistillConfig(**settings)
         from willows_kd.cli.distill import distill_to_directory
 
         return distill_to_directory(options, config)
@@ -186,10 +189,14 @@ def add_settings(group, settings: list[dataclasses.Field]) -> None:
             group.add_argument(f"--{each.name}", action="store_true", help=about)
             continue
         type_ = scalar_type(each)
+        choices = each.metadata["fits"] if type_ is str else None
+        if each.name == "dtype":
+            choices = (*choices, "auto")
+            about += "; auto tries both for a few steps and takes the faster"
         group.add_argument(
             f"--{each.name}",
             type=type_,
-            choices=each.metadata["fits"] if type_ is str else None,
+            choices=choices,
             default=default,
             metavar={str: "NAME", int: "N", float: "X"}[type_],
             help=about if default is None else f"{about} (default: {default})",

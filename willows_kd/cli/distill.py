@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import willows_kd
 from willows_kd import files, models
 from willows_kd.compress.layers import choose_layers, passes_to_choose
-from willows_kd.config import INITS, LONGEST_BLOCK, DistillConfig
+from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, Stopped, WriteError, one_line, require
@@ -32,6 +32,7 @@ from willows_kd.scale.teacher_cache import cache_teacher
 from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
 
 GPT2_VOCABULARY = 50_257
+STEPS_TO_TIME, TOKENS_TO_TIME = 3, 128  # of each dtype
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
 AS_BYTES = "utf-8", "surrogateescape"  # of a path, whatever bytes it has
 UNEVEN = 1.25  # between the speeds of one network, above which they are not to be trusted
@@ -82,6 +83,8 @@ def distill_to_directory(options, config: DistillConfig) -> int:
             files.clean_up_interrupted_writes(Path(options.output_dir))
             check_nothing_is_lost(options, checkpoints)
         job = prepare(options, config)
+        if options.dtype == "auto":
+            job.config = dataclasses.replace(config, dtype=choose_dtype(job, checkpoints, options))
         if main_process:
             check_savable(job)
         history = train(job, checkpoints, options)
@@ -242,6 +245,31 @@ def untrained_positions(student, block_size: int) -> str:
         f"Positions {block_size + 1} to {positions} of the student are not trained: "
         f"it is only good for texts of up to {block_size} tokens"
     )
+
+
+def choose_dtype(job: Job, checkpoints: Checkpoints, options) -> str:
+    """The dtype of a run that is resumed, or else the one whose steps are faster here.
+
+    Several processes would have to agree on what is faster: they train in float32.
+    """
+    if options.resume and (found := checkpoints.newest()):
+        return found.run["settings"]["dtype"]
+    if models.distributed_state().num_processes > 1:
+        return "float32"
+    seconds = {dtype: step_seconds(job, dtype) for dtype in DTYPES}
+    dtype = min(seconds, key=seconds.get)
+    ratio = seconds["float32"] / seconds["bfloat16"]
+    print(f"ℹ️ A step in bfloat16 has {ratio:.2f} times float32's speed here: using {dtype}")
+    return dtype
+
+
+def step_seconds(job: Job, dtype: str) -> float:
+    """Seconds of a short step of a student that is thrown away; the first step warms up."""
+    config = dataclasses.replace(job.config, dtype=dtype, epochs=1, batch_size=1)
+    few = job.blocks.train[:1, :TOKENS_TO_TIME].repeat(STEPS_TO_TIME + 1, 1)
+    blocks = Blocks(few, few[:1], few[:1], {})
+    history = distill(job.teacher, job.make_student(), blocks, config, loss=ChunkedLoss)
+    return (history[-1]["seconds"] - history[0]["seconds"]) / (len(history) - 1)
 
 
 def check_savable(job: Job) -> None:
