@@ -163,7 +163,8 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
         bundled_one = BUNDLED_TEACHER if path.resolve().parent == ASSETS else None  # they share it
         base = bundled_one or adapter_base(path)
-        require(base, f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
+        if base is None:
+            raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
         return load_tokenizer(base)
     return load_part(AutoTokenizer, name_or_path, "has no tokenizer that can be read")
 

@@ -202,9 +202,9 @@ def download_book(url: str) -> str:
         raw = answer.read(SIZE_LIMIT + 1)
     require(len(raw) <= SIZE_LIMIT, f"more than {SIZE_LIMIT} bytes")
     text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    whole = END_OF_BOOK.search(text)
+    is_whole = bool(END_OF_BOOK.search(text))
     text = re.sub(r"\n{3,}", "\n\n", strip_licence(text)).strip("\n") + "\n"
     title, chapters = chapters_of(text)
-    whole = whole and title == WILLOWS and all(len(c) in CHAPTER_LENGTHS for c in chapters)
-    require(bool(whole), "what arrived is not the twelve chapters of the book")
+    is_book = title == WILLOWS and all(len(c) in CHAPTER_LENGTHS for c in chapters)
+    require(is_whole and is_book, "what arrived is not the twelve chapters of the book")
     return text
