@@ -20,7 +20,7 @@ import torch
 import willows_kd as kd
 
 STORED = Path(__file__).parent.parent / "willows_kd" / "assets" / "results" / "copying.csv"
-SETTINGS = dict(epochs=3, learning_rate=1e-3)
+SETTINGS = dict(epochs=2, learning_rate=1e-3)
 SEEDS = range(3)
 SPAN = 60  # tokens that are copied in the probe
 LAST = "layers 1, 5, 6"

@@ -14,7 +14,8 @@ chapter XII is looked at once, for the model cards and for the table of the loss
 The first stage reads blocks of 128 tokens, and leaves the positions from 128 on untrained;
 the others read blocks of all 256 positions. All are measured over windows of 256. The
 students that ship went through the first two stages with the reader, fine-tuned, as their
-teacher, and through the third with the teacher that ships.
+teacher, and through the third with the teacher that ships. The
+narrow one read blocks of 256 from the start, a sixth of them.
 
 Everything unfinished lies in --work_dir: a stage that is finished there is not run again.
 """
@@ -39,13 +40,14 @@ STAGES = (
     dict(block_size=128, batch_size=8, epochs=2, rate=1.0, every=1),
     dict(block_size=256, batch_size=4, epochs=1, rate=0.5, every=2),  # every second block
     dict(block_size=256, batch_size=4, epochs=1, rate=0.75, every=3),
+    dict(block_size=256, batch_size=4, epochs=1, rate=0.75, every=6),
 )
 STUDENTS = {
     "student": dict(alpha=0.0, learning_rate=2e-3),
     "student_hard_labels": dict(alpha=1.0, learning_rate=4e-4),
     "student_narrow": dict(alpha=0.0, learning_rate=2e-3),
 }
-FIRST_STAGE = {"student": 0, "student_hard_labels": 0, "student_narrow": 2}
+STAGES_OF = {"student": (0, 1, 2), "student_hard_labels": (0, 1, 2), "student_narrow": (3,)}
 SAMPLE = 64  # blocks on which units are scored
 LOOK_AT = {8 * 2**i for i in range(6)}  # steps early in training at which validation is measured
 LOOK_EVERY = 250  # and later ones
@@ -65,7 +67,7 @@ def main() -> None:
     teacher, tokenizer = kd.load_teacher()
     curves = {("teacher", 0): teacher}
     for name in options.only or STUDENTS:
-        for stage in range(FIRST_STAGE[name], len(STAGES)):
+        for stage in STAGES_OF[name]:
             folder = options.work_dir / f"{name}_{stage + 1}"
             if not (folder / "model.safetensors").exists():
                 before = options.work_dir / f"{name}_{stage}"
@@ -85,7 +87,7 @@ def run_stage(name, stage, before: Path, folder: Path, teacher, tokenizer, optio
     config = replace(config, learning_rate=config.learning_rate * settings["rate"])
     blocks = transfer_set(tokenizer, settings["block_size"], settings["every"], options)
     student, history = start(name, teacher, blocks), []
-    if stage > FIRST_STAGE[name]:
+    if stage > STAGES_OF[name][0]:
         student, history = kd.load_student(before, tokenizer), read_history(before)
     student, new = train(teacher, student, blocks, config)
     last = history[-1] if history else {"step": 0, "epoch": 0, "tokens": 0, "seconds": 0}
