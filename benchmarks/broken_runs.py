@@ -53,7 +53,7 @@ def main() -> None:
     shape = {"vocab_size": len(tokenizer), "n_positions": TOKENS, "n_embd": 64}
     teacher = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, **shape)).eval()
     unused = copy.deepcopy(teacher)  # hard labels ask no teacher
-    kd.distill(unused, teacher, blocks, settings(alpha=1.0, epochs=14))
+    kd.distill(unused, teacher, blocks, settings(alpha=1.0, epochs=8))
     histories, probes = [], []
     for letter, name in BROKEN_RUNS.items():
         asked, given = broken(name, teacher, blocks, tokenizer)
@@ -69,7 +69,7 @@ def main() -> None:
 def settings(blocks: kd.Blocks | None = None, **more) -> kd.DistillConfig:
     """The same for all runs: as many tokens a step, whatever the length of a block."""
     tokens = TOKENS if blocks is None else blocks.block_size
-    same = {"epochs": 4, "learning_rate": 3e-3, "batch_size": BATCH * TOKENS // tokens}
+    same = {"epochs": 2, "learning_rate": 3e-3, "batch_size": BATCH * TOKENS // tokens}
     return kd.DistillConfig(**(same | more))
 
 
