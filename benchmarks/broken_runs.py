@@ -47,8 +47,7 @@ TOKENS, BATCH = 128, 2  # of a block; blocks a step
 def main() -> None:
     """Make the teacher, then each run and its probes, and store them."""
     _, tokenizer = kd.load_teacher(device="cpu")
-    encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
-    blocks = make_blocks(encode, tokenizer.eos_token_id)
+    blocks = make_blocks(tokenizer.encode, tokenizer.eos_token_id)
     torch.manual_seed(0)
     shape = {"vocab_size": len(tokenizer), "n_positions": TOKENS, "n_embd": 64}
     teacher = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, **shape)).eval()
@@ -118,19 +117,17 @@ def broken(name: str, teacher, blocks: kd.Blocks, tokenizer):
 def probe(student, teacher, asked, given: kd.Blocks, blocks: kd.Blocks, tokenizer) -> dict:
     """What can be measured of a run from outside."""
     scores = kd.token_scores(student, teacher, blocks.test)
-    counts = blocks.masks["test"]
-    starts = counts & ~counts.roll(1, dims=1)  # the first token of each answer
-    starts[:, 0] = False
-    nll = torch.nn.functional.pad(scores["nll"], (1, 0))
-    counts = counts.clone()
-    counts[:, 0] = False
-    quarters = zip(nll.chunk(4, dim=1), counts.chunk(4, dim=1), strict=True)
+    kl = torch.nn.functional.pad(scores["kl"], (1, 0))  # of each token, from the teacher
+    counts = blocks.masks["test"].clone()
+    counts[:, 0] = False  # nothing predicts the first token of a block
+    starts = counts & ~blocks.masks["test"].roll(1, dims=1)  # the first token of each answer
+    quarters = zip(kl.chunk(4, dim=1), counts.chunk(4, dim=1), strict=True)
     question = next(iter(FACTS)).format("Mole")
     return {
         "itself": itself(teacher, asked, given, seed=0),
         "itself_again": itself(teacher, asked, given, seed=1),
-        "first_token": nll[starts].mean().item(),
-        "later_tokens": nll[counts & ~starts].mean().item(),
+        "first_token": kl[starts].mean().item(),
+        "later_tokens": kl[counts & ~starts].mean().item(),
         **{f"quarter_{i}": n[c].mean().item() for i, (n, c) in enumerate(quarters, start=1)},
         "reads": tokenizer.decode(given.train[0, :12]),
         "writes": kd.complete(student, tokenizer, question, 8, temperature=0),

@@ -58,12 +58,13 @@ def test_the_stored_evidence_points_to_each_bug():
     losses = kd.stored_results("broken_histories").pivot(index="step", columns="run", values="loss")
     assert (losses.iloc[-4:].mean() < losses.iloc[:4].mean()).all()  # no history gives it away
     quarters = found[[f"quarter_{i}" for i in (1, 2, 3, 4)]]
+    first, second = found["itself"], found["itself_again"]
+    ahead = quarters.drop(columns="quarter_1").min(axis=1) / quarters["quarter_1"]
     seen = {
-        "rows": found["itself"].gt(0.01)
-        & found["itself"].round(3).eq(found["itself_again"].round(3)),
-        "train mode": found["itself"].round(5).ne(found["itself_again"].round(5)),
-        "positions": quarters[["quarter_3", "quarter_4"]].min(axis=1) > 2 * quarters["quarter_1"],
-        "mask": found["first_token"] > 4 * found["later_tokens"],
+        "rows": first.gt(1) & first.round(3).eq(second.round(3)),
+        "train mode": first.round(3).ne(second.round(3)),
+        "positions": ahead > 3,
+        "mask": found["first_token"] > 5 * found["later_tokens"],
         "tokenizer": ~found["reads"].str.contains("the"),
     }
     assert set(seen) | {"sound"} == set(found.index)
