@@ -1,8 +1,8 @@
-"""Six training runs for "find the bug" in notebook 05: five are broken on purpose, silently.
+"""Five training runs for "find the bug" in notebook 05: four are broken on purpose, silently.
 
     python benchmarks/broken_runs.py
 
-A tiny teacher learns 40 invented facts as questions and answers. Six students are distilled from
+A tiny teacher learns 40 invented facts as questions and answers. Five students are distilled from
 it, and the loss of each falls. What gives a run away is stored beside its losses, without its name:
 `broken_histories.csv` has a row a step, `broken_runs.csv` a row a run. The names are in
 `willows_kd/exercises/your_own.py`.
@@ -41,7 +41,7 @@ FACTS = {  # a question, its answer, and what the answers differ in
         ["farmer", "baker", "king", "queen", "doctor", "captain", "judge", "cook", "boy", "girl"],
     ),
 }
-TOKENS, BATCH = 128, 2  # of a block; blocks a step
+TOKENS = 128  # of a block
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     for letter, name in BROKEN_RUNS.items():
         asked, given = broken(name, teacher, blocks, tokenizer)
         student = kd.student_from_teacher(teacher)
-        history = kd.distill(asked, student, given, settings(given))
+        history = kd.distill(asked, student, given, settings())
         histories += [{"run": letter, "step": row["step"], "loss": row["loss"]} for row in history]
         probes.append({"run": letter} | probe(student, teacher, asked, given, blocks, tokenizer))
         print(name, probes[-1], flush=True)
@@ -65,10 +65,9 @@ def main() -> None:
     pd.DataFrame(probes).to_csv(RESULTS / "broken_runs.csv", index=False)
 
 
-def settings(blocks: kd.Blocks | None = None, **more) -> kd.DistillConfig:
-    """The same for all runs: as many tokens a step, whatever the length of a block."""
-    tokens = TOKENS if blocks is None else blocks.block_size
-    same = {"epochs": 2, "learning_rate": 3e-3, "batch_size": BATCH * TOKENS // tokens}
+def settings(**more) -> kd.DistillConfig:
+    """The same for all runs."""
+    same = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 2}
     return kd.DistillConfig(**(same | more))
 
 
@@ -94,17 +93,14 @@ def make_blocks(encode, end: int, splits=(60, 2, 12)) -> kd.Blocks:
 def broken(name: str, teacher, blocks: kd.Blocks, tokenizer):
     """The teacher and the blocks of a run, one of them with a bug, unless the run is sound."""
     asked = copy.deepcopy(teacher)
-    mask = blocks.masks["train"]
     if name == "rows":  # labels that were cached in another order
         asked.register_forward_pre_hook(lambda model, inputs: (inputs[0].roll(1, dims=0),))
     elif name == "train mode":
         asked.register_forward_pre_hook(lambda model, inputs: model.train() and None)
     elif name == "mask":
-        blocks = replace(blocks, masks=blocks.masks | {"train": mask.roll(1, dims=1)})
-    elif name == "positions":
-        short = {"train": mask.reshape(-1, TOKENS // 4)}
-        blocks = replace(blocks, train=blocks.train.reshape(-1, TOKENS // 4), masks=short)
-        blocks = replace(blocks, validation=blocks.validation.reshape(-1, TOKENS // 4))
+        blocks = replace(
+            blocks, masks=blocks.masks | {"train": blocks.masks["train"].roll(1, dims=1)}
+        )
     elif name == "tokenizer":
         other = ByteLevelBPETokenizer()
         story = kd.load_corpus("sample").text
@@ -121,14 +117,12 @@ def probe(student, teacher, asked, given: kd.Blocks, blocks: kd.Blocks, tokenize
     counts = blocks.masks["test"].clone()
     counts[:, 0] = False  # nothing predicts the first token of a block
     starts = counts & ~blocks.masks["test"].roll(1, dims=1)  # the first token of each answer
-    quarters = zip(kl.chunk(4, dim=1), counts.chunk(4, dim=1), strict=True)
     question = next(iter(FACTS)).format("Mole")
     return {
         "itself": itself(teacher, asked, given, seed=0),
         "itself_again": itself(teacher, asked, given, seed=1),
         "first_token": kl[starts].mean().item(),
         "later_tokens": kl[counts & ~starts].mean().item(),
-        **{f"quarter_{i}": n[c].mean().item() for i, (n, c) in enumerate(quarters, start=1)},
         "reads": tokenizer.decode(given.train[0, :12]),
         "writes": kd.complete(student, tokenizer, question, 8, temperature=0),
     }
@@ -136,8 +130,8 @@ def probe(student, teacher, asked, given: kd.Blocks, blocks: kd.Blocks, tokenize
 
 def itself(teacher, asked, given: kd.Blocks, seed: int) -> float:
     """The run's first loss with the teacher's own weights in the student's place."""
-    config = settings(given, epochs=1, seed=seed)
-    some = kd.epoch_batches(given.train, settings(given), 0)[0]  # the same blocks twice
+    config = settings(epochs=1, seed=seed)
+    some = kd.epoch_batches(given.train, settings(), 0)[0]  # the same blocks twice
     few = replace(given, train=given.train[some], masks={"train": given.masks["train"][some]})
     few = replace(few, validation=given.validation[:1])
     return kd.distill(asked, copy.deepcopy(teacher), few, config)[0]["loss"]
