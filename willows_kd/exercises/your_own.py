@@ -1,0 +1,124 @@
+"""Checks for notebook 05: when to stop, which run has which bug, and a score to beat."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from willows_kd.config import DistillConfig
+from willows_kd.corpus import Blocks, load_corpus, pack
+from willows_kd.distillation import distill
+from willows_kd.evaluation import evaluate
+from willows_kd.exercises import attempt, judge, not_yet, well_done
+from willows_kd.models import load_teacher
+from willows_kd.students import student_from_teacher
+
+
+def check_stop(my_stop: Callable) -> bool:
+    """Check `my_stop(perplexities, patience)`: the epoch, from 1, whose weights are kept.
+
+    Training ends once so many epochs in a row were no better than the best before them.
+    """
+
+    def run(perplexities, patience) -> tuple[int, int]:
+        best = 0
+        for epoch, value in enumerate(perplexities):
+            if value < perplexities[best]:
+                best = epoch
+            elif epoch - best == patience:
+                break
+        return best + 1, epoch + 1
+
+    mistakes = {
+        lambda p, patience: p.index(min(p)) + 1: "you look at epochs that were never run: training "
+        "had ended before",
+        lambda p, patience: run(p, patience)[0] - 1: "you count from 0; the first epoch is 1",
+        lambda p, patience: run(p, patience)[1]: "this is the epoch at which training ends. "
+        "Keep the best one before it",
+        lambda p, patience: run(p, 1)[0]: "you stop at the first epoch that is no better. With "
+        "patience, a few of them in a row",
+        lambda p, patience: len(p): "you keep the last epoch, whatever it is worth",
+    }
+    cases = [([50.0, 45.0, 46.0, 44.0, 47.0, 48.0, 40.0], 2), ([9.0, 8.0, 8.5, 7.0, 7.5], 3)]
+    praise = "patience looks past a bad epoch, and is paid for in epochs that are thrown away"
+    return judge(my_stop, cases, lambda *case: run(*case)[0], mistakes, praise)
+
+
+# The runs of benchmarks/broken_runs.py. Reading on spoils the exercise.
+BROKEN_RUNS = {
+    "A": "mask",
+    "B": "train mode",
+    "C": "sound",
+    "D": "tokenizer",
+    "E": "rows",
+}
+EVIDENCE = {
+    "sound": "every number of this run is as it should be: the teacher would lose nothing in the "
+    "student's place, and all tokens are learnt",
+    "rows": "its loss is far from 0 with the teacher's own weights in the student's place, and the "
+    "same the second time (itself, itself_again): it is shown what the teacher said of other text",
+    "train mode": "with the teacher's own weights in the student's place its loss is not 0, and "
+    "it differs the second time (itself, itself_again): something in it is random",
+    "mask": "compare first_token with later_tokens: of an answer all is learnt but its beginning",
+    "tokenizer": "read what it reads: is that the text?",
+}
+
+
+def check_bugs(my_bugs: dict[str, str]) -> bool:
+    """Check `my_bugs`: for each run's letter what is wrong with it, one of EVIDENCE's names."""
+    if not isinstance(my_bugs, dict) or my_bugs.keys() != BROKEN_RUNS.keys():
+        return not_yet(f"give a dict with an answer for each of {', '.join(BROKEN_RUNS)}")
+    for run, name in my_bugs.items():
+        if name not in EVIDENCE:
+            return not_yet(f"{name!r} of run {run} is none of {', '.join(EVIDENCE)}")
+    wrong = [run for run, name in BROKEN_RUNS.items() if my_bugs[run] != name]
+    if not wrong:
+        return well_done("five runs whose loss fell, and you told them apart by what they predict")
+    run, right = wrong[0], len(BROKEN_RUNS) - len(wrong)
+    overlooked = EVIDENCE[BROKEN_RUNS[run]]
+    return not_yet(
+        f"{right} of {len(BROKEN_RUNS)} are right. Run {run} is not {my_bugs[run]!r}: {overlooked}"
+    )
+
+
+PARAMETERS, TOKENS = 2_800_000, 12_800  # what a student may have, and see
+BETTER = 0.95  # of the plain student's KL: less is no luck of a seed
+
+
+def score_task() -> tuple[torch.nn.Module, Blocks]:
+    """The teacher to come near, and blocks of the sample story, as many as may be seen once."""
+    teacher, tokenizer = load_teacher()
+    blocks = pack(load_corpus("sample"), tokenizer)
+    return teacher, replace(blocks, train=blocks.train[: TOKENS // blocks.block_size])
+
+
+@functools.cache
+def plain_score() -> float:
+    """KL from the teacher, in nats per token, of the student that all defaults make."""
+    teacher, blocks = score_task()
+    student = student_from_teacher(teacher)
+    return distill(teacher, student, blocks, DistillConfig(epochs=1))[-1]["validation_kl"]
+
+
+def check_score(student, history: list[dict]) -> bool:
+    """Check that a student is nearer to the teacher of `score_task` than the plain one.
+
+    Args:
+        student: with at most `PARAMETERS` parameters.
+        history: what `distill` returned, of at most `TOKENS` tokens.
+    """
+    parameters, tokens = student.num_parameters(), history[-1]["tokens"]
+    if parameters > PARAMETERS:
+        return not_yet(f"{parameters:,} parameters; at most {PARAMETERS:,} are allowed")
+    if tokens > TOKENS:
+        return not_yet(f"{tokens:,} tokens were seen; at most {TOKENS:,} are allowed")
+    teacher, blocks = score_task()
+    measured, problem = attempt(lambda: evaluate(student, blocks.validation, teacher=teacher))
+    if problem:
+        return not_yet(problem)
+    found, plain = measured["kl_to_teacher"], plain_score()
+    told = f"{found:.3f} nats per token from the teacher, the plain student is {plain:.3f}"
+    if found > BETTER * plain:
+        return not_yet(f"{told}; come below {BETTER * plain:.3f}")
+    return well_done(f"{told}. Write it down, and beat it")
