@@ -121,7 +121,7 @@ def small_gpt2(layers: int, seed: int) -> GPT2LMHeadModel:
         torch.manual_seed(seed)
         sizes = dict(n_layer=layers, n_embd=64, n_head=4, n_positions=PROMPT + ANSWER)
         no_end = dict(bos_token_id=None, eos_token_id=None)
-        return GPT2LMHeadModel(GPT2Config(VOCABULARY, **sizes, **no_end)).eval()
+        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_end)).eval()
 
 
 def train_teacher(town: Town, steps: int = 1000, seed: int = 0) -> nn.Module:
@@ -140,6 +140,20 @@ def train_teacher(town: Town, steps: int = 1000, seed: int = 0) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
     return teacher
+
+
+def walk(model, prompts: torch.Tensor, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Texts that a model writes, each move replaced by a random one as often as `noise` says."""
+    ids, generator = prompts, torch.Generator().manual_seed(seed)
+    for _ in range(ANSWER):
+        with torch.no_grad():
+            p = model(ids).logits[:, -1].softmax(dim=-1)
+        token = torch.multinomial(p, 1, generator=generator)
+        random = torch.randint(UP, STOP, token.shape, generator=generator)
+        odd = torch.rand(token.shape, generator=generator) < noise
+        token = torch.where(odd & (token != STOP), random, token)
+        ids = torch.cat([ids, token], dim=1)
+    return ids
 
 
 def as_blocks(texts: torch.Tensor, steps: int, batch_size: int) -> Blocks:
