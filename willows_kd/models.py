@@ -139,7 +139,8 @@ def stored_results(name: str) -> pd.DataFrame:
             "transfer_sets" or "temperatures", by `benchmarks/what_helps.py`; "ways", or
             "writing" with a row for each sampling temperature, by `benchmarks/ways.py`;
             "inits", students of other layers, by `benchmarks/inits.py`; "other_text", a
-            row for each text and pair of bundled models, by `benchmarks/other_text.py`.
+            row for each text and pair of bundled models, by `benchmarks/other_text.py`;
+            "town", answers that are right or wrong, by `benchmarks/town.py`.
     """
     stored = {file.stem: file for file in sorted((ASSETS / "results").glob("*.csv"))}
     require(name in stored, f"no stored results are called {name!r}; there are {', '.join(stored)}")
