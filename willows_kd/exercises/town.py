@@ -124,7 +124,7 @@ def small_gpt2(layers: int, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_end)).eval()
 
 
-def train_teacher(town: Town, steps: int = 1000, seed: int = 0) -> nn.Module:
+def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> nn.Module:
     """A GPT-2 of three layers that learns the best moves, on the way and off it."""
     teacher, generator = small_gpt2(3, seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(teacher.parameters(), fused=True)
@@ -157,7 +157,10 @@ def walk(model, prompts: torch.Tensor, noise: float = 0.0, seed: int = 0) -> tor
 
 
 def as_blocks(texts: torch.Tensor, steps: int, batch_size: int) -> Blocks:
-    """Blocks for so many steps of `distill`: texts again and again, their answers to learn."""
+    """Blocks for so many steps of `distill`: texts again and again, their answers to learn.
+
+    What follows STOP counts, as it does on-policy.
+    """
     train = texts[torch.arange(steps * batch_size) % len(texts)]
     masks = {"train": torch.ones_like(train, dtype=torch.bool)}
     masks["train"][:, :PROMPT] = False
