@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from intervals import with_intervals
 
 import willows_kd as kd
-from willows_kd.evaluation import with_intervals
 from willows_kd.exercises.town import (
     ANSWER,
     PROMPT,
