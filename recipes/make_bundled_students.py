@@ -47,7 +47,7 @@ STUDENTS = {
     "student_hard_labels": dict(alpha=1.0, learning_rate=4e-4),
     "student_narrow": dict(alpha=0.0, learning_rate=2e-3),
 }
-STAGES_OF = {"student": (0, 1, 2), "student_hard_labels": (0, 1, 2), "student_narrow": (3,)}
+STAGES_OF = {"student": (0, 1, 2), "student_hard_labels": (0, 1), "student_narrow": (3,)}
 SAMPLE = 64  # blocks on which units are scored
 LOOK_AT = {8 * 2**i for i in range(6)}  # steps early in training at which validation is measured
 LOOK_EVERY = 250  # and later ones
