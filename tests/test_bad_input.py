@@ -69,7 +69,7 @@ BAD = {
         lambda t: kd.load_teacher(" "),
     ),
     "a model's name is text": ("the model is 5; give a directory", lambda t: kd.load_teacher(5)),
-    "a model's name is one": ("could not be downloaded", lambda t: kd.load_teacher("a\0b")),
+    "a model's name is one": ("does not exist", lambda t: kd.load_teacher("a\0b")),
     "a model is no file": ("is a file", lambda t: kd.load_teacher(t.file())),
     "a model has a config": ("no config.json", lambda t: kd.load_teacher(t.folder)),
     "a student needs a tokenizer": (

@@ -115,7 +115,7 @@ def test_all_that_ships_is_packaged():
     packaged = {file for pattern in patterns for file in PACKAGE.glob(pattern) if file.is_file()}
     shipped = {file for file in (PACKAGE / "assets").rglob("*") if file.is_file()}
     assert shipped
-    assert packaged == shipped
+    assert packaged == shipped | {PACKAGE / "py.typed"}
 
 
 def test_the_version_is_written_in_one_place():

@@ -9,7 +9,8 @@ import importlib
 __version__ = "0.1.0"
 
 PUBLIC_NAMES = {
-    "corpus": "load_corpus split pack Corpus Blocks",
+    "corpus": "load_corpus split pack Blocks",
+    "texts": "Corpus",
     "models": (
         "load_teacher load_bundled bundled_history stored_results load_student hidden_states "
         "fingerprint save_model"
