@@ -65,11 +65,11 @@ def with_repeated_spans(rows: torch.Tensor, seed: int) -> torch.Tensor:
     def draw(low, high):
         return torch.randint(low, high, (), generator=generator).item()
 
-    for row in rows[torch.randperm(len(rows), generator=generator)[: len(rows) // 4]]:
+    for i in torch.randperm(len(rows), generator=generator)[: len(rows) // 4].tolist():
         size = draw(10, SPAN + 1)
         start = draw(0, width - 2 * size + 1)
         again = draw(start + size, width - size + 1)
-        row[again : again + size] = row[start : start + size].clone()
+        rows[i, again : again + size] = rows[i, start : start + size].clone()
     return rows
 
 
