@@ -9,8 +9,11 @@ validation chapter; here they meet the test chapter.
 import argparse
 from pathlib import Path
 
+import torch
+
 import willows_kd as kd
 
+SPAN = 60  # tokens that are copied
 PICTURED = {
     "perplexity": "perplexity on held-out text",
     "disk_mb": "size on disk",
@@ -34,10 +37,12 @@ def main() -> None:
         "untrained student": kd.student_from_teacher(teacher).eval(),
         "hard labels only": kd.load_bundled("student_hard_labels"),
         "soft labels only": kd.load_bundled("student"),
+        "soft labels, narrow": kd.load_bundled("student_narrow"),
     }
     table = kd.compare(models, blocks, tokenizer)
     told = finding(table, models, blocks)
-    text = f"{kd.as_markdown(table)}\n\n{told} Test text of {corpus.title}.\n"
+    copies = copying(models, blocks)
+    text = f"{kd.as_markdown(table)}\n\n{told} Test text of {corpus.title}.\n\n{copies}\n"
     print(f"\n{text}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "students.md").write_text(text, encoding="utf-8")
@@ -50,6 +55,22 @@ def main() -> None:
         form=".2f",
     )
     figure.savefig(options.output_dir / "students.png")
+
+
+def copying(models: dict, blocks: kd.Blocks) -> str:
+    """What an earlier copy of the same tokens is worth to each model."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, length = models["teacher"], 2 * SPAN
+    random = torch.randint(1, teacher.config.vocab_size, (48, length), generator=generator)
+    stream = blocks.test.flatten()
+    text = stream[: len(stream) // length * length].view(-1, length)
+    gains = [
+        f"{name} {kd.copy_gain(model, text):.2f} and {kd.copy_gain(model, random):.2f}"
+        for name, model in models.items()
+    ]
+    return (
+        f"An earlier copy is worth, in nats a token on text and on random ones: {'; '.join(gains)}."
+    )
 
 
 def finding(table, models: dict, blocks: kd.Blocks) -> str:
