@@ -1,5 +1,3 @@
-import zlib
-
 """Loading, making and saving models: what works, and what is refused in one line."""
 
 import copy
@@ -10,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
