@@ -62,6 +62,12 @@ def to_take_home(path: Path) -> dict:
     return {"cell_type": "markdown", "id": "download", "metadata": {}, "source": told}
 
 
+def titles_of(cell: dict) -> str:
+    """What the pictures below a cell show: the alternative texts that are stored with them."""
+    shown = [output.get("metadata", {}).get("image/png", {}) for output in cell.get("outputs", [])]
+    return "; ".join(picture["alt"] for picture in shown if "alt" in picture)
+
+
 def prepare_notebook(app, docname: str, source: list[str]) -> None:
     """Offer the file, and write the line of links for the address of this copy."""
     path = Path(app.env.doc2path(docname))
@@ -70,6 +76,8 @@ def prepare_notebook(app, docname: str, source: list[str]) -> None:
     notebook = json.loads(source[0])
     notebook["cells"].insert(1, to_take_home(path))
     for cell in notebook["cells"]:
+        if alt := titles_of(cell):  # the site reads it here and nowhere else
+            cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
         if "nav" in cell["metadata"].get("tags", []):
             # site.css draws the badge: its picture is on another machine
             line = nav_cell(ROOT / path, address())
