@@ -25,8 +25,9 @@ def main() -> None:
     teacher, tokenizer = kd.load_teacher()
     splits = kd.split(kd.load_corpus(options.corpus))
     for name, texts in (("validation", splits.validation), ("test", splits.test)):
-        paragraphs = [tokenizer(text, verbose=False)["input_ids"] for text in "\n\n".join(texts).split("\n\n")]
-        rows = [torch.tensor(row[:LONGEST]) for row in paragraphs if len(row) >= SHORTEST]
+        paragraphs = "\n\n".join(texts).split("\n\n")
+        ids = [tokenizer(text, verbose=False)["input_ids"] for text in paragraphs]
+        rows = [torch.tensor(row[:LONGEST]) for row in ids if len(row) >= SHORTEST]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         end = torch.tensor([tokenizer.eos_token_id])
         pairs = [(rows[i], rows[j]) for i, j in zip(order, order[1:], strict=False)]
