@@ -13,7 +13,7 @@ SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("[0-9AS]*.ipynb"))
 
 # so that tests of how a notebook behaves do all that it does, on few blocks
 FEW = {"EPOCHS": 1, "TRAIN_BLOCKS": 16, "SWEEP_BLOCKS": 8, "TEST_BLOCKS": 4, "TEXTS": 8}
-FEW |= {"OPENINGS": 2, "BATCH": 1, "DEPTH": 2}
+FEW |= {"OPENINGS": 2, "BATCH": 1, "DEPTH": 2, "GUIDE_STEPS": 5, "TOWN_STEPS": 2}
 
 
 def dial(known: str, **values) -> str:

@@ -141,7 +141,9 @@ def stored_results(name: str) -> pd.DataFrame:
             "inits", students of other layers, by `benchmarks/inits.py`; "other_text", a
             row for each text and pair of bundled models, by `benchmarks/other_text.py`;
             "broken_histories" and "broken_runs", with bugs to be found, by
-            `benchmarks/broken_runs.py`.
+            `benchmarks/broken_runs.py`; "town", answers that are right or wrong, by
+            `benchmarks/town.py`; "law", students of many sizes, budgets and teachers, by
+            `benchmarks/law.py`.
     """
     stored = {file.stem: file for file in sorted((ASSETS / "results").glob("*.csv"))}
     require(name in stored, f"no stored results are called {name!r}; there are {', '.join(stored)}")

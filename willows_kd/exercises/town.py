@@ -1,0 +1,168 @@
+"""The town of notebook S1: a task with right and wrong answers, which small models learn."""
+
+import torch
+from torch import nn
+from torch.nn.functional import one_hot
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from willows_kd.corpus import Blocks
+
+SIDE, WALLS = 6, 6
+CELLS = SIDE * SIDE
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, STOP
+UP, STOP = CELLS, CELLS + 4  # tokens: the cells, then the moves, then two words
+FROM, TO = CELLS + 5, CELLS + 6
+VOCABULARY = CELLS + 7
+PROMPT, ANSWER = 4, 12  # tokens: FROM start TO goal, then the moves
+
+
+class Town:
+    """A square town with walls, and what is a right way through it.
+
+    A move against a wall stays where it is. An answer is right if it says STOP on the goal.
+
+    Attributes:
+        after: the cell after a move, shape (cells, moves).
+        best: True for a move that is on a shortest way, shape (cells, goals, moves).
+        prompts: token ids of all starts and goals in random order, shape (prompts, 4).
+    """
+
+    def __init__(self, seed: int = 0):
+        """Draw walls until every way fits into an answer."""
+        generator = torch.Generator().manual_seed(seed)
+        distance = torch.full((1, 1), ANSWER)
+        while distance.max() >= ANSWER:
+            self.free = torch.randperm(CELLS, generator=generator)[WALLS:].sort().values
+            self.after, steps = cells_after(self.free), steps_between(self.free)
+            distance = steps[self.free][:, self.free]
+        shorter = steps[self.after[:, :4]] < steps[:, None]  # (cells, moves, goals)
+        arrived = torch.eye(CELLS, dtype=torch.bool)[:, None]
+        self.best = torch.cat([shorter, arrived], dim=1).transpose(1, 2)
+        pairs = torch.cartesian_prod(self.free, self.free)
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        start, goal = pairs[torch.randperm(len(pairs), generator=generator)].T
+        words = torch.full_like(start, FROM), torch.full_like(start, TO)
+        self.prompts = torch.stack([words[0], start, words[1], goal], dim=1)
+
+    def cells(self, texts: torch.Tensor) -> torch.Tensor:
+        """Where each text is before each token of its answer, and at its end."""
+        cell, going = texts[:, 1], torch.ones(len(texts), dtype=torch.bool)
+        visited = [cell]
+        for token in texts[:, PROMPT:].T:
+            going = going & (token != STOP)
+            is_move = going & (token >= UP) & (token < STOP)
+            moved = self.after[cell, (token - UP).clamp(0, 4)]
+            cell = torch.where(is_move, moved, cell)
+            visited.append(cell)
+        return torch.stack(visited, dim=1)
+
+    def right(self, texts: torch.Tensor) -> torch.Tensor:
+        """Whether each text says STOP, and first says it on its goal."""
+        stops = (texts[:, PROMPT:] == STOP).any(dim=1)
+        return stops & (self.cells(texts)[:, -1] == texts[:, 3])
+
+    def walks(self, prompts: torch.Tensor, noise: torch.Tensor, generator):
+        """Ways by the map with a share of random moves, and the best moves at each token.
+
+        Returns:
+            token ids, shape (prompts, 16), and probabilities, shape (prompts, 12, moves).
+        """
+        cell, goal = prompts[:, 1], prompts[:, 3]
+        stopped = torch.zeros(len(prompts), dtype=torch.bool)
+        tokens, labels = [prompts], []
+        for _ in range(ANSWER):
+            best = torch.where(stopped[:, None], one_hot(torch.tensor(4), 5), self.best[cell, goal])
+            labels.append(best / best.sum(dim=1, keepdim=True))
+            move = torch.multinomial(labels[-1], 1, generator=generator)[:, 0]
+            odd = torch.rand(len(prompts), generator=generator) < noise
+            random = torch.randint(0, 4, move.shape, generator=generator)
+            move = torch.where(odd & ~stopped, random, move)
+            stopped = stopped | (move == 4)
+            cell = self.after[cell, move]
+            tokens.append(move[:, None] + UP)
+        return torch.cat(tokens, dim=1), torch.stack(labels, dim=1)
+
+    def drawn(self, text: torch.Tensor) -> str:
+        """A map with the way of one text: # a wall, o the way, S its start, G its goal."""
+        picture = ["#"] * CELLS
+        marks = {"·": self.free, "o": self.cells(text[None])[0], "S": text[1:2], "G": text[3:4]}
+        for mark, cells in marks.items():
+            for cell in cells.tolist():
+                picture[cell] = mark
+        rows = [picture[i : i + SIDE] for i in range(0, CELLS, SIDE)]
+        return "\n".join(" ".join(row) for row in rows)
+
+
+def cells_after(free: torch.Tensor) -> torch.Tensor:
+    """The cell after each move from each cell, shape (cells, moves)."""
+    cells, open_ = torch.arange(CELLS), torch.zeros(CELLS, dtype=torch.bool)
+    open_[free] = True
+    after = cells[:, None].repeat(1, len(MOVES))
+    for move, (down, right) in enumerate(MOVES):
+        row, column = cells // SIDE + down, cells % SIDE + right
+        inside = (row >= 0) & (row < SIDE) & (column >= 0) & (column < SIDE)
+        there = (row * SIDE + column).clamp(0, CELLS - 1)
+        after[:, move] = torch.where(inside & open_[there], there, cells)
+    return after
+
+
+def steps_between(free: torch.Tensor) -> torch.Tensor:
+    """The length of a shortest way from each cell to each, shape (cells, cells)."""
+    after, steps = cells_after(free), torch.full((CELLS, CELLS), CELLS)
+    steps.fill_diagonal_(0)
+    for _ in range(CELLS):
+        steps = torch.minimum(steps, steps[after].amin(dim=1) + 1)
+    return steps
+
+
+def small_gpt2(layers: int, seed: int) -> GPT2LMHeadModel:
+    """An untrained GPT-2, 64 wide, that knows the town's words."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sizes = dict(n_layer=layers, n_embd=64, n_head=4, n_positions=PROMPT + ANSWER)
+        no_end = dict(bos_token_id=None, eos_token_id=None)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_end)).eval()
+
+
+def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> nn.Module:
+    """A GPT-2 of three layers that learns the best moves, on the way and off it."""
+    teacher, generator = small_gpt2(3, seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(teacher.parameters(), fused=True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))
+        chosen = torch.randint(0, len(town.prompts), (64,), generator=generator)
+        noise = torch.rand(64, generator=generator)
+        ids, best = town.walks(town.prompts[chosen], noise, generator)
+        logits = teacher(ids, use_cache=False).logits[:, PROMPT - 1 : -1]
+        loss = -(best * logits.log_softmax(-1)[..., UP : STOP + 1]).sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return teacher
+
+
+def walk(model, prompts: torch.Tensor, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Texts that a model writes, each move replaced by a random one as often as `noise` says."""
+    ids, generator = prompts, torch.Generator().manual_seed(seed)
+    for _ in range(ANSWER):
+        with torch.no_grad():
+            p = model(ids).logits[:, -1].softmax(dim=-1)
+        token = torch.multinomial(p, 1, generator=generator)
+        random = torch.randint(UP, STOP, token.shape, generator=generator)
+        odd = torch.rand(token.shape, generator=generator) < noise
+        token = torch.where(odd & (token != STOP), random, token)
+        ids = torch.cat([ids, token], dim=1)
+    return ids
+
+
+def as_blocks(texts: torch.Tensor, steps: int, batch_size: int) -> Blocks:
+    """Blocks for so many steps of `distill`: texts again and again, their answers to learn.
+
+    What follows STOP counts, as it does on-policy.
+    """
+    train = texts[torch.arange(steps * batch_size) % len(texts)]
+    masks = {"train": torch.ones_like(train, dtype=torch.bool)}
+    masks["train"][:, :PROMPT] = False
+    masks["validation"] = masks["train"][:8]
+    return Blocks(train, texts[:8], texts[:8], {}, masks)
