@@ -42,26 +42,21 @@ def attempt(function: Callable, *arguments) -> tuple:
     return result, None
 
 
-def as_tensor(result, tidy: Callable = torch.as_tensor) -> torch.Tensor:
-    """A number or a tensor, made comparable, in float64."""
-    return tidy(torch.as_tensor(result)).detach().double()
+def as_tensor(result) -> torch.Tensor:
+    """A number or a tensor, made comparable: in float64, one number without dimensions."""
+    value = torch.as_tensor(result).detach().double()
+    return value.squeeze() if value.numel() == 1 else value
 
 
-def result_of(
-    function: Callable, case: tuple, shape: tuple = (), tidy: Callable = torch.as_tensor
-) -> tuple[torch.Tensor | None, str | None]:
-    """What a learner's function returns, as a tensor of a shape, or what is wrong with it."""
+def attempt_number(function: Callable, case: tuple) -> tuple[torch.Tensor | None, str | None]:
+    """`attempt` a function that returns a number or a tensor."""
     result, problem = attempt(function, *case)
     if problem:
         return None, problem
-    what = f"a tensor of shape {tuple(shape)}" if shape else "one number"
     try:
-        value = as_tensor(result, tidy)
+        return as_tensor(result), None
     except (TypeError, ValueError, RuntimeError):
-        return None, f"your function returns {type(result).__name__}; it is {what}"
-    if value.shape != shape and (shape or value.numel() != 1):
-        return None, f"your result has shape {tuple(value.shape)}; it is {what}"
-    return value.reshape(shape), None
+        return None, f"your function returns {type(result).__name__}; give a number or a tensor"
 
 
 def judge(
@@ -70,50 +65,76 @@ def judge(
     right: Callable,
     mistakes: dict[Callable, str] | Iterable[tuple[Callable, str]],
     praise: str = "",
-    not_finite: str = "",
     tolerance: float = 1e-4,
-    tidy: Callable = torch.as_tensor,
-    wrong_shape: str = "",
 ) -> bool:
     """Compare what a learner's function returns with the right numbers and the wrong ones.
 
     Args:
         cases: the arguments of each example.
         right: gives the right number, or tensor, from the same arguments.
-        mistakes: functions that make a mistake, likeliest first, each with its hint.
+        mistakes: functions that make a mistake, likeliest first, each with its hint. What they
+            return may be infinite, or of another shape.
         praise: what is said if all is right.
-        not_finite: the hint if a number is infinite or none.
         tolerance: relative; far above rounding and far below any mistake.
-        tidy: what makes right answers alike, such as sorting.
-        wrong_shape: the hint if the result is of another shape, or none.
     """
-    rights, found = [as_tensor(right(*case), tidy) for case in cases], []
-    for case, wanted in zip(cases, rights, strict=True):
-        value, problem = result_of(function, case, wanted.shape, tidy)
-        if value is not None and not value.isfinite().all():
-            problem = f"you return {shown(value)}. {not_finite}"
+    rights, found = [as_tensor(right(*case)) for case in cases], []
+    for case in cases:
+        value, problem = attempt_number(function, case)
         if problem:
-            return not_yet(f"{problem}. {wrong_shape}" if wrong_shape else problem)
+            return not_yet(problem)
         found.append(value)
 
     def matches(answers: list[torch.Tensor]) -> list[bool]:
+        close = functools.partial(torch.allclose, rtol=tolerance, atol=1e-9, equal_nan=True)
         pairs = zip(found, answers, strict=True)
-        return [
-            f.shape == a.shape and torch.allclose(f, a, rtol=tolerance, atol=1e-9) for f, a in pairs
-        ]
+        return [mine.shape == other.shape and close(mine, other) for mine, other in pairs]
 
     hits = matches(rights)
     if all(hits):
         return well_done(praise) if praise else True
     for wrong, hint in mistakes.items() if isinstance(mistakes, dict) else mistakes:
-        if all(matches([as_tensor(wrong(*case), tidy) for case in cases])):
+        if all(matches([as_tensor(wrong(*case)) for case in cases])):
             return not_yet(hint)
+    mine, wanted = found[0], rights[0]
+    if mine.shape != wanted.shape:
+        it_is = f"a tensor of shape {tuple(wanted.shape)}" if wanted.ndim else "one number"
+        return not_yet(f"your result has shape {tuple(mine.shape)}; it is {it_is}")
     if not any(value.any() for value in found):
         return not_yet("your function returns 0, whatever it is given. Write it first")
     if any(hits):
         return not_yet("right for one example, wrong for another. Is a number written out?")
-    told = f"on one example you return {shown(found[0])}; it should be {shown(rights[0])}"
-    return not_yet(told)
+    return not_yet(f"on one example you return {shown(mine)}; it should be {shown(wanted)}")
+
+
+def judge_choices(
+    function: Callable,
+    cases: list[tuple],
+    choices: tuple[dict, ...],
+    answer: Callable,
+    praise: str = "",
+    most: int = 3,
+    tolerance: float = 1e-4,
+) -> bool:
+    """`judge` a function that has several things to get right, alone and together.
+
+    Args:
+        choices: one dict for each of these: from what can be done to its hint; the first is
+            right and has no hint.
+        answer: gives the number from one choice of each, then a case.
+        most: how many choices may be wrong at once; the hint is that of the first.
+    """
+
+    def mistakes():
+        for wrong in range(1, most + 1):
+            for chosen in itertools.product(*choices):
+                hints = [texts[key] for texts, key in zip(choices, chosen, strict=True)]
+                hints = [hint for hint in hints if hint]
+                if len(hints) == wrong:
+                    more = f". After that, {wrong - 1} more to find" if wrong > 1 else ""
+                    yield functools.partial(answer, *chosen), hints[0] + more
+
+    right = functools.partial(answer, *(next(iter(texts)) for texts in choices))
+    return judge(function, cases, right, mistakes(), praise, tolerance)
 
 
 def shown(value: torch.Tensor) -> str:
@@ -127,42 +148,9 @@ def shown(value: torch.Tensor) -> str:
 def wrong_means(right: Callable, tokens: int, vocabulary: int) -> dict[Callable, str]:
     """The mistakes of a mean over tokens that is a sum, or divided by too much."""
     return {
-        lambda *case: tokens * right(*case): "it grows with the number of tokens: sum over the "
-        "vocabulary, then take the mean",
-        lambda *case: right(*case) / vocabulary: "it is divided by the vocabulary too: sum over "
-        "it, then take the mean",
+        lambda *case: tokens * right(*case): "it grows with the number of tokens: take the mean",
+        lambda *case: right(*case) / vocabulary: "it is divided by the vocabulary too: sum over it",
     }
-
-
-def combined(choices: tuple[dict, ...], answer: Callable, most: int = 3):
-    """The mistakes that wrong choices make, alone and together, the fewest first.
-
-    Args:
-        choices: one dict for each thing to get right: from what can be done to its hint;
-            the first is right and has no hint.
-        answer: gives the number from one choice of each, then a case.
-        most: how many choices may be wrong at once. The hint is that of the first.
-    """
-    for wrong in range(1, most + 1):
-        for chosen in itertools.product(*choices):
-            hints = [texts[key] for texts, key in zip(choices, chosen, strict=True) if texts[key]]
-            if len(hints) == wrong:
-                more = f". After that, {wrong - 1} more to find" if wrong > 1 else ""
-                yield lambda *case, chosen=chosen: answer(*chosen, *case), hints[0] + more
-
-
-def judge_choices(
-    function: Callable,
-    cases: list[tuple],
-    choices: tuple[dict, ...],
-    answer: Callable,
-    praise: str = "",
-    most: int = 3,
-    **more,
-) -> bool:
-    """`judge` a function whose mistakes are those of `combined`; what is right comes from both."""
-    right = functools.partial(answer, *(next(iter(texts)) for texts in choices))
-    return judge(function, cases, right, combined(choices, answer, most), praise, **more)
 
 
 def random_logits(*shape: int, seed: int) -> torch.Tensor:

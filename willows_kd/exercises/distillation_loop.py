@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from willows_kd.exercises import attempt, judge, judge_choices, not_yet, well_done
-from willows_kd.exercises.soft_labels import KL, NOT_FINITE, kl_with, logit_cases
+from willows_kd.exercises.soft_labels import KL, kl_with, logit_cases
 from willows_kd.losses import hard_label_loss, mix
 
 
@@ -29,8 +29,7 @@ def check_shift(my_shift: Callable) -> bool:
     if predictions.ndim != 3 or shapes[0] != (2, *shapes[1][1:], 5):
         return not_yet(
             f"the shapes are {shapes[0]} and {shapes[1]}, not (2, 5, 5) and (2, 5). The last "
-            "prediction has no next token and the first token has no prediction: one of each "
-            "goes. Time is the second dimension: [:, :-1] or [:, 1:]"
+            "prediction and the first token go. Time is the second dimension: [:, :-1] or [:, 1:]"
         )
     offsets = (labels - predictions[..., 0]).unique().tolist()
     if offsets == [1] and shapes[1] == (2, 5):
@@ -41,8 +40,7 @@ def check_shift(my_shift: Callable) -> bool:
 SHIFTED = {  # tokens by which a label lies after its prediction: the hint
     (0,): "position i is paired with token i, which the student has just read. The loss would "
     "fall to nothing by copying. Pair it with token i + 1",
-    (-1,): "position i is paired with token i - 1. Drop the last prediction and the first token, "
-    "not the other way round",
+    (-1,): "position i is paired with token i - 1. Drop the last prediction and the first token",
     (): "not every position but the last is paired with the token after it. The last one has no "
     "next token: cut it off, do not roll it round",
 }
@@ -51,7 +49,7 @@ SHIFTED = {  # tokens by which a label lies after its prediction: the hint
 MIXED = (
     {
         "right": None,
-        "other side": "alpha is on the wrong side: it weighs the hard labels, 1 - alpha the soft",
+        "other side": "alpha is on the wrong side: it weighs the hard labels",
         "hard": "these are the hard labels alone, whatever alpha is",
         "soft": "these are the soft labels alone, whatever alpha is",
     },
@@ -78,25 +76,23 @@ def check_loss(my_loss: Callable) -> bool:
         return mix(hard, kl_with(*choices, z_s, z_t, t), weight).item()
 
     praise = "alpha weighs the hard labels, T² the soft ones, both per token"
-    choices = (*MIXED, *KL)
-    return judge_choices(my_loss, cases, choices, answer, praise, not_finite=NOT_FINITE)
+    return judge_choices(my_loss, cases, (*MIXED, *KL), answer, praise)
 
 
 def check_steps(my_steps: Callable) -> bool:
     """Check `my_steps(blocks, batch_size, gradient_accumulation_steps, epochs)`."""
-    cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
 
     def right(blocks, size, times, epochs) -> int:
         return epochs * math.ceil(blocks / (size * times))
 
     mistakes = {
         lambda b, s, t, e: right(b, s, t, 1): "that is one epoch; each sees all blocks again",
-        lambda b, s, t, e: e * (b // (s * t)): "the last step of an epoch is missing; it has fewer "
-        "blocks, but it is a step: round up",
-        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes; an optimiser step comes "
-        "after gradient_accumulation_steps of them",
-        lambda b, s, t, e: right(e * b, s, t, 1): "no step reaches over the end of an epoch; round "
-        "up in each epoch, then multiply",
+        lambda b, s, t, e: e * (b // (s * t)): "the last step of an epoch is missing: round up",
+        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes; a step comes after "
+        "gradient_accumulation_steps of them",
+        lambda b, s, t, e: right(e * b, s, t, 1): "no step reaches over the end of an epoch: "
+        "round up in each",
     }
+    cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
     praise = f"{right(*cases[0])} steps for {cases[0]}"
     return judge(my_steps, cases, right, mistakes, praise)

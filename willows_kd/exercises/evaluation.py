@@ -18,18 +18,19 @@ def check_agreement(my_agreement: Callable) -> bool:
     generator = torch.Generator().manual_seed(157)
     teacher = torch.randn(5, 7, 6, generator=generator)
     student = teacher + torch.randn(5, 7, 6, generator=generator)
+
+    def agreement(teacher, student, dim: int = -1) -> float:
+        return (teacher.argmax(dim) == student.argmax(dim)).double().mean().item()
+
     mistakes = {
-        lambda t, s: agreement(t, s, dim=1): "your argmax runs over dim=1, which is time. The "
-        "first choice is among the vocabulary: dim=-1",
-        lambda t, s: agreement(t, s, dim=0): "your argmax runs over dim=0, which is the batch. "
-        "The first choice is among the vocabulary: dim=-1",
-        lambda t, s: agreement(t[:, :-1], s[:, 1:]): "the student is one position ahead. Both "
-        "models answer for the same next token at the same position: compare position i with i",
-        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position is left out. It has no "
-        "label, but needs none: both models have a first choice there",
+        lambda t, s: agreement(t, s, 1): "your argmax runs over dim=1, time; take dim=-1",
+        lambda t, s: agreement(t, s, 0): "your argmax runs over dim=0, the batch; take dim=-1",
+        lambda t, s: agreement(t[:, :-1], s[:, 1:]): "the student is one position ahead: compare "
+        "position i with i",
+        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position is left out: no label is "
+        "needed there",
         lambda t, s: 1 - agreement(t, s): "this is the share of positions that differ",
-        lambda t, s: agreement(t, s) * t[..., 0].numel(): "this is a number of positions. "
-        "Divide by how many there are: take the mean",
+        lambda t, s: 35 * agreement(t, s): "this is a number of positions: take the mean",
         lambda t, s: 100 * agreement(t, s): "this is a percentage; the share is from 0 to 1",
         lambda t, s: 0: "you find no agreement at all. If you compare the highest logits: they "
         "are never equal. Compare where they stand: argmax, not max",
@@ -39,31 +40,23 @@ def check_agreement(my_agreement: Callable) -> bool:
     return judge(my_agreement, [(teacher, student)], agreement, mistakes, praise)
 
 
-def agreement(teacher: torch.Tensor, student: torch.Tensor, dim: int = -1) -> float:
-    """How often the places of the maxima over a dimension are the same."""
-    return (teacher.argmax(dim) == student.argmax(dim)).double().mean().item()
-
-
 HALF_WIDTH = (
     {
         4.303: None,
-        1.96: "1.96 is the normal's, for very many values. Three values leave two degrees of "
-        "freedom, and Student's t is much larger there",
-        3.182: "3.18 is for three degrees of freedom. One of three went into the mean: two are "
-        "left",
-        1.0: "Student's t is missing: one standard error on each side is no 95 % interval. Look "
-        "t up for two degrees of freedom, and multiply",
+        1.96: "1.96 is the normal's, for very many values. Three leave two degrees of freedom",
+        3.182: "3.18 is for three degrees of freedom. One went into the mean: two are left",
+        1.0: "Student's t is missing. Look it up for two degrees of freedom, and multiply",
     },
     {
         "root": None,
         "nothing": "the square root of n is missing. This says how far single values lie from "
-        "the mean; the mean itself is better known. Divide by math.sqrt(n)",
+        "the mean; the mean itself is better known",
         "n": "it is divided by n. Divide by its square root",
     },
     {
         statistics.stdev: None,
-        statistics.pstdev: "the standard deviation is divided by n, which is too small for a "
-        "sample. Divide by n - 1: statistics.stdev, or ddof=1 in numpy",
+        statistics.pstdev: "the standard deviation is divided by n, too small for a sample. "
+        "Divide by n - 1: statistics.stdev, or ddof=1 in numpy",
         statistics.variance: "this is the variance. The standard deviation is its square root",
     },
     {1: None, 2: "this is the whole width. The ± of a table is half of it"},
@@ -87,22 +80,13 @@ def check_half_width(my_half_width: Callable) -> bool:
 
 def check_perplexity(my_perplexity: Callable) -> bool:
     """Check `my_perplexity(bits_per_byte, bytes_of_text, tokens)`."""
-
-    def right(bits, size, tokens) -> float:
-        return 2 ** (bits * size / tokens)
-
     mistakes = {
-        lambda b, n, t: 2**b: "you raise 2 to the bits of a byte. A token has several bytes: "
-        "multiply by bytes per token first",
-        lambda b, n, t: right(b, t, n): "bytes and tokens are the wrong way round: bits per byte "
-        "times bytes is all the bits, and these are shared among the tokens",
-        lambda b, n, t: math.exp(b * n / t): "bits are raised with the base e. exp belongs to "
-        "nats; the base for bits is 2",
+        lambda b, n, t: 2**b: "you raise 2 to the bits of a byte. A token has several bytes",
+        lambda b, n, t: 2 ** (b * t / n): "bytes and tokens are the wrong way round",
+        lambda b, n, t: math.exp(b * n / t): "bits are raised with the base e; theirs is 2",
         lambda b, n, t: b * n / t: "these are bits per token. Perplexity is 2 to this power",
-        lambda b, n, t: b * n: "these are the bits of the whole text. Share them among the "
-        "tokens, then raise 2 to this power",
+        lambda b, n, t: b * n: "these are the bits of the whole text: share them among the tokens",
     }
-
     cases = [(1.25, 320, 80), (2.0, 90, 30)]
-    praise = f"5 bits a token are a perplexity of {right(*cases[0]):g}"
-    return judge(my_perplexity, cases, right, mistakes, praise)
+    praise = "5 bits a token are a perplexity of 32"
+    return judge(my_perplexity, cases, lambda b, n, t: 2 ** (b * n / t), mistakes, praise)

@@ -19,20 +19,13 @@ def check_mask(my_mask: Callable) -> bool:
     mistakes = {
         lambda n, _: counted(n, n): "nothing counts; the predictions of written tokens do",
         lambda n, _: counted(n, 0): "the openings count too; they were given, not written",
-        lambda n, prompt: counted(n, prompt - 1, prompt): "all that follows the first written "
-        "token was written too",
-        counted: "the first written token is left out: position prompt - 1, the last one of the "
-        "opening, predicts it",
+        lambda n, prompt: counted(n, prompt - 1, prompt): "all that follows was written too",
+        counted: "the first written token is left out: position prompt - 1 predicts it",
+        lambda n, prompt: counted(n + 1, prompt): "The first token is not predicted: drop it",
     }
     praise = "what the student wrote counts, from its first token on, and nothing else"
-    return judge(
-        my_mask,
-        [(12, 4), (9, 1)],
-        lambda length, prompt: counted(length, prompt - 1),
-        mistakes,
-        praise,
-        wrong_shape="The first token is not predicted",
-    )
+    cases = [(12, 4), (9, 1)]
+    return judge(my_mask, cases, lambda n, prompt: counted(n, prompt - 1), mistakes, praise)
 
 
 def check_skewed_kl(my_skewed_kl: Callable) -> bool:
@@ -42,19 +35,16 @@ def check_skewed_kl(my_skewed_kl: Callable) -> bool:
         for i, skew in enumerate((0.1, 0.4))
     ]
 
-    def right(z_s, z_t, skew) -> float:
-        return skewed_forward_kl(z_s, z_t, skew=skew).item()
-
-    def of_logits(z_s, z_t, skew) -> float:
-        return forward_kl(skew * z_t + (1 - skew) * z_s, z_t).item()
+    def right(z_s, z_t, skew) -> torch.Tensor:
+        return skewed_forward_kl(z_s, z_t, skew=skew)
 
     mistakes = {
-        lambda z_s, z_t, _: forward_kl(z_s, z_t).item(): "this is the forward KL, without any skew",
-        lambda z_s, z_t, skew: right(z_s, z_t, 1 - skew): "the shares are swapped: skew is that "
-        "of p, the teacher's distribution",
-        of_logits: "you mix the logits; the mix is one of probabilities",
-        lambda z_s, z_t, skew: skewed_reverse_kl(z_s, z_t, skew=skew).item(): "this is the "
-        "skewed reverse KL: the student's distribution comes first",
+        lambda z_s, z_t, _: forward_kl(z_s, z_t): "this is the forward KL, without any skew",
+        lambda z_s, z_t, skew: right(z_s, z_t, 1 - skew): "the shares are swapped: skew is p's",
+        lambda z_s, z_t, skew: forward_kl(skew * z_t + (1 - skew) * z_s, z_t): "you mix the "
+        "logits; the mix is one of probabilities",
+        lambda z_s, z_t, skew: skewed_reverse_kl(z_s, z_t, skew=skew): "this is the skewed "
+        "reverse KL: the student's distribution comes first",
         **wrong_means(right, 20, 7),
     }
     praise = "finite even where the student gives a token no probability at all"

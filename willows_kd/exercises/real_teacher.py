@@ -1,8 +1,10 @@
-"""Checks for notebook S4: bytes and operations of a run, and the cache's worth, by hand."""
+"""Checks for notebook S4: bytes and operations of a run, by hand."""
 
 from collections.abc import Callable
 
 from willows_kd.exercises import judge
+
+CASES = [(120, 70), (50, 45)]  # parameters of a teacher and a student
 
 
 def check_bytes(my_bytes: Callable) -> bool:
@@ -11,14 +13,10 @@ def check_bytes(my_bytes: Callable) -> bool:
     Both are numbers of parameters.
     """
     mistakes = {
-        lambda t, s: 16 * (t + s): "the teacher is not trained: it has weights, but no gradients "
-        "and no moments",
-        lambda t, s: 4 * (t + s): "these are the weights alone; the student also has gradients "
-        "and moments",
-        lambda t, s: 4 * t + 8 * s: "AdamW's moments are missing: two numbers for each trained "
-        "parameter",
-        lambda t, s: 4 * t + 12 * s: "AdamW keeps two moments for each parameter, not one; or "
-        "are the gradients missing?",
+        lambda t, s: 16 * (t + s): "the teacher is not trained: it has weights alone",
+        lambda t, s: 4 * (t + s): "these are the weights alone, without gradients and moments",
+        lambda t, s: 4 * t + 8 * s: "AdamW's moments are missing: two for each trained parameter",
+        lambda t, s: 4 * t + 12 * s: "AdamW keeps two moments; or are the gradients missing?",
         lambda t, s: 16 * s: "the teacher's weights are missing",
         lambda t, s: t + 4 * s: "you count numbers; in float32 each takes 4 bytes",
     }
@@ -29,10 +27,8 @@ def check_bytes(my_bytes: Callable) -> bool:
 def check_flops(my_flops: Callable) -> bool:
     """Check `my_flops(teacher, student, tokens)`: operations of an epoch, by the 6ND rule."""
     mistakes = {
-        lambda t, s, n: 6 * (t + s) * n: "the teacher only runs forward: 2 operations per "
-        "parameter and token",
-        lambda t, s, n: 2 * (t + s) * n: "the backward pass is missing: it takes twice as much "
-        "as the forward pass",
+        lambda t, s, n: 6 * (t + s) * n: "the teacher only runs forward: 2 a parameter and token",
+        lambda t, s, n: 2 * (t + s) * n: "the backward pass is missing: twice the forward pass",
         lambda t, s, n: (2 * t + 4 * s) * n: "the backward pass has two products for each of the "
         "forward pass: 2 + 4 = 6",
         lambda t, s, n: 6 * s * n: "the teacher's forward pass is missing",
@@ -42,6 +38,3 @@ def check_flops(my_flops: Callable) -> bool:
     cases = [(*case, tokens) for case, tokens in zip(CASES, (1000, 300), strict=True)]
     praise = "a good rule while blocks are short; attention adds to it as they grow"
     return judge(my_flops, cases, lambda t, s, n: (2 * t + 6 * s) * n, mistakes, praise)
-
-
-CASES = [(120, 70), (50, 45)]  # parameters of a teacher and a student

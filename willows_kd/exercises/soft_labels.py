@@ -5,25 +5,32 @@ from collections.abc import Callable
 
 import torch
 
-from willows_kd import losses
-from willows_kd.exercises import judge_choices, not_yet, random_logits, result_of, well_done
-from willows_kd.losses import entropy, soften
+from willows_kd.exercises import (
+    attempt_number,
+    judge_choices,
+    not_yet,
+    random_logits,
+    shown,
+    well_done,
+)
+from willows_kd.losses import entropy, forward_kl, hard_label_loss, soften
 
-AXIS = "the probabilities of one token do not sum to 1: your softmax runs over dim={}. Give it "
-AXIS += "dim=-1, the vocabulary"
 KL = (
-    {-1: None, 1: AXIS.format("1, which is time"), 0: AXIS.format("0, which is the batch")},
+    {
+        -1: None,
+        1: "your softmax runs over dim=1, which is time; dim=-1 is the vocabulary",
+        0: "your softmax runs over dim=0, which is the batch; dim=-1 is the vocabulary",
+    },
     {
         "kl": None,
         "cross-entropy": "your loss is not 0 when the student equals the teacher: it is the "
         "cross-entropy with the soft labels. Sum p · (log p - log q)",
-        "not a log": "F.kl_div was given the student's probabilities; it wants their logarithms. "
-        "Use F.log_softmax for the student",
+        "not a log": "F.kl_div was given the student's probabilities; it wants their logarithms",
+        "not finite": "you return nan. A target that is a logarithm needs log_target=True",
     },
     {
         "forward": None,
-        "reverse": "student and teacher are swapped: this is reverse KL. F.kl_div takes the "
-        "student's log-probabilities first, the teacher as the target",
+        "reverse": "this is reverse KL. F.kl_div takes the student first, the teacher as target",
     },
     {
         "both": None,
@@ -33,12 +40,11 @@ KL = (
     },
     {
         "tokens": None,
-        "batch": "the KL grows with the length of the text: it is divided by the batch only, as "
-        'by reduction="batchmean". Sum over the vocabulary, then take the mean over all tokens',
-        "all": "the KL shrinks as the vocabulary grows: it is divided by the vocabulary too, as "
-        'by reduction="mean". Sum over the vocabulary, then take the mean over all tokens',
-        "nothing": "the KL grows with the number of tokens: it is a sum. Sum over the vocabulary "
-        "only, then take the mean over all tokens",
+        "batch": "the KL grows with the length of the text, as by reduction='batchmean'. Sum over "
+        "the vocabulary, then take the mean over all tokens",
+        "all": "the KL shrinks as the vocabulary grows, as by reduction='mean'. Sum over the "
+        "vocabulary, then take the mean over all tokens",
+        "nothing": "the KL grows with the number of tokens. Take the mean over them",
     },
     {
         2: None,
@@ -46,7 +52,6 @@ KL = (
         1: "the gradient still shrinks as T grows: your factor is T, not temperature**2",
     },
 )
-NOT_FINITE = "A target that is a logarithm needs log_target=True"
 
 
 def kl_with(axis, form, order, softened, divided, factor, z_s, z_t, t) -> torch.Tensor:
@@ -57,7 +62,7 @@ def kl_with(axis, form, order, softened, divided, factor, z_s, z_t, t) -> torch.
     log_q, log_p = z_s.log_softmax(axis), z_t.log_softmax(axis)
     if order == "reverse":
         log_p, log_q = log_q, log_p
-    first = 0 if form == "cross-entropy" else log_p
+    first = {"cross-entropy": 0, "not finite": math.nan}.get(form, log_p)
     second = log_q.exp() if form == "not a log" else log_q
     parts = {"tokens": batch * time, "batch": batch, "all": z_s.numel(), "nothing": 1}
     return (log_p.exp() * (first - second)).sum() * t**factor / parts[divided]
@@ -73,17 +78,13 @@ def logit_cases() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
 
 def check_forward_kl(my_kl: Callable) -> bool:
     """Check `my_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
-    praise = "the same value as kd.forward_kl"
-    if not judge_choices(my_kl, logit_cases(), KL, kl_with, praise, not_finite=NOT_FINITE):
+    if not judge_choices(my_kl, logit_cases(), KL, kl_with, "the same value as kd.forward_kl"):
         return False
     z_s, z_t, t = logit_cases()[0]
     loss = my_kl(z_s, z_t.clone(), t)
     if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        return not_yet(
-            "no gradient reaches the student. Leave out .item(), .detach() and "
-            "torch.no_grad() on the student's side"
-        )
-    mine, wanted = (torch.autograd.grad(f, z_s)[0] for f in (loss, losses.forward_kl(z_s, z_t, t)))
+        return not_yet("no gradient reaches the student. Leave out .item() and .detach() there")
+    mine, wanted = (torch.autograd.grad(f, z_s)[0] for f in (loss, forward_kl(z_s, z_t, t)))
     if not torch.allclose(mine, wanted, rtol=1e-3, atol=1e-6):
         return not_yet("the gradient is not: a part of the loss was detached")
     return True
@@ -98,14 +99,12 @@ def check_find_temperature(my_temperature: Callable) -> bool:
     cases = [(size * random_logits(50, seed=i), n) for i, (size, n) in enumerate(wanted.items())]
     found = []
     for case in cases:
-        t, problem = result_of(my_temperature, case)
-        if problem is None and not 0 < t < math.inf:
-            problem = f"you return {t:g}; a temperature is a positive, finite number"
+        t, problem = attempt_number(my_temperature, case)
+        if problem is None and not (t.ndim == 0 and 0 < t < math.inf):
+            problem = f"you return {shown(t)}; a temperature is one positive, finite number"
         if problem:
             return not_yet(problem)
         found.append(t.item())
-    if len(set(found)) == 1:
-        return not_yet(f"whatever entropy is asked for, you return {found[0]:g}. Search for it")
 
     def error(temperatures: list[float], unit: float = 1.0) -> float:
         """The largest error in nats if the temperatures, and the unit, are these."""
@@ -114,33 +113,30 @@ def check_find_temperature(my_temperature: Callable) -> bool:
 
     if error(found) < 1e-3:
         return well_done("every entropy is hit to a thousandth of a nat")
-    if error(found, unit=math.log(2)) < 1e-3:
-        return not_yet("you measure in bits: use the natural logarithm, or kd.entropy")
-    if error([1 / t for t in found]) < 1e-3:
-        return not_yet("your T multiplies the logits; it must divide them")
-    if error(found) < 0.15:
-        return not_yet("that is near: halve the interval more often")
-    return not_yet(
+    hints = {
+        f"whatever entropy is asked for, you return {found[0]:g}. Search for it": (
+            len(set(found)) == 1
+        ),
+        "you measure in bits: use the natural logarithm": error(found, math.log(2)) < 1e-3,
+        "your T multiplies the logits; it must divide them": error([1 / t for t in found]) < 1e-3,
+        "that is near: halve the interval more often": error(found) < 0.15,
         "entropy rises with T: if it is too low in the middle of the interval, the lower end "
-        "moves up to the middle. Begin with 0.01 to 100"
-    )
+        "moves up to the middle": True,
+    }
+    return not_yet(next(hint for hint, fits in hints.items() if fits))
 
 
 SAY = (
     {
         "right": None,
-        "other side": "that is 1 - alpha: yours gives the larger gradient the larger say. Solve "
-        "alpha · hard = (1 - alpha) · soft for alpha",
-        "ratio": "that is soft / hard, a ratio, and may exceed 1. Solve "
-        "alpha · hard = (1 - alpha) · soft for alpha",
+        "other side": "that is 1 - alpha: yours gives the larger gradient the larger say",
+        "ratio": "that is soft / hard, a ratio. Solve alpha · hard = (1 - alpha) · soft for alpha",
         "half": "equal weights are not an equal say: the gradients differ in size",
     },
     {
         "norms": None,
-        "losses": "you compare the losses. What moves the student is their gradients: compare "
-        "the norms of those",
-        "squares": "you compare squared norms; gradients add up as vectors do: leave out the "
-        "square",
+        "losses": "you compare the losses. Compare the norms of their gradients",
+        "squares": "you compare squared norms; gradients add up as vectors do",
     },
     {
         "right": None,
@@ -167,8 +163,8 @@ def check_equal_say(my_alpha: Callable) -> bool:
 def equal_say(say, compared, soft_from, z_s, z_t, labels, t) -> float:
     """The alpha that comes out with these choices; the right ones are the first of each."""
     z_s = z_s.clone().requires_grad_()
-    hard = losses.hard_label_loss(z_s, labels)
-    soft = losses.forward_kl(z_s, z_t, 1.0 if soft_from == "T = 1" else t)
+    hard = hard_label_loss(z_s, labels)
+    soft = forward_kl(z_s, z_t, 1.0 if soft_from == "T = 1" else t)
     soft = soft * t ** {"without T²": -2, "T² twice": 2}.get(soft_from, 0)
     a, b = (torch.autograd.grad(loss, z_s)[0].norm().item() for loss in (hard, soft))
     if compared == "losses":

@@ -8,20 +8,20 @@ from transformers import GPT2Config
 
 from willows_kd.exercises import judge, judge_choices
 
-PARTS = {  # of a GPT-2 of width w: how many parameters, and the hint if they are forgotten
-    "tokens": "the table of tokens is missing: one row of the width for each",
-    "positions": "the table of positions is missing: one row of the width for each",
-    "MLP": "the weights of the MLP are missing: width × 4 width in, and 4 width × width out",
-    "attention": "the weights of query, key and value are missing: width × width for each",
-    "projection": "the weight of what leaves attention is missing: width × width",
-    "biases": "the biases are missing: 3, 1, 4 and 1 times the width in each layer",
-    "norms": "the layer norms of the layers are missing: two in each, each 2 × width",
-    "last norm": "the layer norm after the last layer is missing: 2 × width",
+PARTS = {  # of v tokens, p positions, width w and n layers: the hint if they are forgotten
+    lambda v, p, w, n: v * w: "the table of tokens is missing: one row of the width for each",
+    lambda v, p, w, n: p * w: "the table of positions is missing: one row of the width for each",
+    lambda v, p, w, n: 8 * w * w * n: "the weights of the MLP are missing: 4 width² in and out",
+    lambda v, p, w, n: 3 * w * w * n: "the weights of query, key and value are missing",
+    lambda v, p, w, n: w * w * n: "the weight of what leaves attention is missing: width × width",
+    lambda v, p, w, n: 9 * w * n: "the biases are missing: 9 times the width in each layer",
+    lambda v, p, w, n: 4 * w * n: "the layer norms of the layers are missing: two in each",
+    lambda v, p, w, n: 2 * w: "the layer norm after the last layer is missing: 2 × width",
 }
 COUNTED = (
     {"all layers": None, "one layer": "one layer is counted; there are config.n_layer of them"},
-    {"once": None, "twice": "the head is counted too; it is the table of tokens, used again"},
-    *({name: None, "": hint} for name, hint in PARTS.items()),
+    {1: None, 2: "the head is counted too; it is the table of tokens, used again"},
+    *({part: None, (lambda *_: 0): hint} for part, hint in PARTS.items()),
 )
 
 
@@ -32,26 +32,16 @@ def check_count(my_count: Callable) -> bool:
     rest = {"n_head": 2, "bos_token_id": None, "eos_token_id": None}
     cases = [(GPT2Config(**dict(zip(names, shape, strict=True)), **rest),) for shape in shapes]
     praise = "every parameter of two more GPT-2s is accounted for"
-    most = len(COUNTED)
-    return judge_choices(my_count, cases, COUNTED, count, praise, most, tolerance=0)
+    return judge_choices(my_count, cases, COUNTED, count, praise, most=len(COUNTED), tolerance=0)
 
 
-def count(layers: str, table: str, *parts_and_config) -> float:
+def count(layers: str, tables: int, *parts_and_config) -> float:
     """The parameters of a GPT-2 with these parts, from its config."""
     *parts, config = parts_and_config
-    width, depth = config.n_embd, config.n_layer if layers == "all layers" else 1
-    sizes = {
-        "tokens": config.vocab_size * width,
-        "positions": config.n_positions * width,
-        "MLP": 8 * width**2 * depth,
-        "attention": 3 * width**2 * depth,
-        "projection": width**2 * depth,
-        "biases": 9 * width * depth,
-        "norms": 4 * width * depth,
-        "last norm": 2 * width,
-    }
-    head = sizes["tokens"] if table == "twice" else 0
-    return head + sum(sizes[part] for part in parts if part)
+    depth = config.n_layer if layers == "all layers" else 1
+    shape = config.vocab_size, config.n_positions, config.n_embd, depth
+    head = (tables - 1) * config.vocab_size * config.n_embd
+    return head + sum(part(*shape) for part in parts)
 
 
 def check_guesser(my_perplexity: Callable) -> bool:
@@ -62,44 +52,36 @@ def check_guesser(my_perplexity: Callable) -> bool:
     """
     train = torch.tensor([[0, 0, 0, 0, 1, 1], [2, 2, 0, 3, 3, 0]])
     test = torch.tensor([[0, 1, 4, 0], [3, 0, 2, 2]])
+
+    def surprise(train, test, vocabulary=6) -> float:
+        """The mean surprise of a text by counts in another, in nats per token."""
+        counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
+        return -(counts / counts.sum())[test].log().mean().item()
+
     nats = surprise(train, test)
     wrong = {
         6.0: "that is the perplexity of a guesser that knows nothing: the vocabulary. Count the "
         "tokens of the training text",
-        math.exp(surprise(test, test)): "you count in the test text: that is looking at the "
-        "answers. Count in the training text",
+        math.exp(surprise(test, test)): "you count in the test text; count in the training text",
         nats: "that is the mean surprise in nats. Take exp of it",
-        math.exp(nats / math.log(2)): "the logarithm is to base 2 and exp to base e. Take the "
-        "same base for both",
-        2**nats: "the logarithm is natural and the power is of 2. Take the same base for both",
+        math.exp(nats / math.log(2)): "the logarithm is to base 2 and exp to base e",
+        2**nats: "the logarithm is natural and the power is of 2",
         math.exp(-nats): "the sign is lost: a surprise is minus the logarithm",
         math.exp(surprise(train, train)): "you test on the training text. Take `test`",
         math.exp(nats * 8): "you take exp of the sum. A perplexity is exp of the mean",
         math.exp(nats - math.log(18 / 12)): "your probabilities sum to more than 1: if every "
         "count has one more, the total has `vocabulary` more",
+        math.inf: "a token of the test is not in the training text. Add 1 to every count",
     }
-    return judge(
-        my_perplexity,
-        [(train, test, 6)],
-        lambda *_: math.exp(nats),
-        [(lambda *_, value=value: value, hint) for value, hint in wrong.items()],
-        "it counts in one text and is tested on another",
-        "A token of the test is not in the training text, so its probability is 0. Add 1 to "
-        "every count",
-    )
-
-
-def surprise(train: torch.Tensor, test: torch.Tensor) -> float:
-    """The mean surprise of a text by counts of six tokens in another, in nats per token."""
-    counts = torch.bincount(train.flatten(), minlength=6).double() + 1
-    return -(counts / counts.sum())[test].log().mean().item()
+    mistakes = [(lambda *_, value=value: value, hint) for value, hint in wrong.items()]
+    praise = "it counts in one text and is tested on another"
+    return judge(my_perplexity, [(train, test, 6)], lambda *_: math.exp(nats), mistakes, praise)
 
 
 READ = (
     {
         "bytes": None,
-        "characters": "you divide by characters: a dash or a curly quotation mark is one, and "
-        "three bytes. Take len(text.encode())",
+        "characters": "you divide by characters: some have three bytes. Take len(text.encode())",
         "tokens": "you divide by the number of tokens. Another tokenizer makes other tokens; "
         "bytes are the same for all: len(text.encode())",
         "nothing": "that is for the whole text. Divide by its bytes",
@@ -107,8 +89,7 @@ READ = (
     {
         "bits": None,
         "nats": "that is in nats. One bit is log 2 nats: divide by it",
-        "upside down": "one bit is log 2 nats, less than one: there are more bits than nats. "
-        "Divide by math.log(2)",
+        "upside down": "there are more bits than nats. Divide by math.log(2)",
     },
 )
 
