@@ -1,6 +1,7 @@
 """The evaluation: each number is what a slow and obvious reading of the text would give."""
 
 import copy
+import itertools
 import math
 import statistics
 import sys
@@ -11,20 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import willows_kd as kd
 from willows_kd import evaluation
-from willows_kd.evaluation import (
-    calibration_error,
-    number,
-    token_scores,
-    window_length,
-    windows,
-)
-
-EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
+from willows_kd.evaluation import calibration_error, number, token_scores, window_length, windows
 
 
 @pytest.fixture
@@ -46,31 +37,18 @@ def reshaped(blocks: torch.Tensor, count: int, size: int) -> torch.Tensor:
 # -- every token once ------------------------------------------------------------------
 
 
-@EXAMPLES
-@given(
-    count=st.integers(1, 9),
-    size=st.integers(2, 33),
-    at_once=st.integers(1, 5_000),
-)
-def test_every_token_but_the_first_is_scored_once_and_in_order(count, size, at_once):
-    positions = torch.arange(count * size).view(count, size)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "LOGITS_AT_ONCE", at_once)
-        batches = list(windows(positions, size, vocabulary=10))
-    scored = torch.cat([window[mask] for window, mask in batches])
-    assert scored.tolist() == list(range(1, count * size))
-    assert all(len(window) <= max(1, at_once // (10 * size)) for window, _ in batches)
-
-
-@EXAMPLES
-@given(count=st.integers(1, 9), size=st.integers(2, 33))
-def test_after_the_first_window_a_token_has_at_least_half_a_block_of_context(count, size):
-    positions = torch.arange(count * size).view(count, size)
-    for window, mask in windows(positions, size, vocabulary=10):
-        for row, scored in zip(window, mask, strict=True):
+def test_every_token_but_the_first_is_scored_once_and_in_order_after_half_a_window():
+    for count, size, room in itertools.product((1, 2, 5), (2, 3, 8, 33), (1, 100, 5_000)):
+        positions = torch.arange(count * size).view(count, size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "LOGITS_AT_ONCE", room)
+            batches = list(windows(positions, size, vocabulary=10))
+        scored = torch.cat([window[mask] for window, mask in batches])
+        assert scored.tolist() == list(range(1, count * size))
+        assert all(len(window) <= max(1, room // (10 * size)) for window, _ in batches)
+        for row, mask in zip(*map(torch.cat, zip(*batches, strict=True)), strict=True):
             assert row.tolist() == list(range(row[0], row[0] + size))
-            context = scored.nonzero().min().item()
-            assert context >= (1 if row[0] == 0 else size / 2)
+            assert mask.nonzero().min() >= (1 if row[0] == 0 else size / 2)
 
 
 def test_a_first_token_begins_each_window_and_is_never_scored():
@@ -99,8 +77,7 @@ def predictions(model, blocks: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack(logits).detach().double().log_softmax(dim=-1)
 
 
-@pytest.mark.parametrize(("count", "size"), [(3, 16), (5, 7), (6, 2)])
-@pytest.mark.parametrize("positions", [14, 64])
+@pytest.mark.parametrize(("count", "size", "positions"), [(2, 16, 20), (5, 7, 14), (6, 2, 64)])
 def test_quality_is_that_of_a_slow_reading(make_gpt2, teacher, blocks, count, size, positions):
     model = make_gpt2(layers=1, seed=1, initializer_range=0.3, n_positions=max(positions, size))
     few = reshaped(blocks.test, count, size).clone()
@@ -166,13 +143,6 @@ def test_a_window_is_no_longer_than_positions_text_and_1024(make_gpt2, blocks):
     assert window_length(many, large, small) == 40
 
 
-def test_reading_fewer_windows_at_once_changes_nothing(model, teacher, blocks, monkeypatch):
-    expected = kd.evaluate(model, blocks.test, teacher=teacher)
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 1)
-    found = kd.evaluate(model, blocks.test, teacher=teacher)
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
 def test_bits_per_byte_are_those_of_all_tokens_by_byte_of_text(model, blocks, tokenizer):
     with_end = reshaped(blocks.test, 2, 16).clone()
     with_end[1, 5] = tokenizer.eos_token_id  # which has no bytes
@@ -182,63 +152,31 @@ def test_bits_per_byte_are_those_of_all_tokens_by_byte_of_text(model, blocks, to
     assert found["bits_per_byte"] == pytest.approx(bits / len(tokenizer.decode(written).encode()))
 
 
-def test_only_what_was_asked_for_is_measured(model, teacher, blocks, tokenizer):
-    always = {"perplexity", "calibration_error"}
-    assert set(kd.evaluate(model, blocks.test)) == always
-    assert set(kd.evaluate(model, blocks.test, tokenizer)) == always | {"bits_per_byte"}
-    with_teacher = kd.evaluate(model, blocks.test, teacher=teacher)
-    assert set(with_teacher) == always | {"kl_to_teacher", "agreement"}
-
-
-def test_models_return_to_their_mode_even_after_an_error(model, blocks, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("broken")
-
-    model.train()
-    monkeypatch.setattr(model.transformer, "forward", broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        kd.evaluate(model, blocks.test)
-    assert model.training
-
-
-def test_another_vocabulary_is_refused(model, make_gpt2, blocks):
-    with pytest.raises(kd.InputError, match="5000 tokens.*4096"):
-        kd.evaluate(model, blocks.test, teacher=make_gpt2(layers=1, vocab_size=5000))
-
-
-@pytest.mark.parametrize("measure", [kd.evaluate, kd.block_nll])
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (torch.zeros(2, 129, dtype=torch.long), "129 tokens, the model takes at most 128"),
         (torch.full((1, 4), 4096), "a token id is 4096; the model knows 4096, from 0"),
-        (torch.tensor([[-1, 5]]), "a token id is -1"),
         (torch.zeros(4, dtype=torch.long), r"shape \(blocks, block_size\)"),
-        (torch.zeros(0, 4, dtype=torch.long), "at least one block"),
         (torch.zeros(3, 1, dtype=torch.long), "one block of two tokens"),
         ([[1, 2, 3]], "blocks are a list"),
     ],
-    ids=["too long", "unknown token", "negative", "no blocks", "none", "no next token", "list"],
+    ids=["too long", "unknown token", "no blocks", "no next token", "list"],
 )
-def test_blocks_that_cannot_be_read_are_refused(measure, given, expected, model):
+def test_blocks_that_cannot_be_read_are_refused(given, expected, model):
+    assert kd.evaluate(model, torch.full((1, 128), 4095))["perplexity"] > 0  # the last of each
     with pytest.raises(kd.InputError, match=expected):
-        measure(model, given)
+        kd.evaluate(model, given)
 
 
-def test_the_last_token_of_the_vocabulary_and_the_last_position_are_known(model):
-    assert kd.evaluate(model, torch.full((1, 128), 4095))["perplexity"] > 0
-
-
-def test_blocks_too_long_for_the_teacher_and_models_without_a_head_are_refused(
-    model, make_gpt2, blocks
-):
-    short = make_gpt2(layers=1, n_positions=16)
-    with pytest.raises(kd.InputError, match="32 tokens, the teacher takes at most 16"):
-        kd.evaluate(model, blocks.test, teacher=short)
-    with pytest.raises(kd.InputError, match="model is a GPT2Model.*AutoModelForCausalLM"):
-        kd.evaluate(model.transformer, blocks.test)
-    with pytest.raises(kd.InputError, match="teacher is a GPT2Model"):
-        kd.evaluate(model, blocks.test, teacher=model.transformer)
+def test_teachers_that_know_less_and_models_without_a_head_are_refused(model, make_gpt2, blocks):
+    for teacher, expected in (
+        (make_gpt2(1, n_positions=16), "32 tokens, the teacher takes at most 16"),
+        (make_gpt2(1, vocab_size=5000), "5000 tokens.*4096"),
+        (model.transformer, "teacher is a GPT2Model.*AutoModelForCausalLM"),
+    ):
+        with pytest.raises(kd.InputError, match=expected):
+            kd.evaluate(model, blocks.test, teacher=teacher)
 
 
 def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teacher, blocks):
@@ -308,13 +246,12 @@ def test_the_quality_of_what_a_model_wrote(model, teacher, blocks):
 # -- two models on the same blocks -----------------------------------------------------
 
 
-@pytest.mark.parametrize(("room", "read"), [(0.5, [1] * 6), (4, [4, 2]), (9, [6])])
-def test_the_nats_of_a_block_are_those_of_reading_it_alone(room, read, model, blocks, monkeypatch):
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", int(room * 32 * 4096))
+def test_the_nats_of_a_block_are_those_of_reading_it_alone(model, blocks, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 4 * 32 * 4096)
     sizes = []
     hook = model.register_forward_hook(lambda m, args, output: sizes.append(len(output.logits)))
     found = kd.block_nll(model, blocks.test)
-    assert sizes == read
+    assert sizes == [4, 2]
     hook.remove()
     perplexities = [kd.evaluate(model, block[None])["perplexity"] for block in blocks.test]
     assert found.exp().tolist() == pytest.approx(perplexities, rel=1e-5)
@@ -323,8 +260,10 @@ def test_the_nats_of_a_block_are_those_of_reading_it_alone(room, read, model, bl
 def test_a_model_does_not_differ_from_itself_and_a_shift_is_certain():
     nats = torch.rand(20, generator=torch.Generator().manual_seed(0)).double()
     assert kd.paired_bootstrap(nats, nats) == (0, 0, 0)
-    assert kd.paired_bootstrap(nats + 0.25, nats) == pytest.approx((0.25, 0.25, 0.25))
     assert kd.paired_bootstrap(nats, nats + 0.25) == pytest.approx((-0.25, -0.25, -0.25))
+    some = nats, nats.flip(0), 200
+    first, again, other = (kd.paired_bootstrap(*some, seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
 
 
 def test_the_interval_of_many_blocks_is_that_of_the_normal_distribution():
@@ -346,23 +285,9 @@ def test_what_is_hard_for_both_widens_nothing_only_if_the_blocks_are_paired():
     assert low < 0 < high
 
 
-def test_the_draws_follow_from_their_seed():
-    a, b = np.random.default_rng(2).random((2, 9))
-    first, again, other = (kd.paired_bootstrap(a, b, 200, seed=seed) for seed in (3, 3, 4))
-    assert first == again != other
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (([1.0, 2.0], [1.0]), "shapes"),
-        (([], []), "shapes"),
-        (([[1.0]], [[1.0]]), "shapes"),
-        (([1.0], [1.0], 0), "resamples is 0"),
-    ],
-)
-def test_what_cannot_be_drawn_from_is_refused(given, expected):
-    with pytest.raises(kd.InputError, match=expected):
+@pytest.mark.parametrize("given", [([1.0, 2.0], [1.0]), ([], []), ([[1.0]], [[1.0]])])
+def test_what_cannot_be_drawn_from_is_refused(given):
+    with pytest.raises(kd.InputError, match="shapes"):
         kd.paired_bootstrap(*given)
 
 
@@ -385,7 +310,6 @@ def calibration_by_hand(confidence: list[float], correct: list[bool], bins: int 
 @pytest.mark.parametrize(
     ("confidence", "correct", "expected"),
     [
-        ([1.0, 1.0, 1.0], [1, 1, 1], 0),
         ([1.0, 1.0, 1.0], [0, 0, 0], 1),
         ([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], [1, 0, 0, 1, 0, 0], 0),
         ([0.0, 0.0], [0, 0], 0),
@@ -394,25 +318,10 @@ def calibration_by_hand(confidence: list[float], correct: list[bool], bins: int 
         # errors of opposite sign cancel within a bin, never between bins
         ([0.62, 0.62, 0.95], [1, 0, 0], (2 * 0.12 + 0.95) / 3),
     ],
-    ids=["sure and right", "sure and wrong", "calibrated", "no confidence", "worked", "two bins"],
+    ids=["sure and wrong", "calibrated", "no confidence", "worked", "two bins"],
 )
 def test_the_calibration_error_of_worked_examples(confidence, correct, expected):
     found = calibration_error(torch.tensor(confidence), torch.tensor(correct))
-    assert found == pytest.approx(expected, abs=1e-6)
-
-
-confidences = st.integers(0, 999).map(lambda i: (i + 0.5) / 1000)
-
-
-@EXAMPLES
-@given(
-    st.lists(st.tuples(confidences, st.booleans()), min_size=1, max_size=60),
-    st.sampled_from([1, 5, 15]),  # odd numbers: no confidence lies on the edge of a bin
-)
-def test_the_calibration_error_is_that_of_the_bins_by_hand(pairs, bins):
-    confidence, correct = map(list, zip(*pairs, strict=True))
-    expected = calibration_by_hand(confidence, correct, bins)
-    found = calibration_error(torch.tensor(confidence).double(), torch.tensor(correct), bins)
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -448,13 +357,6 @@ def test_a_copy_is_worth_what_the_copier_is_sure_of(make_gpt2, monkeypatch):
     assert kd.copy_gain(copier, ids) == pytest.approx(unsure - sure, rel=1e-5)
 
 
-def test_copies_are_read_a_few_at_a_time(make_gpt2, monkeypatch):
-    model, ids = make_gpt2(), torch.randint(1, 90, (5, 12))
-    whole = kd.copy_gain(model, ids)
-    monkeypatch.setattr("willows_kd.evaluation.LOGITS_AT_ONCE", 1)
-    assert kd.copy_gain(model, ids) == pytest.approx(whole, abs=1e-5)
-
-
 # -- verbatim --------------------------------------------------------------------------
 
 TRAINING_TEXT = "The cat sat on the mat, and then the dog came in and sat down too."
@@ -463,14 +365,10 @@ TRAINING_TEXT = "The cat sat on the mat, and then the dog came in and sat down t
 @pytest.mark.parametrize(
     ("sample", "words", "expected"),
     [
-        (TRAINING_TEXT, 6, 1),
         ("the CAT sat on -- the mat!", 6, 1),
-        ("A quick brown fox jumps over a lazy hound today", 6, 0),
         ("too down sat and in came dog the then and mat the on sat cat the", 6, 0),
         ("the cat sat on the mat under a tree", 6, 1 / 4),
         ("the cat sat on the mat under a tree", 3, 4 / 7),
-        ("the dog came in and sat down and the cat sat on the mat", 6, 3 / 9),
-        ("the cat sat", 6, 0),
         ("", 6, 0),
     ],
 )
@@ -482,41 +380,6 @@ def test_verbatim_is_the_share_of_runs_that_stand_in_the_training_text(sample, w
 
 QUALITY = ["perplexity", "bits_per_byte", "calibration_error", "kl_to_teacher", "agreement"]
 COSTS = ["parameters", "disk_mb", "memory_mb", "forward_ms", "token_ms"]
-
-
-def test_models_that_cannot_read_the_blocks_are_refused_by_name(
-    model, make_gpt2, blocks, tokenizer
-):
-    short = make_gpt2(layers=1, n_positions=16)
-    with pytest.raises(kd.InputError, match="32 tokens, the small takes at most 16"):
-        kd.compare({"teacher": model, "small": short}, blocks, tokenizer)
-
-
-def test_a_model_is_one_row_compared_with_the_first(model, make_gpt2, blocks, tokenizer):
-    student = make_gpt2(layers=1, seed=4, initializer_range=0.3, n_positions=128)
-    table = kd.compare({"teacher": model, "student": student}, blocks, tokenizer)
-    assert table.index.tolist() == ["teacher", "student"]
-    assert set(table.columns) == {*COSTS, *QUALITY, "ngram_overlap"}
-    assert table.notna().all(axis=None)
-    for name, each in (("teacher", model), ("student", student)):
-        expected = kd.evaluate(each, blocks.test, tokenizer, model)
-        assert table.loc[name, QUALITY].to_dict() == expected
-
-
-@pytest.mark.usefixtures("quick")
-def test_each_further_text_is_one_more_perplexity(model, teacher, blocks, tokenizer):
-    """Read, as the test text is, in windows that model and teacher have room for."""
-    texts = {"chapter II": blocks.validation, "a licence": blocks.train[:3]}
-    table = kd.compare({"teacher": teacher, "model": model}, blocks, tokenizer, texts)
-    for name, ids in texts.items():
-        expected = [kd.evaluate(m, ids, teacher=teacher)["perplexity"] for m in (teacher, model)]
-        assert table[f"perplexity on {name}"].tolist() == expected
-    assert len(table.columns) == len({*COSTS, *QUALITY, "ngram_overlap", *texts})
-    shown = [line.split("|")[1].strip() for line in kd.as_markdown(table).splitlines()]
-    assert shown[-2:] == ["perplexity on chapter II", "perplexity on a licence"]
-    for wrong, said in (([blocks.test], "texts are a list"), ({"a": blocks.test[0]}, "shape")):
-        with pytest.raises(kd.InputError, match=said):
-            kd.compare({"teacher": teacher}, blocks, tokenizer, wrong)
 
 
 @pytest.fixture
@@ -532,18 +395,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_costs_in_the_table_are_those_of_the_model(model, blocks, tokenizer):
-    row = kd.compare({"model": model}, blocks, tokenizer).loc["model"]
-    assert row["parameters"] == sum(p.numel() for p in model.parameters())
-    assert row["disk_mb"] == pytest.approx(kd.size_on_disk(model) / 1e6)
-    assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
-    assert (row["forward_ms"], row["token_ms"]) == (500, 250)
-
-
-@pytest.mark.usefixtures("quick")
-def test_verbatim_in_the_table_is_the_mean_over_samples_of_the_split(
-    model, blocks, tokenizer, monkeypatch
-):
+def test_a_model_is_one_row_compared_with_the_first(model, teacher, blocks, tokenizer, monkeypatch):
     asked = []
 
     def complete(model, tokenizer, prompt, new_tokens, seed):
@@ -551,17 +403,39 @@ def test_verbatim_in_the_table_is_the_mean_over_samples_of_the_split(
         return TRAINING_TEXT if seed else tokenizer.decode(blocks.train[0])
 
     monkeypatch.setattr(evaluation, "complete", complete)
-    table = kd.compare({"model": model}, blocks, tokenizer)
-    assert table.loc["model", "ngram_overlap"] == pytest.approx(1 / 3)
+    models, texts = {"teacher": teacher, "model": model}, {"a licence": blocks.train[:3]}
+    table = kd.compare(models, blocks, tokenizer, texts)
+    assert table.index.tolist() == ["teacher", "model"]
+    assert set(table.columns) == {*COSTS, *QUALITY, "ngram_overlap", "perplexity on a licence"}
+    for name, each in models.items():
+        row = table.loc[name]
+        assert row[QUALITY].to_dict() == kd.evaluate(each, blocks.test, tokenizer, teacher)
+        further = kd.evaluate(each, texts["a licence"], teacher=teacher)
+        assert row["perplexity on a licence"] == further["perplexity"]
+    assert row["parameters"] == sum(p.numel() for p in model.parameters())
+    assert row["disk_mb"] == pytest.approx(kd.size_on_disk(model) / 1e6)
+    assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
+    assert (row["forward_ms"], row["token_ms"]) == (500, 250)
+    assert row["ngram_overlap"] == pytest.approx(1 / 3)  # the mean over samples of the split
     openings = tokenizer.batch_decode(blocks.test[[0, 2, 5], :12])
-    assert asked == [(opening, seed) for seed, opening in enumerate(openings)]
+    assert asked[:3] == [(opening, seed) for seed, opening in enumerate(openings)]
+    shown = kd.as_markdown(table).splitlines()
+    assert len(shown) == 2 + len(table.columns) and "|  " not in "".join(shown[1:]).replace(
+        " " * 4, ""
+    )
+    assert shown[-1].split("|")[1].strip() == "perplexity on a licence"
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokenizer, size):
-    model = make_gpt2(layers=1, n_positions=32)
-    parts = (getattr(blocks, name).view(-1, size) for name in ("train", "validation", "test"))
-    table = kd.compare({"model": model}, kd.Blocks(*parts, blocks.remainder), tokenizer)
+def test_models_that_cannot_read_the_blocks_are_refused_by_name(
+    model, make_gpt2, blocks, tokenizer
+):
+    short = make_gpt2(layers=1, n_positions=16)
+    with pytest.raises(kd.InputError, match="32 tokens, the small takes at most 16"):
+        kd.compare({"teacher": model, "small": short}, blocks, tokenizer)
+
+
+def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokenizer):
+    table = kd.compare({"model": make_gpt2(layers=1, n_positions=32)}, blocks, tokenizer)
     assert table.notna().all(axis=None)
 
 
@@ -571,7 +445,7 @@ from intervals import with_intervals  # noqa: E402
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # of 1, 2, 3 ... degrees
 
 
-@pytest.mark.parametrize(("repeats", "t"), [*enumerate(T, start=2), (50, T[-1])])
+@pytest.mark.parametrize(("repeats", "t"), [(2, T[0]), (3, T[1]), (11, T[-1]), (50, T[-1])])
 def test_an_interval_is_students(repeats, t):
     values = list(range(repeats))
     half_width = t * statistics.stdev(values) / math.sqrt(repeats)
@@ -583,17 +457,12 @@ def test_an_interval_is_students(repeats, t):
 # -- as text ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def table():
-    """A table as `compare` gives it."""
+def test_a_table_is_markdown_with_a_column_a_model():
     rows = {
         "teacher": {"perplexity": 12.345, "parameters": 2_345_678, "token_ms": 1.5},
         "student": {"perplexity": 45.678, "parameters": 123, "token_ms": 0.25},
     }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def test_a_table_is_markdown_with_a_column_a_model(table):
+    table = pd.DataFrame.from_dict(rows, orient="index")
     assert kd.as_markdown(table).split("\n") == [
         "|                         | teacher | student |",
         "| ----------------------- | ------- | ------- |",
@@ -603,30 +472,9 @@ def test_a_table_is_markdown_with_a_column_a_model(table):
     ]
 
 
-@pytest.mark.usefixtures("quick")
-def test_every_number_of_a_comparison_is_in_its_text(model, blocks, tokenizer):
-    table = kd.compare({"a": model, "b": model}, blocks, tokenizer)
-    rows = kd.as_markdown(table).split("\n")
-    assert len(rows) == 2 + len(table.columns)
-    assert not any("|  " in row for row in rows[1:])  # no empty cell
-
-
 def test_a_number_has_the_digits_that_matter():
-    shown = {
-        0.0: "0.000",
-        -0.5: "-0.500",
-        0.9994: "0.999",
-        1.0: "1.00",
-        10.0: "10.0",
-        123.45: "123.5",
-        999.9: "999.9",
-        1000.0: "1,000",
-        1_754_000: "1,754,000",
-        math.nan: "-",
-    }
+    shown = {-0.5: "-0.500", 0.9994: "0.999", 1.0: "1.00", 10.0: "10.0", 999.9: "999.9"}
+    shown |= {1000.0: "1,000", 1_754_000: "1,754,000", math.nan: "-"}
     assert [number(value) for value in shown] == list(shown.values())
-
-
-def test_what_is_counted_is_shown_in_millions():
-    shown = {4_606_000: "4.61 M", 1_543_210_000: "1,543.21 M", 1e5: "0.10 M", 99_999: "99,999"}
+    shown = {1_543_210_000: "1,543.21 M", 1e5: "0.10 M", 99_999: "99,999"}
     assert [number(value, count=True) for value in shown] == list(shown.values())

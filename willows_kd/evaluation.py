@@ -4,7 +4,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from torch import nn
 
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
-from willows_kd.errors import is_integer, require, type_name
+from willows_kd.errors import require, type_name
 from willows_kd.generation import complete
 from willows_kd.losses import kl
 from willows_kd.models import (
@@ -64,8 +64,7 @@ def evaluate(
     if mask is None:
         parts = windows(blocks, window_length(blocks, model, teacher), vocabulary)
     else:
-        at_once = windows_at_once(blocks.shape[1], vocabulary)
-        parts = zip(blocks.split(at_once), mask.split(at_once), strict=True)
+        parts = at_once(blocks, mask, vocabulary=vocabulary)
     counted: list[torch.Tensor] = []
     per_token: dict[str, list[torch.Tensor]] = {}
     for window, scored in parts:
@@ -158,9 +157,10 @@ def window_length(blocks: torch.Tensor, *models) -> int:
     return min([LONGEST_WINDOW, tokens, *(p for p in positions if p is not None)])
 
 
-def windows_at_once(length: int, vocabulary: int) -> int:
-    """How many windows are read in one forward pass, so that their logits fit in memory."""
-    return max(1, LOGITS_AT_ONCE // (length * vocabulary))
+def at_once(*tensors: torch.Tensor, vocabulary: int):
+    """Tensors of shape (windows, length) in parts of which the logits fit in memory."""
+    many = max(1, LOGITS_AT_ONCE // (tensors[0].shape[1] * vocabulary))
+    return zip(*(tensor.split(many) for tensor in tensors), strict=True)
 
 
 def windows(blocks: torch.Tensor, length: int, vocabulary: int):
@@ -171,7 +171,6 @@ def windows(blocks: torch.Tensor, length: int, vocabulary: int):
         True where a token is to be scored: each token of the stream that has one before it
         is scored in exactly one window.
     """
-    at_once = windows_at_once(length, vocabulary)
     stream, first = one_stream(blocks)
     length -= len(first)
     starts = list(range(0, len(stream) - length + 1, max(1, length // 2)))
@@ -183,7 +182,7 @@ def windows(blocks: torch.Tensor, length: int, vocabulary: int):
     before = first.expand(len(starts), -1)
     ids = torch.cat([before, stream[positions]], dim=1)
     scored = torch.cat([torch.zeros_like(before, dtype=torch.bool), scored], dim=1)
-    return zip(ids.split(at_once), scored.split(at_once), strict=True)
+    return at_once(ids, scored, vocabulary=vocabulary)
 
 
 @torch.inference_mode()
@@ -226,8 +225,8 @@ def block_nll(model, blocks: torch.Tensor) -> torch.Tensor:
 
 def nll_of_rows(model, rows: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of each prediction of rows read by themselves, (rows, length - 1)."""
-    at_once = windows_at_once(rows.shape[1], vocabulary_size(model))
-    scores = [token_scores(model, None, part.to(model.device)) for part in rows.split(at_once)]
+    parts = at_once(rows, vocabulary=vocabulary_size(model))
+    scores = [token_scores(model, None, part.to(model.device)) for (part,) in parts]
     return torch.cat([score["nll"].double().cpu() for score in scores])
 
 
@@ -250,14 +249,12 @@ def paired_bootstrap(
     Returns:
         the mean of a - b, and the lower and upper end of its 95 % interval.
     """
-    values = [np.asarray(each, dtype=np.float64) for each in (a, b)]
-    shapes = [value.shape for value in values]
+    a, b = (np.asarray(each, dtype=np.float64) for each in (a, b))
     require(
-        shapes[0] == shapes[1] and len(shapes[0]) == 1 and shapes[0][0] > 0,
-        f"a and b have shapes {shapes[0]} and {shapes[1]}; give one number a block, for both",
+        a.shape == b.shape and a.ndim == 1 and len(a),
+        f"a and b have shapes {a.shape} and {b.shape}; give one number a block, for both",
     )
-    require(is_integer(resamples), f"resamples is {resamples!r}; it must be a whole number, not 0")
-    differences = values[0] - values[1]
+    differences = a - b
     draw = np.random.default_rng(seed).integers
     size = len(differences)
     means = [differences[draw(size, size=size)].mean() for _ in range(resamples)]
@@ -275,11 +272,13 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int
 
 def ngram_overlap(sample: str, training_text: str, words: int = 6) -> float:
     """The share of a sample's runs of so many words that stand in the training text."""
-    require(is_integer(words), f"words is {words!r}; it must be a whole number, at least 1")
-    sample_words, training_words = (re.findall(r"\w+", t.lower()) for t in (sample, training_text))
-    runs = list(zip(*(sample_words[i:] for i in range(words)), strict=False))
-    known = set(zip(*(training_words[i:] for i in range(words)), strict=False))
-    return sum(run in known for run in runs) / len(runs) if runs else 0.0
+
+    def runs(text: str) -> list[tuple[str, ...]]:
+        found = re.findall(r"\w+", text.lower())
+        return list(zip(*(found[i:] for i in range(words)), strict=False))
+
+    known, written = set(runs(training_text)), runs(sample)
+    return sum(run in known for run in written) / len(written) if written else 0.0
 
 
 def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
@@ -340,7 +339,7 @@ def compare(
     models: dict[str, nn.Module],
     blocks: Blocks,
     tokenizer,
-    texts: dict[str, torch.Tensor] | None = None,
+    texts: Mapping[str, torch.Tensor] = {},
 ) -> pd.DataFrame:
     """One row a model: how good on the test text, how large, how fast, on this machine.
 
@@ -351,10 +350,8 @@ def compare(
         texts: other held-out text by name, token ids of shape (blocks, block_size). Each adds
             a column, "perplexity on NAME".
     """
-    texts = {} if texts is None else texts
-    for what, given in (("models", models), ("texts", texts)):
-        by_name = isinstance(given, dict) and (given or what == "texts")
-        require(by_name, f"{what} are {type_name(given)}; give at least one in a dict, by name")
+    by_name = isinstance(models, dict) and models
+    require(by_name, f"models are {type_name(models)}; give at least one in a dict, by name")
     for name, model in models.items():
         for ids in (blocks.test, *texts.values()):
             check_blocks(model, ids, name)
