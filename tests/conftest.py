@@ -76,7 +76,7 @@ def blocks(story, tokenizer):
     return kd.Blocks(packed.train[:24], packed.validation[:6], packed.test[:6], packed.remainder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_gpt2(tokenizer):
     """A function that makes a tiny GPT-2 with random weights and the bundled vocabulary."""
 

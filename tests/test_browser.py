@@ -24,15 +24,8 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 ARTIFACTS = Path(__file__).parent / "artifacts"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+FLAGS += ["--disable-component-update", "--no-first-run", "--disable-quic"]
 MINUTES = 60_000  # one of them, in milliseconds
 # Every cell in the page, seen or not; no pop-up with news of Jupyter.
 SETTINGS = {
@@ -252,9 +245,3 @@ def test_text_that_would_run_code_is_shown_as_text(opened):
     type_prompt(page, HOSTILE + " The owl")
     assert page.query_selector_all(f"{outputs} img[onerror], {outputs} script") == []
     assert page.title() not in ("broken in", "1")
-
-
-def test_the_series_has_widgets_to_try():
-    sources = [path.read_text() for path in SERIES]
-    assert any("kd.explore_" in source for source in sources)
-    assert any("kd.prompt_box" in source for source in sources)

@@ -6,12 +6,12 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 import willows_kd as kd
 from willows_kd import evaluation
@@ -188,8 +188,7 @@ def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teache
     teacher.register_forward_hook(rule_out)
     found = kd.evaluate(model, blocks.test, teacher=teacher)
     assert all(map(math.isfinite, found.values()))
-    log_q = predictions(model, blocks.test[:1], 32)
-    log_p = predictions(teacher, blocks.test[:1], 32)
+    log_q, log_p = (predictions(each, blocks.test[:1], 32) for each in (model, teacher))
     terms = torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q))
     found = kd.evaluate(model, blocks.test[:1], teacher=teacher)
     assert found["kl_to_teacher"] == pytest.approx(terms.sum(dim=-1).mean().item(), rel=1e-4)
@@ -328,52 +327,29 @@ def test_the_calibration_error_of_worked_examples(confidence, correct, expected)
 # -- copying ---------------------------------------------------------------------------
 
 
-class Copier(torch.nn.Module):
-    """Sure, as far as logits of 5 go, that the token follows which followed it last time."""
-
-    def __init__(self, like):
-        super().__init__()
-        self.config, self.device = like.config, torch.device("cpu")
-
-    def forward(self, ids, **_):
-        logits = torch.zeros(*ids.shape, self.config.vocab_size)
-        for row, tokens in enumerate(ids.tolist()):
-            follows = {}
-            for i, token in enumerate(tokens):
-                if i:
-                    follows[tokens[i - 1]] = token
-                if token in follows:
-                    logits[row, i, follows[token]] = 5.0
-        return SimpleNamespace(logits=logits)
+def test_the_copy_gain_is_the_loss_after_other_text_less_that_after_the_copy(teacher, blocks):
+    ids = blocks.test[:, :16]
+    text, losses = ids[:, 8:], []
+    for before in (ids[:, :8], text):
+        logits = teacher(torch.cat([before, text], dim=1)).logits[:, 8:-1]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item())
+    assert kd.copy_gain(teacher, ids) == pytest.approx(losses[0] - losses[1], abs=1e-4)
 
 
-def test_a_copy_is_worth_what_the_copier_is_sure_of(make_gpt2, monkeypatch):
-    model = make_gpt2()
-    copier = Copier(model)
-    size = model.config.vocab_size
-    ids = torch.randperm(size)[: 2 * 3 * 8].view(3, 16)
-    monkeypatch.setattr("willows_kd.evaluation.require_model", lambda *_: None)
-    unsure, sure = math.log(size), math.log(math.exp(5) + size - 1) - 5
-    assert kd.copy_gain(copier, ids) == pytest.approx(unsure - sure, rel=1e-5)
-
-
-# -- verbatim --------------------------------------------------------------------------
+# -- n-grams ---------------------------------------------------------------------------
 
 TRAINING_TEXT = "The cat sat on the mat, and then the dog came in and sat down too."
 
 
-@pytest.mark.parametrize(
-    ("sample", "words", "expected"),
-    [
+def test_the_overlap_is_the_share_of_runs_that_stand_in_the_training_text():
+    for sample, words, expected in (
         ("the CAT sat on -- the mat!", 6, 1),
         ("too down sat and in came dog the then and mat the on sat cat the", 6, 0),
         ("the cat sat on the mat under a tree", 6, 1 / 4),
         ("the cat sat on the mat under a tree", 3, 4 / 7),
         ("", 6, 0),
-    ],
-)
-def test_verbatim_is_the_share_of_runs_that_stand_in_the_training_text(sample, words, expected):
-    assert kd.ngram_overlap(sample, TRAINING_TEXT, words) == pytest.approx(expected)
+    ):
+        assert kd.ngram_overlap(sample, TRAINING_TEXT, words) == pytest.approx(expected)
 
 
 # -- one table -------------------------------------------------------------------------

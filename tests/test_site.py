@@ -15,8 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_browser
 from notebook_runs import SERIES, SOLUTIONS
-from test_browser import ARTIFACTS, CHROMIUM, FLAGS
+from test_browser import ARTIFACTS, CHROMIUM
 
 import willows_kd as kd
 
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found"),
 ]
 
+browser = test_browser.browser
 ROOT = Path(__file__).parent.parent
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
@@ -59,13 +61,6 @@ SIDEWAYS = """() => {
 }"""
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files and prints nothing."""
-
-    def log_message(self, *args):
-        """Print nothing."""
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site's folder and its address on this machine."""
@@ -77,7 +72,9 @@ def site(tmp_path_factory):
         [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    handler = functools.partial(Quiet, directory=folder)
+    quiet = {"log_message": lambda *_: None}
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), quiet)
+    handler = functools.partial(handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield SimpleNamespace(folder=folder, address=f"http://127.0.0.1:{server.server_port}/")
@@ -85,25 +82,15 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def context():
-    """A headless Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="`pip install playwright`")
-    with sync_api.sync_playwright() as engine:
-        chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def seen(site, context):
+def seen(site, browser):
     """What a reader meets on each page: one visit each on a desk and on a phone."""
     pages = sorted(path.relative_to(site.folder).as_posix() for path in site.folder.rglob("*.html"))
-    return {name: visit(site, context, name) for name in pages if name != "index.html"}
+    return {name: visit(site, browser, name) for name in pages if name != "index.html"}
 
 
-def visit(site, context, name: str) -> SimpleNamespace:
+def visit(site, browser, name: str) -> SimpleNamespace:
     """Open one page in both sizes, and note what it shows and asks for."""
-    page = context.new_page(viewport=DESK)
+    page = browser.new_page(viewport=DESK)
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: message.type == "error" and errors.append(message.text))
@@ -115,6 +102,7 @@ def visit(site, context, name: str) -> SimpleNamespace:
     found.links, found.anchors = page.evaluate(LINKS), page.evaluate(ANCHORS)
     found.bars, found.mute = page.evaluate(BARS), page.evaluate(MUTE)
     found.formulas, found.prose = page.evaluate(FORMULAS), page.evaluate(PROSE)
+    found.tables = TABLE.findall(found.prose)
     picture = ARTIFACTS / "site" / name.replace("/", "-").removesuffix(".html")
     picture.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=f"{picture}-1280.png", full_page=True)
@@ -130,10 +118,6 @@ def test_every_notebook_and_page_is_there(seen):
         assert f"{path.relative_to(ROOT).with_suffix('.html').as_posix()}" in seen
     for path in (ROOT / "docs").glob("*.md"):
         assert f"docs/{path.stem}.html" in seen
-
-
-def test_no_page_has_an_error(seen):
-    assert {name: page.errors for name, page in seen.items() if page.errors} == {}
 
 
 def test_no_request_leaves_the_machine(site, seen):
@@ -162,21 +146,14 @@ def test_formulas_are_drawn_and_none_is_left_as_tex(seen):
     assert {n: TEX.findall(page.prose) for n, page in seen.items() if TEX.search(page.prose)} == {}
 
 
-def test_no_inline_formula_scrolls_and_every_picture_says_what_it_shows(seen):
-    assert {name: page.bars for name, page in seen.items() if page.bars} == {}
-    assert {name: page.mute for name, page in seen.items() if page.mute} == {}
+@pytest.mark.parametrize("what", ["errors", "bars", "mute", "tables", "sideways"])
+def test_no_page_has(what, seen):
+    """Errors, formulas that scroll, mute pictures, tables as Markdown, what a phone cuts off."""
+    assert {name: getattr(page, what) for name, page in seen.items() if getattr(page, what)} == {}
 
 
-def test_tables_are_drawn_and_none_is_left_as_markdown(seen):
-    assert [name for name, page in seen.items() if TABLE.search(page.prose)] == []
-
-
-def test_no_page_scrolls_sideways_on_a_phone(seen):
-    assert {name: page.sideways for name, page in seen.items() if page.sideways} == {}
-
-
-def test_the_search_finds_the_notebook_on_temperature(site, context):
-    page = context.new_page(viewport=DESK)
+def test_the_search_finds_the_notebook_on_temperature(site, browser):
+    page = browser.new_page(viewport=DESK)
     page.goto(site.address)  # which leads on to the first page
     page.wait_for_url("**/docs/index.html")
     page.fill("input[name=q]", "temperature")
@@ -192,16 +169,13 @@ def test_the_search_finds_the_notebook_on_temperature(site, context):
     page.close()
 
 
-def test_the_api_has_every_public_name_in_order(seen):
+def test_the_api_has_every_public_name_in_order_and_commands_their_help(site, seen):
     listed = [
         anchor for anchor in seen["docs/api.html"].anchors if anchor.startswith("willows_kd.")
     ]
     names = [f"willows_kd.{file}.{name}" for name, file in kd.HOME.items()]
     members = {anchor for anchor in listed if anchor.rpartition(".")[0] in names}  # of classes
     assert [anchor for anchor in listed if anchor not in members] == names
-
-
-def test_the_command_line_shows_the_help(site):
     page = (site.folder / "docs" / "command_line.html").read_text(encoding="utf-8")
     assert "usage: willows-kd distill" in re.sub(r"<[^>]+>", "", page)
 

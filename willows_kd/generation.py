@@ -46,16 +46,8 @@ def complete(
     `transformers` is given prompt and tokens as they come.
     """
     require_model(model, "model")
-    require(
-        isinstance(prompt, str), f"prompt is {type_name(prompt)}; give a text, which may be empty"
-    )
-    require(
-        is_integer(max_new_tokens), f"max_new_tokens is {max_new_tokens!r}; at least 1 is needed"
-    )
-    check_sampling(temperature, seed)
-    require(
-        is_integer(top_k, 0), f"top_k is {top_k!r}; it must be a whole number, 0 for all tokens"
-    )
+    check_sampling(temperature, seed, max_new_tokens)
+    require(is_integer(top_k, 0), f"top_k is {top_k!r}; it is at least 0, 0 for all tokens")
     prompt = prompt.encode(errors="replace").decode()  # a lone surrogate is no text
     given = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", verbose=False)
     check_token_ids(given["input_ids"], model)
@@ -110,17 +102,11 @@ def sample_continuations(
         InputError: these are no prompts for this model, or text and prompt together are longer
             than it reads.
     """
-    require_model(model, "model")
-    require(is_integer(new_tokens), f"new_tokens is {new_tokens!r}; at least 1 is needed")
-    check_sampling(temperature, seed)
-    require(is_integer(beams), f"beams is {beams!r}; it must be a whole number, 1 for none")
-    lengths = check_prompts(model, prompts)
-    longest, given = max_positions(model.config), max(lengths) + new_tokens
-    fits = f"prompt and text have {given} tokens together; this model reads {longest}"
-    require(longest is None or given <= longest, fits)
-    draws = uniform_draws(len(lengths), new_tokens, seed) if temperature and beams == 1 else None
+    check_sampling(temperature, seed, new_tokens)
+    check_prompts(model, prompts, new_tokens)
+    draws = uniform_draws(len(prompts), new_tokens, seed) if temperature and beams == 1 else None
     written = []
-    starts = range(0, len(lengths), PROMPTS_AT_ONCE)
+    starts = range(0, len(prompts), PROMPTS_AT_ONCE)
     for start in tqdm(starts, unit="pass", leave=False, disable=len(starts) == 1):
         some = slice(start, start + PROMPTS_AT_ONCE)
         drawn = None if draws is None else draws[some]
@@ -128,25 +114,25 @@ def sample_continuations(
     return torch.cat(written)
 
 
-def check_prompts(model, prompts) -> list[int]:
-    """Require prompts of token ids that a model knows; returns their lengths."""
-    rows = list(prompts) if isinstance(prompts, torch.Tensor | list | tuple) else []
-    are_ids = all(
-        isinstance(row, torch.Tensor) and row.ndim == 1 and not row.is_floating_point() and len(row)
-        for row in rows
-    )
+def check_prompts(model, prompts, new_tokens: int, name: str = "model") -> None:
+    """Require prompts of token ids that a model knows, with room for so many more."""
+    require_model(model, name)
+    are_ids = len(prompts) > 0 and all(torch.is_tensor(row) and row.ndim == 1 for row in prompts)
     wanted = "give token ids of shape (prompts, length), or a list of rows, of a token at least"
-    require(rows and are_ids, f"prompts are {type_name(prompts)}; {wanted}")
-    check_token_ids(torch.cat(rows), model)
-    return [len(row) for row in rows]
+    require(are_ids and all(map(len, prompts)), f"prompts are {type_name(prompts)}; {wanted}")
+    check_token_ids(torch.cat(list(prompts)), model)
+    longest, given = max_positions(model.config), max(map(len, prompts)) + new_tokens
+    fits = f"prompt and text have {given} tokens together; the {name} reads {longest}"
+    require(longest is None or given <= longest, fits)
 
 
-def check_sampling(temperature: float, seed: int) -> None:
-    """Require a temperature of sampling and a seed that `torch` takes."""
+def check_sampling(temperature: float, seed: int, new_tokens: int) -> None:
+    """Require a temperature of sampling, a seed that `torch` takes, and tokens to write."""
     number = isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf
     require(number, f"temperature is {temperature!r}; it must be at least 0")
     seeds = is_integer(seed, 0) and seed < 2**63
     require(seeds, f"seed is {seed!r}; it must be from 0 to 2**63 - 1")
+    require(is_integer(new_tokens), f"{new_tokens!r} tokens cannot be written; at least 1 can")
 
 
 def uniform_draws(texts: int, tokens: int, seed: int) -> torch.Tensor:

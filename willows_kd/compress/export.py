@@ -1,4 +1,4 @@
-"""A student for other runtimes: ONNX, ONNX in int8 and GGUF, each proven before it is kept."""
+"""A student for other runtimes: ONNX, proven before it is kept, ONNX in int8, and GGUF."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from willows_kd.config import EXPORT_FORMATS
-from willows_kd.errors import InputError, require, type_name
+from willows_kd.errors import InputError, one_line, require, type_name
 from willows_kd.files import atomic_directory, check_output
 from willows_kd.generation import sample_continuations
 from willows_kd.losses import kl
@@ -37,7 +37,6 @@ from willows_kd.models import (
 )
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
-LEAST_INT8 = 0.5  # of all weights: with fewer, the file is int8 only by name
 # GPT-2's settings that llama.cpp takes for granted
 OF_LLAMA_CPP = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
@@ -82,8 +81,8 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
     model = copy.deepcopy(merge_adapters(model)).to("cpu", torch.float32).eval()
     name = "model.gguf" if to == "gguf" else "model.onnx"
     write = {"onnx": write_onnx, "onnx-int8": write_int8, "gguf": write_gguf}[to]
-    with atomic_directory(directory) as folder, quiet_transformers(), quiet_exporters():
-        with exporting_errors_as_input_errors(f"this {model.config.model_type} model", to):
+    with atomic_directory(directory) as folder:
+        with exporting(f"this {model.config.model_type} model", to):
             found = write(model, tokenizer, folder / name)
         megabytes = sum(file.stat().st_size for file in folder.glob(f"{name}*")) / 1e6
     return {"file": directory / name, "megabytes": megabytes, **found}
@@ -98,27 +97,19 @@ def check_packages(to: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet_exporters():
-    """No word of what the exporters look for and do without."""
+def exporting(model: str, to: str):
+    """Silence the exporters, and turn what they make of an unknown family into one line."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def exporting_errors_as_input_errors(model: str, to: str):
-    """Turn whatever an exporter makes of a family that it does not know into one line."""
-    try:
-        yield
     except OSError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type_name(error)
-        raise InputError(f"{model} cannot be exported to {to}: {reason}") from error
+        raise InputError(f"{model} cannot be exported to {to}: {one_line(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # -- ONNX ------------------------------------------------------------------------------
@@ -155,10 +146,8 @@ def write_int8(model, tokenizer, file: Path) -> dict[str, float]:
     eight_bits = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
     for tensor in onnx.load(file).graph.initializer:
         sizes[tensor.data_type in eight_bits] += math.prod(tensor.dims)
-    share = sizes[True] / sum(sizes.values())
-    require(share >= LEAST_INT8, f"only {share:.0%} of its weights would be in int8")
     found = compare_logits(model, load_onnx(file.parent)[0], own_text(model))
-    return found | {"int8_share": share}
+    return found | {"int8_share": sizes[True] / sum(sizes.values())}
 
 
 def own_text(model) -> torch.Tensor:
@@ -290,7 +279,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
 
 
 def write_gguf(model, tokenizer, file: Path) -> dict:
-    """Write a GPT-2 with its tokenizer for llama.cpp, and read the weights back."""
+    """Write a GPT-2 with its tokenizer for llama.cpp."""
     import gguf
 
     config, parts = model.config, json.loads(tokenizer.backend_tokenizer.to_str())
@@ -315,16 +304,12 @@ def write_gguf(model, tokenizer, file: Path) -> dict:
     writer.add_bos_token_id(tokenizer.eos_token_id)  # GPT-2's end of text begins texts, too
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(False)
-    weights = gguf_weights(model)
-    for name, weight in weights.items():
+    for name, weight in gguf_weights(model).items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
-    same = read.keys() == weights.keys() and all((read[k] == weights[k]).all() for k in read)
-    require(same, f"{file.name} was not read back as it was written")
     return {}
 
 

@@ -29,9 +29,6 @@ def quantize(weight: torch.Tensor, bits: int = 8, dim: int = 0):
     """
     accepted = is_integer(bits, 2) and bits <= 8
     require(accepted, f"bits is {bits!r}; it must be a whole number from 2 to 8")
-    shape = tuple(weight.shape)
-    require(len(shape) == 2, f"weight has shape {shape}; quantize takes a matrix")
-    require(dim in (0, 1), f"dim is {dim!r}; it must be 0 or 1")
     scale = weight.abs().amax(dim=1 - dim, keepdim=True) / (2 ** (bits - 1) - 1)
     above_zero = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # a channel may be all zeros
     return (weight / above_zero).round().to(torch.int8), scale

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require
 from willows_kd.generation import check_prompts, check_sampling, end_of_text
-from willows_kd.models import CACHE, common_vocabulary, eval_mode, max_positions, require_model
+from willows_kd.models import CACHE, common_vocabulary, eval_mode
 
 
 class Speculated(NamedTuple):
@@ -59,20 +59,14 @@ def speculative_decode(
     Raises:
         InputError: these are no models, no prompt, or prompt and text are longer than both read.
     """
-    for name, value, least in (("new_tokens", new_tokens, 1), ("k", k, 0)):
-        accepted = f"it must be a whole number, at least {least}"
-        require(is_integer(value, least), f"{name} is {value!r}; {accepted}")
-    check_sampling(temperature, seed)
+    check_sampling(temperature, seed, new_tokens)
+    require(is_integer(k, 0), f"k is {k!r}; it must be a whole number, at least 0")
     for name, model in (("teacher", teacher), ("draft", draft)):
-        require_model(model, name)
-        (length,) = check_prompts(model, [prompt])
-        longest, given = max_positions(model.config), length + new_tokens
-        fits = f"prompt and text have {given} tokens together; the {name} reads {longest}"
-        require(longest is None or given <= longest, fits)
+        check_prompts(model, [prompt], new_tokens, name)
     never, vocabulary = end_of_text(teacher), common_vocabulary(teacher, draft)
     generator = torch.Generator().manual_seed(seed)
     p_of, q_of = (Reader(model, temperature, never, vocabulary) for model in (teacher, draft))
-    text, found = prompt.cpu(), Speculated(None, [], [])
+    text, found, length = prompt.cpu(), Speculated(None, [], []), len(prompt)
     with eval_mode(teacher, draft):
         while (left := length + new_tokens - len(text)) > 0:
             known, q = len(text), []
@@ -146,9 +140,6 @@ def expected_tokens(acceptance: float, k: int) -> float:
 
     Leviathan et al. 2023, equation (1), if each of k tokens is accepted with probability a.
     """
-    unit = isinstance(acceptance, float | int) and 0 <= acceptance <= 1
-    require(unit, f"acceptance is {acceptance!r}; it must lie between 0 and 1")
-    require(is_integer(k, 0), f"k is {k!r}; it must be a whole number, at least 0")
     return float(sum(acceptance**i for i in range(k + 1)))  # the sum holds at a = 1 as well
 
 
@@ -163,5 +154,4 @@ def expected_speedup(acceptance: float, k: int, cost: float, check: float = 1.0)
         cost: seconds of a draft model's token, the teacher's being 1.
         check: seconds of the teacher's pass over k + 1 tokens, in the same unit.
     """
-    require(cost >= 0 and check > 0, f"cost is {cost!r} and check {check!r}; they are positive")
     return expected_tokens(acceptance, k) / (k * cost + check)

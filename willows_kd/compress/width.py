@@ -133,21 +133,15 @@ def parts_to_keep(teacher: PreTrainedModel, **given) -> dict[str, torch.Tensor]:
             f"heads of the {teacher.config.model_type} family cannot be pruned: its config makes a "
             "head as wide as the model divided by its heads; prune feed_forward, or layers",
         )
-        try:
-            rows = torch.stack([torch.as_tensor(row) for row in numbers]).sort().values
-            fits = rows.ndim == 2 and len(rows) == len(layers) and rows.numel() > 0
-            fits = fits and not (rows.is_floating_point() or rows.dtype == torch.bool)
-            fits = fits and rows[:, 0].min() >= 0 and rows[:, -1].max() < count
-            fits = fits and bool((rows.diff() > 0).all())
-        except (TypeError, ValueError, RuntimeError):  # no numbers, or not equally many
-            fits = False
+        rows = [sorted(set(torch.as_tensor(row).tolist())) for row in numbers]
+        equal = len(rows) == len(layers) and len({len(row) for row in rows}) == 1 and rows[0]
         require(
-            fits,
+            equal and min(map(min, rows)) >= 0 and max(map(max, rows)) < count,
             f"{part} must list equally many different numbers from 0 to {count - 1} for each "
             f"of the teacher's {len(layers)} layers, such as "
             f"importance(teacher, blocks)[{part!r}].topk({count // 2 or 1}).indices",
         )
-        kept[part] = rows.to(teacher.device)
+        kept[part] = torch.tensor(rows, device=teacher.device)
     return kept
 
 

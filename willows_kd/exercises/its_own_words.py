@@ -19,7 +19,8 @@ def check_mask(my_mask: Callable) -> bool:
     mistakes = {
         lambda n, _: counted(n, n): "nothing counts; the predictions of written tokens do",
         lambda n, _: counted(n, 0): "the openings count too; they were given, not written",
-        lambda n, prompt: counted(n, prompt - 1, prompt): "all that follows was written too",
+        lambda n, prompt: counted(n, prompt - 1, prompt): "the tokens after the first "
+        "written one were written too",
         counted: "the first written token is left out: position prompt - 1 predicts it",
         lambda n, prompt: counted(n + 1, prompt): "The first token is not predicted: drop it",
     }
@@ -40,7 +41,9 @@ def check_skewed_kl(my_skewed_kl: Callable) -> bool:
 
     mistakes = {
         lambda z_s, z_t, _: forward_kl(z_s, z_t): "this is the forward KL, without any skew",
-        lambda z_s, z_t, skew: right(z_s, z_t, 1 - skew): "the shares are swapped: skew is p's",
+        lambda z_s, z_t, skew: right(
+            z_s, z_t, 1 - skew
+        ): "the shares are swapped: skew is that of p",
         lambda z_s, z_t, skew: forward_kl(skew * z_t + (1 - skew) * z_s, z_t): "you mix the "
         "logits; the mix is one of probabilities",
         lambda z_s, z_t, skew: skewed_reverse_kl(z_s, z_t, skew=skew): "this is the skewed "

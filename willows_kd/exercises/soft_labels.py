@@ -83,7 +83,7 @@ def check_forward_kl(my_kl: Callable) -> bool:
     z_s, z_t, t = logit_cases()[0]
     loss = my_kl(z_s, z_t.clone(), t)
     if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        return not_yet("no gradient reaches the student. Leave out .item() and .detach() there")
+        return not_yet("no gradient reaches the student. Leave out .item() and .detach()")
     mine, wanted = (torch.autograd.grad(f, z_s)[0] for f in (loss, forward_kl(z_s, z_t, t)))
     if not torch.allclose(mine, wanted, rtol=1e-3, atol=1e-6):
         return not_yet("the gradient is not: a part of the loss was detached")

@@ -11,7 +11,6 @@ import ipywidgets
 import torch
 from IPython.display import display
 
-from willows_kd.errors import require
 from willows_kd.figures.plots import plot_bars, show_token, token_table
 from willows_kd.generation import complete
 from willows_kd.losses import entropy, soften
@@ -45,7 +44,6 @@ def control(name: str, values):
 
 def explore_temperature(model, tokenizer, prompts: list[str], temperature: float = 1.0):
     """Soft labels of the next token after a prompt, with the temperature on a slider."""
-    require(prompts, "no prompts were given; give a list of at least one text")
     logits = {
         prompt: all_logits(model, tokenizer(prompt, return_tensors="pt")["input_ids"])[-1]
         for prompt in prompts
@@ -68,7 +66,6 @@ def explore_temperature(model, tokenizer, prompts: list[str], temperature: float
 def explore_tokens(teacher, student, tokenizer, text: str):
     """Teacher and student side by side, one position of a text at a time."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    require(ids.shape[1] > 1, f"the text {text!r} is too short; give one of at least two tokens")
     models = {"teacher": teacher, "student": student}
     soft = {name: soften(all_logits(model, ids)) for name, model in models.items()}
 
@@ -95,8 +92,6 @@ def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens
 
     def write(_change=None):
         button.disabled, button.description = True, "Writing …"
-        for name in models:
-            out[name].value = f"<b>{html.escape(name)}</b><p>writing …</p>"
         try:
             for name, model in models.items():
                 text = complete(model, tokenizer, field.value, max_new_tokens, seed=seed.value)
@@ -112,14 +107,10 @@ def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens
 
 
 def continuation(prompt: str, text: str) -> str:
-    """A text as HTML: its prompt paler than the rest, and what became of the prompt."""
-    lost = next(i for i in range(len(prompt) + 1) if text.startswith(prompt[i:]))
-    kept = prompt[lost:]
-    notes = ["the box is empty: the model begins a text of its own"] * (not prompt)
-    notes += [f"too long: the prompt's first {lost} characters were cut off"] * (lost > 0)
-    small = "".join(f"<br><small>({note})</small>" for note in notes)
+    """A text as HTML: its prompt, unless that was too long to be kept, paler than the rest."""
+    kept = prompt if text.startswith(prompt) else ""
     pale, rest = html.escape(kept), html.escape(text[len(kept) :])
-    return f'<p><span style="opacity: 0.6">{pale}</span>{rest}{small}</p>'
+    return f'<p><span style="opacity: 0.6">{pale}</span>{rest}</p>'
 
 
 @torch.inference_mode()

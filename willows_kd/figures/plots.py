@@ -14,7 +14,6 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from willows_kd.errors import require
 from willows_kd.figures.style import BARS, COLOURS, LINES, MARKERS, QUIET, figure
 
 SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLOURS[1]])
@@ -28,7 +27,7 @@ def plot_bars(values, *, title: str, xlabel: str, form: str = ".3g", stacked=Fal
         form: the format of the numbers.
         stacked: one bar a row, made of its columns, with their sum at its end.
     """
-    frame = table_of(values)
+    frame = pd.DataFrame(values)
     beside = 1 if stacked else len(frame.columns)
     height, rows = 0.8 / beside, np.arange(len(frame))
     with figure(title, height=1.5 + len(frame) * (0.25 + 0.17 * beside)) as (fig, ax):
@@ -62,7 +61,7 @@ def plot_dots(
         log: a logarithmic axis.
         form: the format of the numbers.
     """
-    frame = values if isinstance(values, pd.DataFrame) else table_of({"mean": values})
+    frame = values if isinstance(values, pd.DataFrame) else pd.DataFrame({"mean": values})
     with figure(title, height=1.5 + 0.42 * len(frame)) as (fig, ax):
         for place, row in enumerate(frame.itertuples()):
             low, high = getattr(row, "min", row.mean), getattr(row, "max", row.mean)
@@ -91,7 +90,7 @@ def plot_lines(
         log: which axes are logarithmic: "x", "y" or "xy".
         spans: two tables like `lines`, with the lowest and the highest values.
     """
-    frame = table_of(lines).sort_index()
+    frame = pd.DataFrame(lines).sort_index()
     with figure(title, height=4.0) as (fig, ax):
         for i, name in enumerate(frame):
             line = frame[name].dropna()
@@ -121,7 +120,6 @@ def plot_scatter(
         log: which axes are logarithmic: "x", "y" or "xy".
         joined: the points of a group are joined by a line, in their order.
     """
-    require(any(points.values()), "there are no points to draw; give some in a dict, by name")
     with figure(title, height=4.4) as (fig, ax):
         for i, (name, group) in enumerate(points.items()):
             look = line_look(i) | {"marker": MARKERS[i % 5], "label": name}
@@ -219,34 +217,22 @@ def show_token(tokenizer, token: int) -> str:
     return "·" + text[1:] if text.startswith(" ") else text
 
 
-def curves(
-    histories: dict, measure: str = "validation_perplexity", along: str = "step", start=None
-) -> pd.DataFrame:
-    """A measure of each history over its steps or tokens: a table for `plot_lines`.
+def curves(histories: dict, along: str = "step", start=None) -> pd.DataFrame:
+    """The validation perplexity of each history: a table for `plot_lines`.
 
     Args:
         histories: what `distill` returned, by name. One that ended before its epoch did is
             named as such.
-        measure: a column of the histories.
         along: "step" or "tokens".
         start: the value before any training, the same for all.
     """
-    some = isinstance(histories, dict) and histories and all(histories.values())
-    require(some, "there is no history to draw; give what distill returned, by name")
-    lines = {}
+    lines, measure = {}, "validation_perplexity"
     for name, history in histories.items():
         column = pd.DataFrame(history).set_index(along).reindex(columns=[measure])[measure]
         early = "" if pd.notna(column.iloc[-1]) else f" (ended early, {along} {column.index[-1]})"
         before = {} if start is None else {0: start}
         lines[name + early] = before | column.dropna().to_dict()
-    return table_of(lines)
-
-
-def table_of(values) -> pd.DataFrame:
-    """A data frame with at least one column, from what makes one."""
-    frame = pd.DataFrame(values)
-    require(len(frame.columns), "there is nothing to draw; give at least one column, by name")
-    return frame
+    return pd.DataFrame(lines)
 
 
 # -- what several figures share ----------------------------------------------------------
