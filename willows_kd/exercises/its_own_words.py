@@ -43,7 +43,7 @@ def check_skewed_kl(my_skewed_kl: Callable) -> bool:
         lambda z_s, z_t, _: forward_kl(z_s, z_t): "this is the forward KL, without any skew",
         lambda z_s, z_t, skew: right(
             z_s, z_t, 1 - skew
-        ): "the shares are swapped: skew is that of p",
+        ): "the shares are swapped: skew is the share of p",
         lambda z_s, z_t, skew: forward_kl(skew * z_t + (1 - skew) * z_s, z_t): "you mix the "
         "logits; the mix is one of probabilities",
         lambda z_s, z_t, skew: skewed_reverse_kl(z_s, z_t, skew=skew): "this is the skewed "
