@@ -111,10 +111,8 @@ def test_tokens_are_shaded_by_their_values():
 
 def test_words_are_not_broken_across_lines():
     places = wrap_words(["The", " Mo", "le", " r", "ow", "ed"], 12)
-    assert [(row, column) for row, column, _ in places] == [
-        *((0, 0), (0, 3), (0, 6)),
-        *((1, 0), (1, 2), (1, 4)),
-    ]
+    rows, columns, _ = map(list, zip(*places, strict=True))
+    assert (rows, columns) == ([0, 0, 0, 1, 1, 1], [0, 3, 6, 0, 2, 4])
 
 
 def test_the_rows_of_tokens_are_the_largest_of_each_and_what_is_left(tokenizer):

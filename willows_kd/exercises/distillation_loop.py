@@ -88,10 +88,8 @@ def check_steps(my_steps: Callable) -> bool:
     mistakes = {
         lambda b, s, t, e: right(b, s, t, 1): "that is one epoch; each sees all blocks again",
         lambda b, s, t, e: e * (b // (s * t)): "the last step of an epoch is missing: round up",
-        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes; a step comes after "
-        "gradient_accumulation_steps of them",
-        lambda b, s, t, e: right(e * b, s, t, 1): "no step reaches over the end of an epoch: "
-        "round up in each",
+        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes, not steps",
+        lambda b, s, t, e: right(e * b, s, t, 1): "round up in each epoch, then multiply",
     }
     cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
     praise = f"{right(*cases[0])} steps for {cases[0]}"

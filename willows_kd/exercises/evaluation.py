@@ -25,10 +25,8 @@ def check_agreement(my_agreement: Callable) -> bool:
     mistakes = {
         lambda t, s: agreement(t, s, 1): "your argmax runs over dim=1, time; take dim=-1",
         lambda t, s: agreement(t, s, 0): "your argmax runs over dim=0, the batch; take dim=-1",
-        lambda t, s: agreement(t[:, :-1], s[:, 1:]): "the student is one position ahead: compare "
-        "position i with i",
-        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position is left out: no label is "
-        "needed there",
+        lambda t, s: agreement(t[:, :-1], s[:, 1:]): "the student is one position ahead",
+        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position is left out",
         lambda t, s: 1 - agreement(t, s): "this is the share of positions that differ",
         lambda t, s: 35 * agreement(t, s): "this is a number of positions: take the mean",
         lambda t, s: 100 * agreement(t, s): "this is a percentage; the share is from 0 to 1",
@@ -49,14 +47,12 @@ HALF_WIDTH = (
     },
     {
         "root": None,
-        "nothing": "the square root of n is missing. This says how far single values lie from "
-        "the mean; the mean itself is better known",
+        "nothing": "the square root of n is missing. The mean is better known than a value",
         "n": "it is divided by n. Divide by its square root",
     },
     {
         statistics.stdev: None,
-        statistics.pstdev: "the standard deviation is divided by n, too small for a sample. "
-        "Divide by n - 1: statistics.stdev, or ddof=1 in numpy",
+        statistics.pstdev: "dividing by n is too small for a sample. Divide by n - 1",
         statistics.variance: "this is the variance. The standard deviation is its square root",
     },
     {1: None, 2: "this is the whole width. The ± of a table is half of it"},

@@ -24,17 +24,13 @@ def check_rounding(my_rounding: Callable) -> bool:
     mistakes = {
         lambda w, _: w: "nothing is rounded yet",
         integers: "these are the integers; multiply them by their scale",
-        lambda *case: right(*case, dim=(0, 1)): "there is one scale for the whole matrix; each row "
-        "has its own",
+        lambda *case: right(*case, dim=(0, 1)): "there is one scale for all rows; each has its own",
         lambda *case: right(*case, dim=0): "there is a scale for each column; each row has its own",
-        lambda *case: right(*case, size=torch.clone): "the scale is that of the largest weight: of "
-        "the largest *size*, take .abs() first",
+        lambda *case: right(*case, size=torch.clone): "of the largest size: take .abs() first",
         lambda *case: right(*case, near=torch.trunc): "you cut off what is behind the point",
         lambda *case: right(*case, near=torch.floor): "you round down; take the nearest integer",
-        lambda *case: right(*case, most=lambda b: 2 ** (b - 1)): "signed bits reach "
-        "2^(bits - 1) - 1, not one more",
-        lambda *case: right(*case, most=lambda b: 2**b - 1): "that is twice as far as signed "
-        "integers of so many bits reach",
+        lambda *case: right(*case, most=lambda b: 2 ** (b - 1)): "that is one too far",
+        lambda *case: right(*case, most=lambda b: 2**b - 1): "that is twice too far",
     }
     praise = "each row has its own scale, and none of its integers is out of reach"
     return judge(my_rounding, cases, right, mistakes, praise)
@@ -80,10 +76,8 @@ def check_tokens(my_tokens: Callable) -> bool:
     mistakes = {
         lambda a, k: right(a, k) - 1: "one token of the teacher's comes with every pass",
         lambda a, k: right(a, k - 1): "the end is one term too early: the last is a**k",
-        lambda a, k: k * a + 1: "a token counts only if all before it were accepted: its share "
-        "is a to the power of its place",
-        lambda a, k: k * a: "you leave the teacher's own token out; and a token counts only if "
-        "all before it do",
+        lambda a, k: k * a + 1: "a token counts only if all before it were accepted",
+        lambda a, k: k * a: "you leave the teacher's own token out, among others",
         lambda a, k: 1 / (1 - a): "this is endless drafting; k tokens are drafted, then it ends",
         lambda a, k: a**k: "this is the chance that all are accepted",
     }
