@@ -316,8 +316,9 @@ def calibration_by_hand(confidence: list[float], correct: list[bool], bins: int 
         ([0.61, 0.63, 0.94, 0.95, 0.96], [1, 0, 1, 1, 1], (2 * 0.12 + 3 * 0.05) / 5),
         # errors of opposite sign cancel within a bin, never between bins
         ([0.62, 0.62, 0.95], [1, 0, 0], (2 * 0.12 + 0.95) / 3),
+        ([0.03, 0.1], [1, 0], (0.97 + 0.1) / 2),
     ],
-    ids=["sure and wrong", "calibrated", "no confidence", "worked", "two bins"],
+    ids=["sure and wrong", "calibrated", "no confidence", "worked", "two bins", "the first two"],
 )
 def test_the_calibration_error_of_worked_examples(confidence, correct, expected):
     found = calibration_error(torch.tensor(confidence), torch.tensor(correct))

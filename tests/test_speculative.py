@@ -10,7 +10,8 @@ from willows_kd.compress import speculative
 @pytest.fixture
 def pair(make_gpt2):
     """A teacher and a draft model with opinions of their own."""
-    return make_gpt2(3, initializer_range=0.15), make_gpt2(2, seed=1, initializer_range=0.15)
+    look = {"initializer_range": 0.15, "n_positions": 32}
+    return make_gpt2(2, **look), make_gpt2(1, seed=1, **look)
 
 
 PROMPT = torch.tensor([5, 300, 41, 7])
@@ -19,7 +20,7 @@ PROMPT = torch.tensor([5, 300, 41, 7])
 # -- greedy: the teacher's own text ----------------------------------------------------
 
 
-@pytest.mark.parametrize(("k", "new_tokens"), [(0, 2), (1, 1), (3, 17), (50, 60)])  # 60: the last
+@pytest.mark.parametrize(("k", "new_tokens"), [(0, 2), (1, 1), (3, 17), (50, 28)])  # 28: the last
 def test_greedy_text_is_the_teachers_own(k, new_tokens, pair):
     alone = kd.sample_continuations(pair[0], PROMPT[None], new_tokens, temperature=0)[0]
     for draft in (pair[1], pair[0]):
