@@ -249,12 +249,12 @@ def paired_bootstrap(
     Returns:
         the mean of a - b, and the lower and upper end of its 95 % interval.
     """
-    a, b = (np.asarray(each, dtype=np.float64) for each in (a, b))
+    first, second = (np.asarray(each, dtype=np.float64) for each in (a, b))
     require(
-        a.shape == b.shape and a.ndim == 1 and len(a),
-        f"a and b have shapes {a.shape} and {b.shape}; give one number a block, for both",
+        first.shape == second.shape and first.ndim == 1 and len(first),
+        f"a and b have shapes {first.shape} and {second.shape}; give one number a block, for both",
     )
-    differences = a - b
+    differences = first - second
     draw = np.random.default_rng(seed).integers
     size = len(differences)
     means = [differences[draw(size, size=size)].mean() for _ in range(resamples)]
