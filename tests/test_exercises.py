@@ -249,7 +249,7 @@ def distances(a, b, dim=-1):
 COSINE = [
     (lambda a, b, mask: distances(a, b)[mask].mean(), "well done"),
     (lambda a, b, mask: distances(a, b).mean(), "the padding counts too"),
-    (lambda a, b, mask: (distances(a, b) * mask).mean(), "you divide by all tokens"),
+    (lambda a, b, mask: (distances(a, b) * mask).mean(), "you divide by the padding, too"),
     (lambda a, b, mask: distances(a, b)[mask].sum(), "this is a sum over the tokens"),
 ]
 

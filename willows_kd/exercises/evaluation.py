@@ -26,7 +26,7 @@ def check_agreement(my_agreement: Callable) -> bool:
         lambda t, s: agreement(t, s, 1): "your argmax runs over dim=1, time; take dim=-1",
         lambda t, s: agreement(t, s, 0): "your argmax runs over dim=0, the batch; take dim=-1",
         lambda t, s: agreement(t[:, :-1], s[:, 1:]): "the student is one position ahead",
-        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position is left out",
+        lambda t, s: agreement(t[:, :-1], s[:, :-1]): "the last position counts, too",
         lambda t, s: 1 - agreement(t, s): "this is the share of positions that differ",
         lambda t, s: 35 * agreement(t, s): "this is a number of positions: take the mean",
         lambda t, s: 100 * agreement(t, s): "this is a percentage; the share is from 0 to 1",
@@ -47,7 +47,7 @@ HALF_WIDTH = (
     },
     {
         "root": None,
-        "nothing": "the square root of n is missing. The mean is better known than a value",
+        "nothing": "the square root of n is missing: a mean varies less than its values",
         "n": "it is divided by n. Divide by its square root",
     },
     {

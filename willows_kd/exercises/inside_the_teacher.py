@@ -21,7 +21,7 @@ def check_cosine(my_cosine: Callable) -> bool:
     right = cosine_distance
     mistakes = {
         lambda a, b, _: right(a, b): "the padding counts too: take the mean where mask is True",
-        lambda *case: right(*case) * case[2].double().mean(): "you divide by all tokens",
+        lambda *case: right(*case) * case[2].double().mean(): "you divide by the padding, too",
         lambda *case: right(*case) * case[2].sum(): "this is a sum over the tokens; take the mean",
         lambda *case: 1 - right(*case): "this is the cosine itself: subtract it from 1",
         lambda a, b, _: (1 - F.cosine_similarity(a, b, dim=1)).mean(): "the cosine runs over the "
@@ -70,8 +70,10 @@ def check_uld(my_uld: Callable) -> bool:
 
     mistakes = {
         lambda *z: distance(*z, sort=lambda p: p): "the probabilities are not sorted",
-        lambda *z: distance(*z, sort=lambda p: p.sort().values): "they rise: sort downwards",
-        lambda *z: distance(*z, end=min(x.shape[-1] for x in z)): "the longer list is cut",
+        lambda *z: distance(*z, sort=lambda p: p.sort().values): "they rise, so that padding "
+        "meets the likeliest: sort downwards",
+        lambda *z: distance(*z, end=min(x.shape[-1] for x in z)): "the longer list is cut: "
+        "fill the shorter one with zeros",
         lambda *z: distance(*z, of=lambda z, _: z): "you compare logits, not probabilities",
         lambda *z: distance(*z, power=2): "differences are squared; take absolute values",
         **wrong_means(distance, 4, 9),

@@ -113,10 +113,9 @@ def check_find_temperature(my_temperature: Callable) -> bool:
 
     if error(found) < 1e-3:
         return well_done("every entropy is hit to a thousandth of a nat")
+    whatever = f"whatever entropy is asked for, you return {found[0]:g}. Search for it"
     hints = {
-        f"whatever entropy is asked for, you return {found[0]:g}. Search for it": (
-            len(set(found)) == 1
-        ),
+        whatever: len(set(found)) == 1,
         "you measure in bits: use the natural logarithm": error(found, math.log(2)) < 1e-3,
         "your T multiplies the logits; it must divide them": error([1 / t for t in found]) < 1e-3,
         "that is near: halve the interval more often": error(found) < 0.15,

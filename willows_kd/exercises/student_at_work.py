@@ -26,11 +26,13 @@ def check_rounding(my_rounding: Callable) -> bool:
         integers: "these are the integers; multiply them by their scale",
         lambda *case: right(*case, dim=(0, 1)): "there is one scale for all rows; each has its own",
         lambda *case: right(*case, dim=0): "there is a scale for each column; each row has its own",
-        lambda *case: right(*case, size=torch.clone): "of the largest size: take .abs() first",
+        lambda *case: right(*case, size=torch.clone): "the scale is that of the largest "
+        "*size*: take .abs() first",
         lambda *case: right(*case, near=torch.trunc): "you cut off what is behind the point",
         lambda *case: right(*case, near=torch.floor): "you round down; take the nearest integer",
-        lambda *case: right(*case, most=lambda b: 2 ** (b - 1)): "that is one too far",
-        lambda *case: right(*case, most=lambda b: 2**b - 1): "that is twice too far",
+        lambda *case: right(*case, most=lambda b: 2 ** (b - 1)): "signed bits "
+        "reach 2^(bits - 1) - 1, not one more",
+        lambda *case: right(*case, most=lambda b: 2**b - 1): "twice as far as signed bits reach",
     }
     praise = "each row has its own scale, and none of its integers is out of reach"
     return judge(my_rounding, cases, right, mistakes, praise)
@@ -77,7 +79,7 @@ def check_tokens(my_tokens: Callable) -> bool:
         lambda a, k: right(a, k) - 1: "one token of the teacher's comes with every pass",
         lambda a, k: right(a, k - 1): "the end is one term too early: the last is a**k",
         lambda a, k: k * a + 1: "a token counts only if all before it were accepted",
-        lambda a, k: k * a: "you leave the teacher's own token out, among others",
+        lambda a, k: k * a: "the teacher's own token is missing, and not all drafted ones count",
         lambda a, k: 1 / (1 - a): "this is endless drafting; k tokens are drafted, then it ends",
         lambda a, k: a**k: "this is the chance that all are accepted",
     }
