@@ -29,7 +29,7 @@ def check_flops(my_flops: Callable) -> bool:
     mistakes = {
         lambda t, s, n: 6 * (t + s) * n: "the teacher only runs forward: 2 a parameter and token",
         lambda t, s, n: 2 * (t + s) * n: "the backward pass is missing: twice the forward pass",
-        lambda t, s, n: (2 * t + 4 * s) * n: "backward has two products for each: 2 + 4",
+        lambda t, s, n: (2 * t + 4 * s) * n: "the backward pass takes 4, with the forward pass 6",
         lambda t, s, n: 6 * s * n: "the teacher's forward pass is missing",
         lambda t, s, n: (t + 3 * s) * n: "a multiplication and an addition are two operations",
         lambda t, s, n: 2 * t + 6 * s: "that is for one token",
