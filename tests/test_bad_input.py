@@ -113,11 +113,6 @@ BAD = {
         lambda t: kd.make_transfer_set(t.teacher, t.ids[0]),
         lambda t: kd.make_transfer_set(t.teacher, t.ids[:, :1]),
     ),
-    "a text is judged with its prompt": (
-        "3 tokens for each",
-        lambda t: kd.text_quality(t.teacher, t.teacher, t.ids, t.ids[:, :2]),
-        lambda t: kd.text_quality(t.teacher, t.teacher, t.ids, t.blocks.train[:2]),
-    ),
     "a sampling temperature is not negative": (
         "at least 0",
         lambda t: kd.sample_continuations(t.teacher, t.ids, 3, math.nan),

@@ -35,10 +35,12 @@ def next_logits(model, ids: torch.Tensor) -> torch.Tensor:
 # -- continuing a prompt as text -------------------------------------------------------
 
 
-def test_the_same_seed_writes_the_same_text_and_no_dropout_is_on(writer, tokenizer):
-    first = kd.complete(writer, tokenizer, "The river", 12, seed=1)
-    assert first == kd.complete(writer.train(), tokenizer, "The river", 12, seed=1)
-    assert first != kd.complete(writer, tokenizer, "The river", 12, seed=2)
+def test_the_same_seed_goes_on_with_a_prompt_by_the_same_text_without_dropout(writer, tokenizer):
+    prompt = "“It’s a boat,” said the Rat 🚣"
+    first = kd.complete(writer, tokenizer, prompt, 12, seed=1)
+    assert first.startswith(prompt) and len(first) > len(prompt)
+    assert first == kd.complete(writer.train(), tokenizer, prompt, 12, seed=1)
+    assert first != kd.complete(writer, tokenizer, prompt, 12, seed=2)
 
 
 def test_temperature_0_takes_the_likeliest_token_each_time(writer, tokenizer):
@@ -47,12 +49,6 @@ def test_temperature_0_takes_the_likeliest_token_each_time(writer, tokenizer):
         ids = torch.cat([ids, next_logits(writer, ids).argmax()[None]])
     text = kd.complete(writer, tokenizer, "The river", 8, temperature=0, seed=1)
     assert text == tokenizer.decode(ids)
-
-
-def test_a_completion_begins_with_its_prompt(writer, tokenizer):
-    prompt = "“It’s a boat,” said the Rat 🚣"
-    text = kd.complete(writer, tokenizer, prompt, 8)
-    assert text.startswith(prompt) and len(text) > len(prompt)
 
 
 def test_a_prompt_that_leaves_no_room_loses_its_beginning(writer, tokenizer):

@@ -110,7 +110,7 @@ def test_tokens_are_shaded_by_their_values():
 
 
 def test_words_are_not_broken_across_lines():
-    places = wrap_words(["The", " Mo", "le", " r", "ow", "ed"], 12)
+    places = wrap_words(["The", " Mo", "le", " r", "ow", "ed"], 8)
     rows, columns, _ = map(list, zip(*places, strict=True))
     assert (rows, columns) == ([0, 0, 0, 1, 1, 1], [0, 3, 6, 0, 2, 4])
 

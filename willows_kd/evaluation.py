@@ -296,15 +296,7 @@ def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> d
         distinct: share of different ones among all runs of three tokens (distinct-3, Li et
             al. 2016, section 5.3).
         repetition: share of the runs of three tokens that stand earlier in the same text.
-
-    Raises:
-        InputError: the texts are shorter than three tokens, or not one for each prompt.
     """
-    require(
-        len(text) == len(prompts) and text.shape[1] >= 3,
-        f"{len(prompts)} prompts, and texts of shape {tuple(text.shape)}; give a text of at least "
-        "3 tokens for each",
-    )
     ids, first = torch.cat([prompts.to(text.device), text], dim=1), prompts.shape[1] - 1
     teacher_nll = token_scores(teacher, None, ids)["nll"][:, first:]
     kl_to_teacher = token_scores(model, teacher, ids)["kl"][:, first:]
