@@ -180,6 +180,7 @@ def test_gguf_says_what_llama_cpp_asks_for(make_gpt2, tokenizer, tmp_path):
         "gpt2.embedding_length": 32,
         "gpt2.feed_forward_length": 128,
         "gpt2.attention.head_count": 2,
+        "gpt2.attention.layer_norm_epsilon": pytest.approx(1e-5),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
