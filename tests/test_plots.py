@@ -184,6 +184,34 @@ def test_the_prompt_box_writes_again_and_escapes(teacher, tokenizer):
     assert (button.description, button.disabled) == ("Write", False)
 
 
+def test_the_prompt_box_shows_that_it_writes(monkeypatch, teacher, tokenizer):
+    box = kd.prompt_box({"a": teacher, "b": teacher}, tokenizer, "The Mole", max_new_tokens=1)
+    _, controls, *outs = box.children
+    button, seen = controls.children[0], []
+
+    def write(model, tokenizer, prompt, *_, **__):
+        seen.append((button.description, button.disabled, *("writing …" in o.value for o in outs)))
+        return f"{prompt} was here"
+
+    monkeypatch.setattr(explorers, "complete", write)
+    button.click()
+    assert seen == [("Writing …", True, True, True), ("Writing …", True, False, True)]
+    assert (button.description, button.disabled) == ("Write", False)
+    assert all(out.value.endswith("Mole</span> was here</p>") for out in outs)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("The Mole", "The Mole was", '"opacity: 0.6">The Mole</span> was</p>'),
+        ("The Mole", "Mole was", "the prompt's first 4 characters were cut off"),
+        ("", "Once", "the box is empty"),
+    ],
+)
+def test_a_continuation_is_set_off_from_its_prompt_and_says_what_was_cut(prompt, text, expected):
+    assert expected in explorers.continuation(prompt, text)
+
+
 def test_an_error_of_the_users_is_one_line_in_a_notebook():
     error = kd.InputError("temperature is -1; it must be a positive, finite number")
     assert error._render_traceback_() == [f"InputError: {error}"]

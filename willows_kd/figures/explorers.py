@@ -92,6 +92,8 @@ def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens
 
     def write(_change=None):
         button.disabled, button.description = True, "Writing …"
+        for name in models:
+            out[name].value = f"<b>{html.escape(name)}</b><p>writing …</p>"
         try:
             for name, model in models.items():
                 text = complete(model, tokenizer, field.value, max_new_tokens, seed=seed.value)
@@ -107,10 +109,14 @@ def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens
 
 
 def continuation(prompt: str, text: str) -> str:
-    """A text as HTML: its prompt, unless that was too long to be kept, paler than the rest."""
-    kept = prompt if text.startswith(prompt) else ""
+    """A text as HTML: its prompt paler than the rest, and what became of the prompt."""
+    lost = next(i for i in range(len(prompt) + 1) if text.startswith(prompt[i:]))
+    kept = prompt[lost:]
+    notes = ["the box is empty: the model begins a text of its own"] * (not prompt)
+    notes += [f"too long: the prompt's first {lost} characters were cut off"] * (lost > 0)
+    small = "".join(f"<br><small>({note})</small>" for note in notes)
     pale, rest = html.escape(kept), html.escape(text[len(kept) :])
-    return f'<p><span style="opacity: 0.6">{pale}</span>{rest}</p>'
+    return f'<p><span style="opacity: 0.6">{pale}</span>{rest}{small}</p>'
 
 
 @torch.inference_mode()
