@@ -44,6 +44,7 @@ def things(teacher, tokenizer, story, blocks, tmp_path):
 # theirs in their own files.
 BAD = [
     ("give what load_corpus returns", lambda t: kd.pack(t.tokenizer, t.story)),
+    ("block_size is 1; ", lambda t: kd.pack(t.story, t.tokenizer, 1)),
     # models
     ("is a file", lambda t: kd.load_teacher(t.file())),
     ("config.json", lambda t: kd.load_teacher(t.folder)),

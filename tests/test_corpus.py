@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 import willows_kd as kd
 from willows_kd import texts as texts_file
 from willows_kd.corpus import PIECE, split, tokenize
-from willows_kd.tables import Rows, quiet_datasets
+from willows_kd.tables import READERS, Rows, quiet_datasets
 from willows_kd.texts import LONGEST_WRAPPED_LINE, WILLOWS, decode, parse_text
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
@@ -178,34 +178,24 @@ def test_no_word_of_a_text_is_lost(paragraphs, width, gap):
 # -- where the text comes from ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("source", "there", "read"),
-    [
-        ("path", "path variable cache", "path"),
-        ("sample", "variable cache", "sample"),
-        (None, "variable cache", "variable"),
-        ("willows", "cache", "cache"),
-    ],
-)
-def test_the_first_source_that_can_be_had_is_read(
-    source, there, read, story, tmp_path, monkeypatch, capsys
-):
-    cache = texts_file.cache_folder() / "wind_in_the_willows.txt"
-    cache.parent.mkdir(parents=True)
-    files = {"path": tmp_path / "a.txt", "variable": tmp_path / "b.txt", "cache": cache}
-    for name in there.split():
-        files[name].write_text(f"This is the {name}.\n\nIt rained.")
-    if "variable" in there:
-        monkeypatch.setenv("WILLOWS_KD_CORPUS", str(files["variable"]))
+def test_the_first_source_that_can_be_had_is_read(story, tmp_path, monkeypatch, capsys):
+    def write(path, name: str):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"This is the {name}.\n\nIt rained.")
+        return path
+
     monkeypatch.setattr(texts_file, "download_book", lambda url: pytest.fail("asked the network"))
-
-    book = kd.load_corpus(files.get(source, source))
-
-    expected = story.text if read == "sample" else f"This is the {read}.\n\nIt rained."
-    assert book.text == expected
-    from_variable = f"{files['variable']} (WILLOWS_KD_CORPUS)"
-    assert (book.provenance == from_variable) == (read == "variable")
-    assert (book.title, book.provenance) == ("a", str(files["path"])) or read != "path"
+    write(texts_file.cache_folder() / "wind_in_the_willows.txt", "cache")
+    for source in (None, "willows"):
+        assert kd.load_corpus(source).text == "This is the cache.\n\nIt rained."
+    variable = write(tmp_path / "b.txt", "variable")
+    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(variable))
+    corpus = kd.load_corpus()
+    assert corpus.text == "This is the variable.\n\nIt rained."
+    assert corpus.provenance == f"{variable} (WILLOWS_KD_CORPUS)"
+    path = write(tmp_path / "a.txt", "path")
+    assert kd.load_corpus(path) == kd.Corpus("a", str(path), ("This is the path.\n\nIt rained.",))
+    assert kd.load_corpus("sample") == story
     assert capsys.readouterr() == ("", "")
 
 
@@ -267,14 +257,10 @@ def write_rows(tmp_path):
         if isinstance(rows, str):
             path.write_bytes(rows.encode(encoding))
             return path
-        table = datasets.Dataset.from_list(rows)
+        table, kind = datasets.Dataset.from_list(rows), READERS[path.suffix]
+        settings = {"csv": {"sep": "\t" if path.suffix == ".tsv" else ",", "index": False}}
         with quiet_datasets():
-            if path.suffix == ".parquet":
-                table.to_parquet(path)
-            elif "json" in path.suffix:
-                table.to_json(path)
-            else:
-                table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+            getattr(table, f"to_{kind}")(path, **settings.get(kind, {}))
         return path
 
     return write
@@ -391,15 +377,6 @@ def test_a_split_loses_nothing_and_holds_out_the_end(book):
 
 # -- splits to blocks ------------------------------------------------------------------
 
-# words of four to six characters: then no part of a text of 40 paragraphs is too short
-WORDS = ["badger", "‘Ho!’", "naïve", "1908", "🦔🦔🦔🦔", "hedge,", "such—", "ïöüß"]
-long_paragraphs = st.lists(st.sampled_from(WORDS), min_size=4, max_size=6).map(
-    lambda words: " ".join(words * 5)
-)
-long_texts = st.lists(
-    st.lists(long_paragraphs, min_size=5, max_size=7).map("\n\n".join), min_size=8, max_size=9
-)
-
 
 def with_first_token(tokenizer):
     """A tokenizer that begins every text with a token of its own, as Llama's does."""
@@ -411,10 +388,10 @@ def with_first_token(tokenizer):
     return changed
 
 
-@settings(repeatable, max_examples=20)
-@given(texts=long_texts, block_size=st.integers(2, 20), first=st.booleans())
-def test_no_token_is_lost(texts, block_size, first, tokenizer):
-    corpus = corpus_of(texts)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("block_size", [2, 7, 20])
+def test_no_token_is_lost(block_size, first, story, tokenizer):
+    corpus = corpus_of([text[:900] for text in story.texts])
     own = with_first_token(tokenizer) if first else tokenizer
     packed = kd.pack(corpus, own, block_size)
     assert packed.first_token == (7 if first else None) and packed.masks == {}
@@ -431,11 +408,11 @@ def test_no_token_is_lost(texts, block_size, first, tokenizer):
     assert packed.block_size == block_size
 
 
-def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
+def test_texts_stand_apart_where_there_is_an_end_of_text_token(story, tokenizer):
     without = copy.deepcopy(tokenizer)
     without.eos_token = None
-    texts = ["It rained.", "So."]
-    first, second = (tokenizer(text)["input_ids"] for text in texts)
+    texts = [story.text, "So."]  # the first is tokenized in pieces
+    first, second = (tokenizer(text, verbose=False)["input_ids"] for text in texts)
     assert tokenize(texts, tokenizer).tolist() == [*first, tokenizer.eos_token_id, *second]
     assert tokenize(texts, without).tolist() == [*first, *second]
     assert tokenize([], tokenizer).tolist() == []
@@ -466,20 +443,6 @@ def test_a_block_is_as_long_as_the_models_positions(story, tokenizer):
     assert kd.pack(story, changed).block_size == 1024
 
 
-def test_a_text_too_short_for_one_block_is_refused(tokenizer):
-    corpus = corpus_of(["It rained. " * 40])
-    tokens = len(tokenize(split(corpus).validation, tokenizer))
-    said = f"validation part holds {tokens} tokens, .* block of {tokens + 1};"
-    with pytest.raises(kd.InputError, match=said):
-        kd.pack(corpus, tokenizer, tokens + 1)
-
-
-@pytest.mark.parametrize("block_size", [1, 8.0])
-def test_a_block_without_a_next_token_is_refused(block_size, story, tokenizer):
-    with pytest.raises(kd.InputError, match=f"block_size is {block_size!r}; .* at least 2"):
-        kd.pack(story, tokenizer, block_size)
-
-
 # -- chats -----------------------------------------------------------------------------
 
 TEMPLATE = (
@@ -494,8 +457,9 @@ def with_template(tokenizer, template: str | None = TEMPLATE):
     return changed
 
 
-def chat_corpus(write_rows, rows: list[dict]) -> kd.Corpus:
-    return kd.load_corpus(write_rows("a.jsonl", rows))
+def chats(row: dict) -> kd.Corpus:
+    """Twelve times the same row."""
+    return kd.Corpus("a", "a", Rows(datasets.Dataset.from_list([row] * 12)))
 
 
 def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:
@@ -504,48 +468,42 @@ def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_exactly_the_completion_and_its_end_count(first, tokenizer, write_rows):
+def test_exactly_the_completion_and_its_end_count(first, tokenizer):
     own = with_first_token(tokenizer) if first else tokenizer
-    rows = [{"prompt": f"Rain {n}?", "completion": f" So {n}."} for n in range(12)]
-    blocks = kd.pack(chat_corpus(write_rows, rows), own, 16)
-    asked, said = (tokenizer(text)["input_ids"] for text in ("Rain 0?", " So 0."))
+    blocks = kd.pack(chats({"prompt": "Rain?", "completion": " So it was."}), own, 16)
+    asked, said = (tokenizer(text)["input_ids"] for text in ("Rain?", " So it was."))
     begin, end = [7] * first, tokenizer.eos_token_id
     pads = 16 - len(begin + asked + said) - 1
     assert blocks.train[0].tolist() == [*begin, *asked, *said, *[end] * (1 + pads)]
     counted = [False] * len(begin + asked) + [True] * (len(said) + 1) + [False] * pads
     assert blocks.masks["train"][0].tolist() == counted
     assert [len(part) for part in (blocks.train, blocks.validation, blocks.test)] == [10, 1, 1]
-    assert answers(blocks, own, "test") == " So 11." + tokenizer.eos_token
     assert set(blocks.remainder.values()) == {0}
 
 
-def test_a_long_chat_goes_on_in_blocks_of_its_own(tokenizer, write_rows):
-    rows = [{"prompt": "Rain?", "completion": " It rained and rained."}] * 12
-    blocks = kd.pack(chat_corpus(write_rows, rows), tokenizer, 4)
-    per_row = len(blocks.train) // 10
-    assert per_row > 1 and len(blocks.train) == 10 * per_row
+def test_a_long_chat_goes_on_in_blocks_of_its_own(tokenizer):
+    row = {"prompt": "Rain?", "completion": " It rained and rained."}
+    blocks = kd.pack(chats(row), tokenizer, 4)
     whole = blocks.train.view(10, -1)
-    assert all(torch.equal(row, whole[0]) for row in whole)
+    assert whole.shape[1] > 4 and all(torch.equal(row, whole[0]) for row in whole)
     assert answers(blocks, tokenizer) == 10 * (" It rained and rained." + tokenizer.eos_token)
 
 
-def test_every_answer_of_a_chat_counts_and_nothing_of_its_form(tokenizer, write_rows):
-    rows = [{"messages": CHAT + [CHAT[0], {"role": "assistant", "content": "Yes."}]}] * 12
+def test_every_answer_of_a_chat_counts_and_nothing_of_its_form(tokenizer):
     own, end = with_template(tokenizer), tokenizer.eos_token
-    blocks = kd.pack(chat_corpus(write_rows, rows), own, 64)
+    more = CHAT + [CHAT[0], {"role": "assistant", "content": "Yes."}]
+    blocks = kd.pack(chats({"messages": more}), own, 64)
     assert answers(blocks, own, "test") == f"So.{end}Yes.{end}"
     form = f"user: Rain?{end}\nassistant: So.{end}\nuser: Rain?{end}\nassistant: Yes.{end}"
     assert tokenizer.decode(blocks.test[0]).startswith(form)
     assert tokenizer.decode(blocks.test[0]).removeprefix(form).replace(end, "") == ""
 
 
-def test_a_first_token_that_a_template_writes_stands_once(tokenizer, write_rows):
-    own = with_first_token(with_template(tokenizer, "{{ '" + "X' }}" + TEMPLATE))
-    own.backend_tokenizer.post_processor = TemplateProcessing(
-        single="X $A", special_tokens=[("X", first := tokenizer("X")["input_ids"][0])]
-    )
-    blocks = kd.pack(chat_corpus(write_rows, [{"messages": CHAT}] * 12), own, 64)
-    assert blocks.train[0].tolist().count(first) == 1 and blocks.train[0, 0] == first
+def test_a_first_token_that_a_template_writes_stands_once(tokenizer):
+    template = '{{ "' + tokenizer.decode([7]) + '" }}' + TEMPLATE
+    own = with_first_token(with_template(tokenizer, template))
+    blocks = kd.pack(chats({"messages": CHAT}), own, 64)
+    assert blocks.train[0].tolist().count(7) == 1 and blocks.train[0, 0] == 7
 
 
 @pytest.mark.parametrize(
@@ -557,12 +515,9 @@ def test_a_first_token_that_a_template_writes_stands_once(tokenizer, write_rows)
         (TEMPLATE, CHAT[:1], "has no answer"),
     ],
 )
-def test_a_chat_that_cannot_be_formed_is_one_line(
-    template, messages, problem, tokenizer, write_rows
-):
-    corpus = chat_corpus(write_rows, [{"messages": messages}] * 12)
+def test_a_chat_that_cannot_be_formed_is_one_line(template, messages, problem, tokenizer):
     with pytest.raises(kd.InputError, match=problem) as caught:
-        kd.pack(corpus, with_template(tokenizer, template), 16)
+        kd.pack(chats({"messages": messages}), with_template(tokenizer, template), 16)
     assert "\n" not in str(caught.value)
 
 
