@@ -29,7 +29,7 @@ from transformers import (
     pipeline,
 )
 
-import willows_kd
+import willows_kd as kd
 from willows_kd import evaluation, models
 from willows_kd.cli import distill as commands
 from willows_kd.cli import main, parse
@@ -288,6 +288,17 @@ def test_a_table_of_positions_is_found_by_looking_at_the_modules():
         assert commands.untrained_positions(model, 8).startswith(said)
         assert commands.untrained_positions(model, 40) == ""
     assert commands.untrained_positions(LlamaForCausalLM(llama), 8) == ""  # rotary
+
+
+def test_the_best_start_among_the_affordable_is_taken(make_gpt2, blocks, capsys):
+    teacher = make_gpt2(initializer_range=0.2)
+    kept = commands.layers_of_student(SimpleNamespace(layers=2, init=None), teacher, blocks.train)
+    table = kd.choose_layers(teacher, 2, blocks.train[::3])
+    best, *others = table.drop("greedy").index  # which would read more than an epoch's blocks
+    said = capsys.readouterr().out
+    assert kept == table["layers"][best]
+    assert f"of the teacher's 4 ({best})\n" in said
+    assert re.findall(r"(?:choices: |, )([a-z]+) [\d.]+", said) == others
 
 
 def test_a_teacher_with_gpt2s_vocabulary_asks_for_distilgpt2(place, tmp_path, capfd, monkeypatch):
@@ -556,7 +567,7 @@ sys.exit(f"imported: {slow}" if slow else 0)
     done = process("-c", code)
     assert done.returncode == 0, done.stderr
     assert (done.stdout.count("usage: "), done.stderr.count("error: ")) == (2, 2)
-    assert f"\nwillows-kd {willows_kd.__version__}\n" in done.stdout
+    assert f"\nwillows-kd {kd.__version__}\n" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,6 @@ URLS = (
 )
 TIMEOUT = 10  # seconds without an answer
 SIZE_LIMIT = 2_000_000  # bytes; the book has a third of a million
-CHAPTER_LENGTHS = range(10_000, 60_000)  # characters that a chapter of this book may have
 
 
 def fetch_willows() -> Path:
@@ -189,9 +188,7 @@ def download_book(url: str) -> str:
         raw = answer.read(SIZE_LIMIT + 1)
     require(len(raw) <= SIZE_LIMIT, f"more than {SIZE_LIMIT} bytes")
     text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    is_whole = bool(END_OF_BOOK.search(text))
-    text = re.sub(r"\n{3,}", "\n\n", strip_licence(text)).strip("\n") + "\n"
-    title, chapters = chapters_of(text)
-    is_book = title == WILLOWS and all(len(c) in CHAPTER_LENGTHS for c in chapters)
-    require(is_whole and is_book, "what arrived is not the twelve chapters of the book")
-    return text
+    body = re.sub(r"\n{3,}", "\n\n", strip_licence(text)).strip("\n") + "\n"
+    is_whole = END_OF_BOOK.search(text) and chapters_of(body)[0] == WILLOWS
+    require(is_whole, "what arrived is not the twelve chapters of the book")
+    return body

@@ -287,19 +287,12 @@ def train(job: Job, checkpoints: Checkpoints, options) -> list[dict]:
     more = {"on_step": on_step, "checkpoints": checkpoints, "resume": options.resume}
     try:
         return distill(teacher, job.student, job.blocks, job.config, loss=ChunkedLoss, **more)
-    except Stopped as stopped:
-        if stopped.history and is_finished(stopped.history, job.config):
-            return stopped.history
-    ended = checkpoints.newest(ends_epoch=True)
+    except Stopped:
+        ended = checkpoints.newest(ends_epoch=True)
     if ended is None:
         return []
     ended.load(job.student)
     return ended.history
-
-
-def is_finished(history: list[dict], config: DistillConfig) -> bool:
-    """Whether a history is that of all epochs."""
-    return history[-1]["epoch"] == config.epochs and "average_loss" in history[-1]
 
 
 def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int:
@@ -312,9 +305,8 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     print(f"💾 Saving distilled student model to: {output}")
     models.save_model(job.student, job.tokenizer, output, texts(job, history), options.overwrite)
     print("✅ Distilled model saved successfully!")
-    if not is_finished(history, job.config):
-        done = f"epoch {history[-1]['epoch']} of {job.config.epochs}"
-        print(f"stopped: the student is that of {done}{resumable}")
+    if (done := history[-1]["epoch"]) < job.config.epochs:
+        print(f"stopped: the student is that of epoch {done} of {job.config.epochs}{resumable}")
         return STOPPED
     print("📏 Comparing with the teacher...", flush=True)
     try:
