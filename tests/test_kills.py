@@ -16,7 +16,7 @@ from willows_kd.files import SETTINGS_FILE, cache_folder
 
 ASIDE = ("the earlier output stands aside", "the earlier output is to be put back")
 FINISHED = ("the output is in its place", "a checkpoint is cleared")
-ALONE = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 -m willows_kd distill"
 NO_LARGE_FILES = """
 import resource, sys
@@ -48,7 +48,9 @@ def options(model_dir, story, tmp_path) -> list[str]:
 
 def python(*arguments, code: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ALONE, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=os.environ | ALONE, timeout=600
+    )
     assert done.returncode == code, done.stderr
     return done
 
@@ -82,7 +84,7 @@ def test_two_processes_that_are_stopped_go_on_together(options, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     launch = [*LAUNCH.split(), *options, "--output_dir"]
     python(*launch, whole)
-    with subprocess.Popen([sys.executable, *launch, stopped], env=ALONE) as running:
+    with subprocess.Popen([sys.executable, *launch, stopped], env=os.environ | ALONE) as running:
         deadline = time.monotonic() + 300
         while not list(tmp_path.glob("stopped.checkpoints/step_*")) and time.monotonic() < deadline:
             time.sleep(0.01)
