@@ -62,7 +62,7 @@ def read_table(
 
 
 def load_file(path: Path, kind: str, encoding: str | None):
-    """The rows of a file; of the kinds that `datasets` reads, it takes that of the suffix."""
+    """The rows of a file, which is in UTF-8 unless it is marked or named otherwise."""
     import datasets  # slow to import
 
     with path.open("rb") as file:
