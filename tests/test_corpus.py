@@ -275,6 +275,7 @@ def test_each_row_of_a_table_is_a_text(name, write_rows, capfd):
     assert (corpus.title, corpus.provenance, corpus.skipped) == (path.stem, str(path), 2)
     assert kd.load_corpus(path, text_column="id").text == "a\n\nb\n\nc\n\nd"
     assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()  # as it was
 
 
 def test_a_table_is_read_again_when_it_has_changed(write_rows):
@@ -527,14 +528,3 @@ def test_rows_without_an_answer_are_skipped_and_a_column_can_be_named(write_rows
     corpus = kd.load_corpus(path)
     assert [row["completion"] for row in corpus.texts] == ["So.", "No."] and corpus.skipped == 2
     assert kd.load_corpus(path, text_column="completion").text == "So.\n\nNo."
-
-
-def test_reading_leaves_progress_bars_as_they_were(write_rows):
-    before = datasets.are_progress_bars_disabled()
-    datasets.enable_progress_bars()
-    try:
-        kd.load_corpus(write_rows("a.jsonl", ROWS))
-        assert not datasets.are_progress_bars_disabled()
-    finally:
-        if before:
-            datasets.disable_progress_bars()
