@@ -353,6 +353,11 @@ def test_another_text_is_split_where_paragraphs_end():
     assert splits.test == ["Paragraph 33.\n\nParagraph 34."]
 
 
+def test_a_text_is_cut_at_the_nearest_end_of_a_paragraph():
+    splits = split(corpus_of(["\n\n".join(["x" * 52, *["x" * 10] * 19])]))
+    assert [len(part[0].split("\n\n")) for part in vars(splits).values()] == [15, 3, 2]
+
+
 def test_a_text_of_one_paragraph_is_split_between_words():
     splits = split(corpus_of(["word " * 99 + "word"]))
     parts = [texts[0] for texts in vars(splits).values()]
@@ -471,13 +476,15 @@ def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:
 @pytest.mark.parametrize("first", [False, True])
 def test_exactly_the_completion_and_its_end_count(first, tokenizer):
     own = with_first_token(tokenizer) if first else tokenizer
-    blocks = kd.pack(chats({"prompt": "Rain?", "completion": " So it was."}), own, 16)
+    corpus = chats({"prompt": "Rain?", "completion": " So it was."})
+    blocks = kd.pack(corpus, own, 16)
     asked, said = (tokenizer(text)["input_ids"] for text in ("Rain?", " So it was."))
     begin, end = [7] * first, tokenizer.eos_token_id
     pads = 16 - len(begin + asked + said) - 1
     assert blocks.train[0].tolist() == [*begin, *asked, *said, *[end] * (1 + pads)]
     counted = [False] * len(begin + asked) + [True] * (len(said) + 1) + [False] * pads
     assert blocks.masks["train"][0].tolist() == counted
+    assert torch.equal(kd.pack(corpus, own, 16 - pads).train, blocks.train[:, : 16 - pads])
     assert [len(part) for part in (blocks.train, blocks.validation, blocks.test)] == [10, 1, 1]
     assert set(blocks.remainder.values()) == {0}
 
