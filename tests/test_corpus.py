@@ -212,7 +212,7 @@ def test_without_the_book_the_story_is_read_and_said_or_the_book_alone_refused(s
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("missing.txt", "No such file"),
+        ("texts/missing.txt", "No such file"),
         ("missing.csv", "No such file"),
         ("texts/missing", "no.*hub"),
         ("texts", "Is a directory"),

@@ -37,8 +37,9 @@ class Rows(Sequence):
 
 def is_table(source: str | os.PathLike) -> bool:
     """Whether a source is a file of rows, or looks like `OWNER/NAME` and is no path."""
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and not Path(source).exists()
-    return Path(source).suffix.lower() in READERS or bool(on_hub)
+    named_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.txt)(?<!\.md)", str(source))
+    on_hub = bool(named_so) and not Path(source).exists()
+    return on_hub or Path(source).suffix.lower() in READERS
 
 
 def read_table(
