@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
@@ -29,7 +30,6 @@ from willows_kd.models import bundled, load_student, load_teacher
 
 HOST = "127.0.0.1"
 NEW_TOKENS = 60
-LONG_PROMPT = 400  # characters that are shown at once
 ABOUT = """# Teacher and student, side by side
 Begin a text. A language model, the *teacher*, goes on with it, and so does a smaller one that
 learnt from it, the *student*: one after the other, so that each has the machine to itself. The
@@ -38,7 +38,6 @@ in nats; point at a token for the number)."""
 CSS = """
 .model { border-top: 2px solid var(--border-color-primary); padding-top: .6em; min-height: 9em }
 .model h3 { margin: 0 } .model small, .model .prompt { opacity: .65 }
-.model details { opacity: .65 }
 @media (max-width: 40em) { .models { flex-direction: column } }
 .model p { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; font-size: 1.05em }
 """
@@ -75,11 +74,10 @@ def check_page(port: int) -> None:
     """Require gradio, and a port on which a page can be opened."""
     found = importlib.util.find_spec("gradio")
     require(found, "demo needs gradio; pip install gradio")
-    require(0 < port < 65536, f"--port is {port}; it must be from 1 to 65535")
     try:
         socket.create_server((HOST, port)).close()
-    except OSError as error:
-        reason = f"port {port} cannot be used ({error.strerror}); give another with --port"
+    except (OSError, OverflowError) as error:
+        reason = f"port {port} cannot be used ({error}); give another with --port"
         raise InputError(reason) from error
 
 
@@ -87,7 +85,6 @@ def serve(models: dict[str, torch.nn.Module], tokenizer, port: int) -> None:
     """Show the page of some models, the teacher first, until Ctrl-C."""
     import gradio as gr
 
-    system = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page = make_page(models, tokenizer)
     excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     os.environ["no_proxy"] = f"{excepted},{HOST}"  # gradio looks whether its page answers
@@ -97,7 +94,8 @@ def serve(models: dict[str, torch.nn.Module], tokenizer, port: int) -> None:
         share=False,
         ssr_mode=False,
         quiet=True,
-        theme=system,  # its fonts are the machine's own: none is fetched
+        # the machine's own fonts: none is fetched
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS,
         footer_links=[],
         prevent_thread_lock=True,
@@ -154,20 +152,17 @@ def make_page(models: dict[str, torch.nn.Module], tokenizer):
 
 def columns(head: str, teacher, model, tokenizer, prompt: str, *settings) -> Iterator[str]:
     """What one model's column shows, token by token; a student's is shaded at the end."""
-    facts, parts, start = [""], [], time.perf_counter()
+    parts, start = [], time.perf_counter()
     for prompt_ids, new_ids in written(model, tokenizer, prompt, *settings):
-        if not parts:
-            parts.append(text_of(tokenizer, prompt_ids))
-            lost = len(tokenizer(prompt, verbose=False)["input_ids"]) - len(prompt_ids)
-            facts += [f"too long: the prompt's first {lost} tokens were cut off"] * (lost > 0)
+        parts = parts or [text_of(tokenizer, prompt_ids)]
         parts.append(text_of(tokenizer, prompt_ids + new_ids)[len("".join(parts)) :])
-        facts[0] = f"{len(new_ids) / (time.perf_counter() - start):.0f} tokens/s"
-        yield column(head, facts, parts, [0.0] * len(new_ids))
+        fact = f"{len(new_ids) / (time.perf_counter() - start):.0f} tokens/s"
+        yield column(head, fact, parts, [0.0] * len(new_ids))
     if model is not teacher:
         ids = torch.tensor([prompt_ids + new_ids], device=model.device)
         kl = token_scores(model, teacher, ids)["kl"][0, len(prompt_ids) - 1 :].tolist()
-        facts.append(f"{sum(kl) / len(kl):.2f} nats from the teacher")
-        yield column(head, facts, parts, kl)
+        fact += f" · {sum(kl) / len(kl):.2f} nats from the teacher"
+        yield column(head, fact, parts, kl)
 
 
 def written(model, tokenizer, prompt, *settings) -> Iterator[tuple[list, list]]:
@@ -178,29 +173,21 @@ def written(model, tokenizer, prompt, *settings) -> Iterator[tuple[list, list]]:
     def put(ids):
         if left.is_set():
             raise InterruptedError("nobody reads on")
-        arrived.put(ids)
+        arrived.put(ids.flatten().tolist())
 
-    def write():
+    streamer = SimpleNamespace(put=put, end=lambda: None)
+    with ThreadPoolExecutor(1) as pool:  # its end is waited for: the next page is alone then
+        writing = pool.submit(complete, model, tokenizer, prompt, *settings, streamer=streamer)
+        writing.add_done_callback(lambda _: arrived.put(None))
+        ids: list[list[int]] = []
         try:
-            streamer = SimpleNamespace(put=put, end=lambda: None)
-            complete(model, tokenizer, prompt, *settings, streamer=streamer)
-            arrived.put(None)
-        except BaseException as error:  # is raised where it is seen
-            arrived.put(error)
-
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    ids: list[list[int]] = []
-    try:
-        while (new := arrived.get()) is not None:
-            if isinstance(new, BaseException):
-                raise new
-            ids.append(new.flatten().tolist())
-            if len(ids) > 1:
-                yield ids[0], sum(ids[1:], [])
-    finally:
-        left.set()
-        writer.join()  # the next page has the machine to itself
+            for new in iter(arrived.get, None):
+                ids.append(new)
+                if len(ids) > 1:
+                    yield ids[0], sum(ids[1:], [])
+        finally:
+            left.set()
+        writing.result()  # raises what went wrong
 
 
 def text_of(tokenizer, ids: list[int]) -> str:
@@ -214,7 +201,7 @@ def heading(name: str, model) -> str:
     return f"<h3>{html.escape(name)}</h3><small>{size}</small>"
 
 
-def column(head: str, facts=(), parts=("",), kl=()) -> str:
+def column(head: str, fact: str = "", parts=("",), kl=()) -> str:
     """A model's column: what it is, the prompt, and its tokens, each as dark as its KL is large."""
     prompt, *tokens = (html.escape(part) for part in parts)
     shaded = [
@@ -222,14 +209,8 @@ def column(head: str, facts=(), parts=("",), kl=()) -> str:
         f'title="{nats:.2f} nats">{token}</span>'
         for token, nats in zip(tokens, kl, strict=True)
     ]
-    facts = f"<small>{' · '.join(facts)}</small>" if facts else ""
-    given = f'<span class="prompt">{prompt}</span>'
-    folded = ""
-    if len(parts[0]) > LONG_PROMPT:
-        told = f"the prompt, {len(parts[0]):,} characters"
-        folded, given = f"<details><summary>{told}</summary>{prompt}</details>", "… "
-    text = f"{folded}<p>{given}{''.join(shaded)}</p>"
-    return f'<div class="model">{head}<br>{facts}{text}</div>'
+    text = f'<p><span class="prompt">{prompt}</span>{"".join(shaded)}</p>'
+    return f'<div class="model">{head}<br><small>{fact}</small>{text}</div>'
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import codecs
 import copy
-import gzip
 import hashlib
 import json
 import re
@@ -19,8 +18,7 @@ from tokenizers.processors import TemplateProcessing
 import willows_kd as kd
 from willows_kd import texts as texts_file
 from willows_kd.corpus import PIECE, split, tokenize
-from willows_kd.models import BUNDLED_TEACHER
-from willows_kd.tables import Rows, quiet_datasets
+from willows_kd.tables import READERS, Rows, quiet_datasets
 from willows_kd.texts import LONGEST_WRAPPED_LINE, WILLOWS, decode, parse_text
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
@@ -49,7 +47,6 @@ def corpus_of(texts: list, skipped: int = 0) -> kd.Corpus:
 # -- bytes to text ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize(
     ("mark", "codec", "named"),
     [
@@ -60,28 +57,20 @@ def corpus_of(texts: list, skipped: int = 0) -> kd.Corpus:
         (b"", "cp1252", "cp1252"),
     ],
 )
-def test_utf8_and_marked_utf16_are_read_and_another_encoding_if_it_is_named(
-    mark, codec, named, line_end
-):
-    text = "‘Ho!’ cried the naïve badger.\n\n“So late?” — it was.\n"
-    raw = mark + text.replace("\n", line_end).encode(codec)
-    assert decode(raw, encoding=named) == text
-    assert decode(raw + "\x1a\ufeff".encode(codec, "ignore"), encoding=named) == text
+def test_utf8_and_marked_utf16_are_read_and_another_encoding_if_it_is_named(mark, codec, named):
+    text = "‘Ho!’ cried the\nnaïve badger.\n\n“So late?” — it was.\n"
+    for line_end in ("\n", "\r\n", "\r"):
+        raw = mark + text.replace("\n", line_end).encode(codec)
+        assert decode(raw, "a file", named) == text
 
 
 @pytest.mark.parametrize(
     ("raw", "encoding", "problem"),
     [
         ("Крот".encode("cp1251"), None, "my_file is not text in UTF-8; .*--encoding"),
-        ("naïve".encode("cp1252"), None, "my_file is not text in UTF-8; .*--encoding"),
         ("It rained.".encode("utf-16-le"), None, "my_file is not text in UTF-8; .*--encoding"),
         ("Крот".encode("cp1251"), "utf-8", "not text in utf-8"),
         (b"It rained.", "cp1", "'cp1' is no known encoding"),
-        (b"It rained.", "hex", "'hex' is no known encoding"),
-        (bytes(1_000), None, "my_file is not text"),
-        (gzip.compress(b"It rained.", mtime=0), None, "my_file is not text"),
-        ((BUNDLED_TEACHER / "model.safetensors").read_bytes(), None, "my_file is not text"),
-        (codecs.BOM_UTF16_LE + b"\x41", None, "my_file is not text"),
         (b"%PDF-1.7\n%\xe2\xe3", None, "my_file is a PDF; save it as plain text"),
         (b"\xef\xbb\xbf\n <!DOCTYPE HTML>\n<p>It rained.", None, "my_file is HTML"),
         ("<html><p>It rained.".encode("utf-16"), None, "my_file is HTML"),
@@ -101,46 +90,29 @@ LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
 @pytest.mark.parametrize(
     ("raw", "clean"),
     [
-        pytest.param("One\nday it\nrained.", "One\n\nday it\n\nrained.", id="no blank line"),
-        pytest.param("One\nday.\n\nIt\nrained.", "One day.\n\nIt rained.", id="hard wraps"),
-        pytest.param("One.\n \t\nTwo.", "One.\n\nTwo.", id="blank line of spaces"),
-        pytest.param("One  day  it\trained.", "One day it rained.", id="runs of spaces"),
-        pytest.param(
-            "He sang:\n\n  One for the hill,\n    Two for the mill,\n\nand sat\ndown.",
-            "He sang:\n\nOne for the hill,\nTwo for the mill,\n\nand sat down.",
-            id="verse",
+        ("One\nday it\nrained.", "One\n\nday it\n\nrained."),  # no blank line
+        ("One\nday.\n \t\nIt\nrained.", "One day.\n\nIt rained."),  # wrapped by hand
+        ("  One  day\nit\train_ed.\n\nSo.", "One day it rain_ed.\n\nSo."),
+        ("So:\n\n  One\n    Two,\n\nand sat\ndown.", "So:\n\nOne\nTwo,\n\nand sat down."),  # verse
+        ("One.\n\n[Illustration: A\n\nbed]\n\n * * *\n\nTwo {12}[Pg 13].", "One.\n\nTwo ."),
+        ("It was _very_ wet, _far\ntoo_ wet.\n\nSo.", "It was very wet, far too wet.\n\nSo."),
+        (f"One.\n\n_{LONG_LINE}_\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo."),
+        (
+            "I. FOG\n\nSo.\n\nII. RAIN\n\nSo.",
+            "I. FOG\n\nSo.\n\nII. RAIN\n\nSo.",
         ),
-        pytest.param("  One day\nit rained.\n\nSo.", "One day it rained.\n\nSo.", id="indent"),
-        pytest.param(
-            "One.\n\n[Illustration: A badger\n\nin bed]\n\nTwo.", "One.\n\nTwo.", id="caption"
+        (
+            "---\ntitle: Fog\ntags:\n- wet\n---\n\nSo.\n\n---\n\nNo.",
+            "So.\n\n---\n\nNo.",
         ),
-        pytest.param("One.\n\n  *    *    *\n\n· · ·\n\nTwo.", "One.\n\nTwo.", id="asterisks"),
-        pytest.param("One {12}day [Pg 13] it rained.", "One day it rained.", id="page numbers"),
-        pytest.param(
-            "It was _very_ wet, _far\ntoo_ wet.\n\nSo.",
-            "It was very wet, far too wet.\n\nSo.",
-            id="emphasis",
-        ),
-        pytest.param("Call it my_own_name.", "Call it my_own_name.", id="underscores in a word"),
-        pytest.param(
-            f"One.\n\n_{LONG_LINE}_\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo.", id="over-long line"
-        ),
-        pytest.param("I. FOG\n\nSo.\n\nII. RAIN\n\nSo.", None, id="headings of another book"),
-        pytest.param("---\ntitle: Fog\ntags:\n- wet\n---\n\nSo.", "So.", id="metadata"),
-        pytest.param("---\n\nIt rained: so.\n\n---\n\nSo.", None, id="a rule is no metadata"),
-        pytest.param(
-            "---\na: b\n---\n\nSo: it rained.\n\n---\n\nSo.",
-            "So: it rained.\n\n---\n\nSo.",
-            id="a rule after metadata",
-        ),
+        ("---\n\nIt rained: so.\n\n---\n\nSo.", "---\n\nIt rained: so.\n\n---\n\nSo."),
     ],
 )
 def test_text_is_cleaned_and_is_one_text(raw, clean):
-    assert parse(raw).texts == (raw if clean is None else clean,)
-    assert parse(raw).title == "file-name"
+    assert (parse(raw).title, parse(raw).texts) == ("file-name", (clean,))
 
 
-@pytest.mark.parametrize("raw", ["", " \n\n\t\n", "[Illustration]\n\n* * *"])
+@pytest.mark.parametrize("raw", ["", "[Illustration]\n\n* * *"])
 def test_a_text_with_nothing_to_learn_from_is_refused(raw):
     with pytest.raises(kd.InputError, match="a test holds no text"):
         parse(raw)
@@ -150,26 +122,23 @@ START = "*** START OF THE PROJECT GUTENBERG EBOOK A BOOK ***"
 END = "*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***"
 
 
-def willows(heading: str = "{roman}. {title}", titles=WILLOWS_TITLES, front: str = "") -> str:
+def willows(heading: str = "{roman}. {title}", titles=WILLOWS_TITLES) -> str:
     """A text with the headings of the book; its last chapter is as long as all the others."""
-    return front + "\n\n".join(
+    return "\n\n".join(
         heading.format(n=n, roman=ROMAN[n - 1], title=title)
         + f"\n\nWords of chapter <{n}>." * (12 if n == 12 else 1)
         for n, title in enumerate(titles, start=1)
     )
 
 
-CONTENTS = "\n\n".join(f"{n}. {title}" for n, title in enumerate(WILLOWS_TITLES, start=1))
+CONTENTS = "".join(f"{n}. {title}\n\n" for n, title in enumerate(WILLOWS_TITLES, start=1))
 
 
 @pytest.mark.parametrize(
     "raw",
     [
-        pytest.param(willows(), id="as it is"),
-        pytest.param(willows("CHAPTER {n}.  {title}"), id="another numbering"),
-        pytest.param(willows(front=f"THE BOOK\n\nCONTENTS\n\n{CONTENTS}\n\n"), id="with contents"),
-        pytest.param(f"Licence.\n{START}\n\n\n{willows()}\n\n{END}\nLicence.", id="with licence"),
-        pytest.param(f"{willows()}\n\n{END.replace('*** ', '***')}\nLicence.", id="its end only"),
+        f"Licence.\n{START}\n\n\nTHE BOOK\n\n{CONTENTS}{willows()}\n\n{END}\nLicence.",
+        f"{willows('CHAPTER {n}.  {title}')}\n\n{END.replace('*** ', '***')}\nLicence.",
     ],
 )
 def test_the_book_is_split_by_chapter_and_its_front_left_out(raw):
@@ -188,12 +157,10 @@ def test_a_part_of_the_book_is_not_the_book(titles):
     assert len(parse(willows(titles=titles)).texts) == 1
 
 
-def test_marks_of_project_gutenberg_within_a_line_are_text():
-    assert parse(f"It said {START} and {END}.").text == f"It said {START} and {END}."
-
-
-def test_surplus_blank_lines_are_counted():
-    assert parse("One.\n\n\n \nTwo.\n\nThree.").skipped == 2
+def test_surplus_blank_lines_are_counted_and_marks_within_a_line_are_text():
+    corpus = parse(f"It said {START} and {END}.\n\n\n \nTwo.\n\nThree.")
+    assert corpus.skipped == 2
+    assert corpus.text == f"It said {START} and {END}.\n\nTwo.\n\nThree."
 
 
 words = st.text("abcdefghivxlmé’", min_size=1, max_size=8)
@@ -211,72 +178,54 @@ def test_no_word_of_a_text_is_lost(paragraphs, width, gap):
 # -- where the text comes from ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("source", "there", "read"),
-    [
-        ("path", "path variable cache", "path"),
-        ("sample", "path variable cache", "sample"),
-        (None, "path variable cache", "variable"),
-        (None, "path cache", "cache"),
-        ("willows", "variable cache", "variable"),
-        ("willows", "cache", "cache"),
-    ],
-)
-def test_the_first_source_that_can_be_had_is_read(
-    source, there, read, story, tmp_path, monkeypatch, capsys
-):
-    cache = texts_file.cache_folder() / "wind_in_the_willows.txt"
-    cache.parent.mkdir(parents=True)
-    files = {"path": tmp_path / "a.txt", "variable": tmp_path / "b.txt", "cache": cache}
-    for name in there.split():
-        files[name].write_text(f"This is the {name}.\n\nIt rained.")
-    if "variable" in there:
-        monkeypatch.setenv("WILLOWS_KD_CORPUS", str(files["variable"]))
+def test_the_first_source_that_can_be_had_is_read(story, tmp_path, monkeypatch, capsys):
+    def write(path, name: str):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"This is the {name}.\n\nIt rained.")
+        return path
+
     monkeypatch.setattr(texts_file, "download_book", lambda url: pytest.fail("asked the network"))
-
-    book = kd.load_corpus(files.get(source, source))
-
-    expected = story.text if read == "sample" else f"This is the {read}.\n\nIt rained."
-    assert book.text == expected
-    from_variable = f"{files['variable']} (WILLOWS_KD_CORPUS)"
-    assert (book.provenance == from_variable) == (read == "variable")
-    assert (book.title, book.provenance) == ("a", str(files["path"])) or read != "path"
+    write(texts_file.cache_folder() / "wind_in_the_willows.txt", "cache")
+    for source in (None, "willows"):
+        assert kd.load_corpus(source).text == "This is the cache.\n\nIt rained."
+    variable = write(tmp_path / "b.txt", "variable")
+    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(variable))
+    corpus = kd.load_corpus()
+    assert corpus.text == "This is the variable.\n\nIt rained."
+    assert corpus.provenance == f"{variable} (WILLOWS_KD_CORPUS)"
+    path = write(tmp_path / "a.txt", "path")
+    assert kd.load_corpus(path) == kd.Corpus("a", str(path), ("This is the path.\n\nIt rained.",))
+    assert kd.load_corpus("sample") == story
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_the_book_the_sample_story_is_read_and_one_line_says_so(story, capsys):
+def test_without_the_book_the_story_is_read_and_said_or_the_book_alone_refused(story, capsys):
     assert kd.load_corpus() == story
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and not err
     assert "a test tried to look up" in out and "sample story" in out
-
-
-def test_the_book_and_nothing_else_is_refused_where_it_cannot_be_had(capsys):
-    with pytest.raises(kd.InputError, match="a test tried.*WILLOWS_KD_CORPUS") as caught:
+    with pytest.raises(kd.InputError, match="a test tried.*WILLOWS_KD_CORPUS"):
         kd.load_corpus("willows")
-    assert "\n" not in str(caught.value)
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("missing.txt", "does not exist"),
-        ("missing.csv", "does not exist"),
-        ("folder", "is a directory"),
+        ("texts/missing.txt", "No such file"),
+        ("missing.csv", "No such file"),
+        ("texts/missing", "no.*hub"),
+        ("texts", "Is a directory"),
         ("empty.txt", "holds no text"),
-        ("zeros.bin", "is not text"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(name, problem, tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "texts").mkdir()
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "zeros.bin").write_bytes(bytes(100))
-    for through_variable in (False, True):
-        if through_variable:
-            monkeypatch.setenv("WILLOWS_KD_CORPUS", str(tmp_path / name))
-        with pytest.raises(kd.InputError, match=f"{name}.*{problem}"):
-            kd.load_corpus(None if through_variable else tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kd.InputError, match=f"{name}.*{problem}") as caught:
+        kd.load_corpus(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_sample_story_is_what_the_stored_results_were_measured_on(story, tokenizer):
@@ -308,28 +257,25 @@ def write_rows(tmp_path):
         if isinstance(rows, str):
             path.write_bytes(rows.encode(encoding))
             return path
-        table = datasets.Dataset.from_list(rows)
+        table, kind = datasets.Dataset.from_list(rows), READERS[path.suffix]
+        settings = {"csv": {"sep": "\t" if path.suffix == ".tsv" else ",", "index": False}}
         with quiet_datasets():
-            if path.suffix == ".parquet":
-                table.to_parquet(path)
-            elif "json" in path.suffix:
-                table.to_json(path)
-            else:
-                table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+            getattr(table, f"to_{kind}")(path, **settings.get(kind, {}))
         return path
 
     return write
 
 
-@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.csv", "a.TSV", "a.parquet"])
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a.csv", "a.TSV", "a.parquet"])
 def test_each_row_of_a_table_is_a_text(name, write_rows, capfd):
     path = write_rows(name.lower(), ROWS)
     path = path.rename(path.with_name(name))
     corpus = kd.load_corpus(path)
-    assert corpus.texts == ("It rained,\n\nso.", "NA")
+    assert [*corpus.texts] == ["It rained,\n\nso.", "NA"]
     assert (corpus.title, corpus.provenance, corpus.skipped) == (path.stem, str(path), 2)
     assert kd.load_corpus(path, text_column="id").text == "a\n\nb\n\nc\n\nd"
     assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()  # as it was
 
 
 def test_a_table_is_read_again_when_it_has_changed(write_rows):
@@ -347,37 +293,25 @@ def test_rows_are_read_from_the_disk_and_none_is_in_two_splits(write_rows):
     assert found == [texts[:21], texts[21:23], texts[23:]]
 
 
-@pytest.mark.parametrize(
-    ("raw", "codec", "named"),
-    [
-        ("\ufeffid,text\n1,Дождь.\n", "utf-8", None),
-        ("\ufeffid,text\n1,Дождь.\n", "utf-16-le", None),
-        ("id,text\n1,Дождь.\n", "cp1251", "cp1251"),
-    ],
-)
-def test_a_table_has_the_encodings_of_a_text(raw, codec, named, write_rows):
-    path = write_rows("a.csv", raw, codec)
-    assert kd.load_corpus(path, encoding=named).text == "Дождь."
-    if named:
-        with pytest.raises(kd.InputError, match="--encoding"):
-            kd.load_corpus(path)
+def test_a_table_has_the_encodings_of_a_text(write_rows):
+    text = "id,text\n1,Дождь.\n"
+    assert kd.load_corpus(write_rows("a.csv", "\ufeff" + text, "utf-16-le")).text == "Дождь."
+    path = write_rows("a.csv", text, "cp1251")
+    assert kd.load_corpus(path, encoding="cp1251").text == "Дождь."
+    with pytest.raises(kd.InputError, match="--encoding"):
+        kd.load_corpus(path)
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "column", "problem"),
     [
         ("a.jsonl", [{"a": "b", "c": "d"}], None, "no column 'text' .* are a, c: .*--text_column"),
-        ("a.parquet", ROWS, "body", "no column 'body' .* are id, text: .*--text_column"),
         ("a.jsonl", [{"n": 1, "text": "a"}], "n", "no column 'n' of text"),
         ("a.jsonl", [{"text": " "}], None, "holds no text"),
+        ("a.jsonl", [{"prompt": "a", "completion": ["b"]}], None, "'completion' of text"),
         ("a.csv", "id;text\n1;It rained.\n", None, "one column, 'id;text'; put commas"),
-        ("a.jsonl", "", None, "cannot be read as json"),
-        ("a.csv", "", None, "cannot be read as csv"),
         ("a.jsonl", '{"text": "It rained.', None, "cannot be read as json"),
-        ("a.parquet", '{"text": "It rained.', None, "cannot be read as parquet"),
         ("a.txt", "It rained.", "text", "has no columns"),
-        ("a.jsonl", [{"messages": ["a", "b"]}], None, "messages without a role and a content"),
-        ("a.jsonl", [{"prompt": ["a"], "completion": "b"}], None, "no column 'prompt' of text"),
     ],
 )
 def test_a_table_without_texts_is_refused_in_one_line(
@@ -389,34 +323,23 @@ def test_a_table_without_texts_is_refused_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_name_on_the_hub_is_loaded_by_datasets(monkeypatch):
+def test_a_name_on_the_hub_is_loaded_by_datasets_if_the_hub_answers(monkeypatch):
     asked = []
+
+    def dataset_info(self, name, timeout):
+        asked.append(name)
+        if name == "nobody/rain":
+            raise ConnectionError("no\nroute")
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append(name)
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     rows = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
     corpus = kd.load_corpus("nobody/fog-1.5")
     assert (corpus.text, corpus.provenance) == ("It rained,\n\nso.\n\nNA", "nobody/fog-1.5")
-    assert asked == ["nobody/fog-1.5"]
-
-
-def test_a_hub_that_does_not_answer_is_one_line_and_a_path_is_no_name(tmp_path, monkeypatch):
-    def no_answer(self, name, timeout):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_answer)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("tried again"))
-    with pytest.raises(kd.InputError, match="nobody/fog cannot be read as a file or") as caught:
-        kd.load_corpus("nobody/fog")
-    assert "\n" not in str(caught.value)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "texts").mkdir()
-    for path in ("texts/fog", "nobody/fog.txt", "nobody/fog.csv", "./nobody/fog", "a/b/c"):
-        with pytest.raises(kd.InputError, match="does not exist"):
-            kd.load_corpus(path)
+    with pytest.raises(kd.InputError, match=r"as a data set of the hub \(no route\)"):
+        kd.load_corpus("nobody/rain")
+    assert asked == ["nobody/fog-1.5", "nobody/rain"]
 
 
 # -- texts to splits -------------------------------------------------------------------
@@ -428,6 +351,11 @@ def test_another_text_is_split_where_paragraphs_end():
     assert splits.train == [*texts[:3], "Paragraph 30."]
     assert splits.validation == ["Paragraph 31.\n\nParagraph 32."]
     assert splits.test == ["Paragraph 33.\n\nParagraph 34."]
+
+
+def test_a_text_is_cut_at_the_nearest_end_of_a_paragraph():
+    splits = split(corpus_of(["\n\n".join(["x" * 52, *["x" * 10] * 19])]))
+    assert [len(part[0].split("\n\n")) for part in vars(splits).values()] == [15, 3, 2]
 
 
 def test_a_text_of_one_paragraph_is_split_between_words():
@@ -455,15 +383,6 @@ def test_a_split_loses_nothing_and_holds_out_the_end(book):
 
 # -- splits to blocks ------------------------------------------------------------------
 
-# words of four to six characters: then no part of a text of 40 paragraphs is too short
-WORDS = ["badger", "‘Ho!’", "naïve", "1908", "🦔🦔🦔🦔", "hedge,", "such—", "ïöüß"]
-long_paragraphs = st.lists(st.sampled_from(WORDS), min_size=4, max_size=6).map(
-    lambda words: " ".join(words * 5)
-)
-long_texts = st.lists(
-    st.lists(long_paragraphs, min_size=5, max_size=7).map("\n\n".join), min_size=8, max_size=9
-)
-
 
 def with_first_token(tokenizer):
     """A tokenizer that begins every text with a token of its own, as Llama's does."""
@@ -475,10 +394,10 @@ def with_first_token(tokenizer):
     return changed
 
 
-@settings(repeatable, max_examples=20)
-@given(texts=long_texts, block_size=st.integers(2, 20), first=st.booleans())
-def test_no_token_is_lost(texts, block_size, first, tokenizer):
-    corpus = corpus_of(texts)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("block_size", [2, 7, 20])
+def test_no_token_is_lost(block_size, first, story, tokenizer):
+    corpus = corpus_of([text[:900] for text in story.texts])
     own = with_first_token(tokenizer) if first else tokenizer
     packed = kd.pack(corpus, own, block_size)
     assert packed.first_token == (7 if first else None) and packed.masks == {}
@@ -495,11 +414,11 @@ def test_no_token_is_lost(texts, block_size, first, tokenizer):
     assert packed.block_size == block_size
 
 
-def test_texts_stand_apart_where_there_is_an_end_of_text_token(tokenizer):
+def test_texts_stand_apart_where_there_is_an_end_of_text_token(story, tokenizer):
     without = copy.deepcopy(tokenizer)
     without.eos_token = None
-    texts = ["It rained.", "So."]
-    first, second = (tokenizer(text)["input_ids"] for text in texts)
+    texts = [story.text, "So."]  # the first is tokenized in pieces
+    first, second = (tokenizer(text, verbose=False)["input_ids"] for text in texts)
     assert tokenize(texts, tokenizer).tolist() == [*first, tokenizer.eos_token_id, *second]
     assert tokenize(texts, without).tolist() == [*first, *second]
     assert tokenize([], tokenizer).tolist() == []
@@ -523,47 +442,11 @@ def test_a_long_text_that_is_cut_has_the_tokens_of_the_whole(tokenizer, words, l
         assert tokenizer.decode(found) == text
 
 
-def test_a_text_in_several_pieces_is_one_text(story, tokenizer):
-    long = story.text
-    assert len(PIECE.findall(long)) > 1
-    tokens = tokenize([long, "The end."], tokenizer)
-    first, last = (tokenizer(text, verbose=False)["input_ids"] for text in (long, "The end."))
-    assert tokens.tolist() == [*first, tokenizer.eos_token_id, *last]
-
-
-@pytest.mark.parametrize(("positions", "expected"), [(256, 256), (10**30, 1024)])
-def test_a_block_is_as_long_as_the_models_positions(positions, expected, story, tokenizer):
+def test_a_block_is_as_long_as_the_models_positions(story, tokenizer):
+    assert kd.pack(story, tokenizer).block_size == 256
     changed = copy.deepcopy(tokenizer)
-    changed.model_max_length = positions
-    assert kd.pack(story, changed).block_size == expected
-
-
-@pytest.mark.parametrize(
-    ("texts", "block_size", "part"),
-    [
-        (["It rained."], 1_000, "train"),
-        (["It rained. " * 40], 40, "validation"),
-    ],
-)
-def test_a_text_too_short_for_one_block_is_refused(texts, block_size, part, tokenizer):
-    corpus = corpus_of(texts)
-    tokens = tokenizer(tokenizer.eos_token.join(getattr(split(corpus), part)))["input_ids"]
-    said = f"{part} part holds {len(tokens)} tokens, .* block of {block_size};"
-    with pytest.raises(kd.InputError, match=said):
-        kd.pack(corpus, tokenizer, block_size)
-
-
-@pytest.mark.parametrize("block_size", [1, -8, 8.0, True, "8"])
-def test_a_block_without_a_next_token_is_refused(block_size, story, tokenizer):
-    with pytest.raises(kd.InputError, match=f"block_size is {block_size!r}; .* at least 2"):
-        kd.pack(story, tokenizer, block_size)
-
-
-@pytest.mark.parametrize("skipped", [0, 3])
-def test_one_warning_counts_the_skipped_lines(skipped, tokenizer, recwarn):
-    kd.pack(corpus_of(["It rained. " * 40], skipped), tokenizer, 2)
-    found = [str(w.message) for w in recwarn if "skipped" in str(w.message)]
-    assert found == [f"skipped {skipped} empty lines or rows"] * bool(skipped)
+    changed.model_max_length = 10**30
+    assert kd.pack(story, changed).block_size == 1024
 
 
 # -- chats -----------------------------------------------------------------------------
@@ -580,8 +463,9 @@ def with_template(tokenizer, template: str | None = TEMPLATE):
     return changed
 
 
-def chat_corpus(write_rows, rows: list[dict]) -> kd.Corpus:
-    return kd.load_corpus(write_rows("a.jsonl", rows))
+def chats(row: dict) -> kd.Corpus:
+    """Twelve times the same row."""
+    return kd.Corpus("a", "a", Rows(datasets.Dataset.from_list([row] * 12)))
 
 
 def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:
@@ -590,48 +474,44 @@ def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_exactly_the_completion_and_its_end_count(first, tokenizer, write_rows):
+def test_exactly_the_completion_and_its_end_count(first, tokenizer):
     own = with_first_token(tokenizer) if first else tokenizer
-    rows = [{"prompt": f"Rain {n}?", "completion": f" So {n}."} for n in range(12)]
-    blocks = kd.pack(chat_corpus(write_rows, rows), own, 16)
-    asked, said = (tokenizer(text)["input_ids"] for text in ("Rain 0?", " So 0."))
+    corpus = chats({"prompt": "Rain?", "completion": " So it was."})
+    blocks = kd.pack(corpus, own, 16)
+    asked, said = (tokenizer(text)["input_ids"] for text in ("Rain?", " So it was."))
     begin, end = [7] * first, tokenizer.eos_token_id
     pads = 16 - len(begin + asked + said) - 1
     assert blocks.train[0].tolist() == [*begin, *asked, *said, *[end] * (1 + pads)]
     counted = [False] * len(begin + asked) + [True] * (len(said) + 1) + [False] * pads
     assert blocks.masks["train"][0].tolist() == counted
+    assert torch.equal(kd.pack(corpus, own, 16 - pads).train, blocks.train[:, : 16 - pads])
     assert [len(part) for part in (blocks.train, blocks.validation, blocks.test)] == [10, 1, 1]
-    assert answers(blocks, own, "test") == " So 11." + tokenizer.eos_token
     assert set(blocks.remainder.values()) == {0}
 
 
-def test_a_long_chat_goes_on_in_blocks_of_its_own(tokenizer, write_rows):
-    rows = [{"prompt": "Rain?", "completion": " It rained and rained."}] * 12
-    blocks = kd.pack(chat_corpus(write_rows, rows), tokenizer, 4)
-    per_row = len(blocks.train) // 10
-    assert per_row > 1 and len(blocks.train) == 10 * per_row
+def test_a_long_chat_goes_on_in_blocks_of_its_own(tokenizer):
+    row = {"prompt": "Rain?", "completion": " It rained and rained."}
+    blocks = kd.pack(chats(row), tokenizer, 4)
     whole = blocks.train.view(10, -1)
-    assert all(torch.equal(row, whole[0]) for row in whole)
+    assert whole.shape[1] > 4 and all(torch.equal(row, whole[0]) for row in whole)
     assert answers(blocks, tokenizer) == 10 * (" It rained and rained." + tokenizer.eos_token)
 
 
-def test_every_answer_of_a_chat_counts_and_nothing_of_its_form(tokenizer, write_rows):
-    rows = [{"messages": CHAT + [CHAT[0], {"role": "assistant", "content": "Yes."}]}] * 12
+def test_every_answer_of_a_chat_counts_and_nothing_of_its_form(tokenizer):
     own, end = with_template(tokenizer), tokenizer.eos_token
-    blocks = kd.pack(chat_corpus(write_rows, rows), own, 64)
+    more = CHAT + [CHAT[0], {"role": "assistant", "content": "Yes."}]
+    blocks = kd.pack(chats({"messages": more}), own, 64)
     assert answers(blocks, own, "test") == f"So.{end}Yes.{end}"
     form = f"user: Rain?{end}\nassistant: So.{end}\nuser: Rain?{end}\nassistant: Yes.{end}"
     assert tokenizer.decode(blocks.test[0]).startswith(form)
     assert tokenizer.decode(blocks.test[0]).removeprefix(form).replace(end, "") == ""
 
 
-def test_a_first_token_that_a_template_writes_stands_once(tokenizer, write_rows):
-    own = with_first_token(with_template(tokenizer, "{{ '" + "X' }}" + TEMPLATE))
-    own.backend_tokenizer.post_processor = TemplateProcessing(
-        single="X $A", special_tokens=[("X", first := tokenizer("X")["input_ids"][0])]
-    )
-    blocks = kd.pack(chat_corpus(write_rows, [{"messages": CHAT}] * 12), own, 64)
-    assert blocks.train[0].tolist().count(first) == 1 and blocks.train[0, 0] == first
+def test_a_first_token_that_a_template_writes_stands_once(tokenizer):
+    template = '{{ "' + tokenizer.decode([7]) + '" }}' + TEMPLATE
+    own = with_first_token(with_template(tokenizer, template))
+    blocks = kd.pack(chats({"messages": CHAT}), own, 64)
+    assert blocks.train[0].tolist().count(7) == 1 and blocks.train[0, 0] == 7
 
 
 @pytest.mark.parametrize(
@@ -643,12 +523,9 @@ def test_a_first_token_that_a_template_writes_stands_once(tokenizer, write_rows)
         (TEMPLATE, CHAT[:1], "has no answer"),
     ],
 )
-def test_a_chat_that_cannot_be_formed_is_one_line(
-    template, messages, problem, tokenizer, write_rows
-):
-    corpus = chat_corpus(write_rows, [{"messages": messages}] * 12)
+def test_a_chat_that_cannot_be_formed_is_one_line(template, messages, problem, tokenizer):
     with pytest.raises(kd.InputError, match=problem) as caught:
-        kd.pack(corpus, with_template(tokenizer, template), 16)
+        kd.pack(chats({"messages": messages}), with_template(tokenizer, template), 16)
     assert "\n" not in str(caught.value)
 
 
@@ -658,16 +535,3 @@ def test_rows_without_an_answer_are_skipped_and_a_column_can_be_named(write_rows
     corpus = kd.load_corpus(path)
     assert [row["completion"] for row in corpus.texts] == ["So.", "No."] and corpus.skipped == 2
     assert kd.load_corpus(path, text_column="completion").text == "So.\n\nNo."
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_reading_is_quiet_and_leaves_progress_bars_as_they_were(shown, write_rows, capfd):
-    path = write_rows("a.jsonl", ROWS)
-    before = datasets.are_progress_bars_disabled()
-    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
-    try:
-        kd.load_corpus(path)
-        assert datasets.are_progress_bars_disabled() != shown
-    finally:
-        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
-    assert capfd.readouterr() == ("", "")

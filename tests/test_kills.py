@@ -1,10 +1,7 @@
-"""Real processes, killed at any point of their writing and resumed: the same student."""
+"""Real processes, killed at any point of writing or without room to write: nothing is lost."""
 
-import contextlib
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -17,11 +14,16 @@ from safetensors.torch import load_file
 
 from willows_kd.files import SETTINGS_FILE, cache_folder
 
-KILLS_OF_TWO = 3
 ASIDE = ("the earlier output stands aside", "the earlier output is to be put back")
 FINISHED = ("the output is in its place", "a checkpoint is cleared")
 ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 -m willows_kd distill"
+NO_LARGE_FILES = """
+import resource, sys
+from willows_kd.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main(sys.argv[1:]))
+"""
 
 pytestmark = [
     pytest.mark.kills,
@@ -40,22 +42,17 @@ def options(model_dir, story, tmp_path) -> list[str]:
     """A job of some forty steps, each followed by a checkpoint."""
     text = tmp_path / "text.txt"
     text.write_text(story.text[:40_000], encoding="utf-8")
-    given = (
-        f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --epochs 2 --dtype float32"
-    )
-    return [*given.split(), "--checkpoint_minutes", "0"]
+    given = f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --epochs 2 "
+    return (given + "--checkpoint_minutes 0").split()
 
 
-def python(*arguments) -> str:
+def python(*arguments, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        encoding="utf-8",
-        env=os.environ | ALONE,
-        timeout=600,
+        command, capture_output=True, encoding="utf-8", env=os.environ | ALONE, timeout=600
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def outputs(folder: Path) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
@@ -70,7 +67,7 @@ def test_killed_at_any_point_of_its_writing_nothing_is_lost(options, tmp_path):
     (killed / SETTINGS_FILE).write_text("{}")  # an earlier output
     script = Path(__file__).with_name("killed_runs.py")
     again = ["--resume", "--overwrite", "--cache_teacher"]
-    found = json.loads(python(script, 0, killed, *again, *options))
+    found = json.loads(python(script, 0, killed, *again, *options).stdout)
     assert found["end"] == 0
     earlier, new = [SETTINGS_FILE], sorted(path.name for path in whole.iterdir())
     for point, names in found["after"].items():
@@ -83,68 +80,31 @@ def test_killed_at_any_point_of_its_writing_nothing_is_lost(options, tmp_path):
     assert not list(kept.glob(".*"))  # nothing half written
 
 
-def test_two_processes_that_are_killed_go_on_together(options, tmp_path):
-    before, whole, killed = set(tmp_path.iterdir()), tmp_path / "whole", tmp_path / "killed"
+def test_two_processes_that_are_stopped_go_on_together(options, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     launch = [*LAUNCH.split(), *options, "--output_dir"]
     python(*launch, whole)
-    draw = random.Random(0)
-    for _ in range(KILLS_OF_TWO):
-        last = newest(killed)
-        running = subprocess.Popen(
-            [sys.executable, *launch, str(killed), "--resume"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | ALONE,
-        )
+    with subprocess.Popen([sys.executable, *launch, stopped], env=os.environ | ALONE) as running:
         deadline = time.monotonic() + 300
-        while newest(killed) == last and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.2))
-        assert running.poll() is None, "it ended before it was killed"
-        kill_family(running.pid)
-        running.wait()
-    python(*launch, killed, "--resume")
-    (weights, history), (again, history_again) = outputs(whole), outputs(killed)
+        while not list(tmp_path.glob("stopped.checkpoints/step_*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert running.poll() is None, "it ended before it was stopped"
+        running.terminate()  # and with it both processes
+    python(*launch, stopped, "--resume")
+    (weights, history), (again, history_again) = outputs(whole), outputs(stopped)
     torch.testing.assert_close(again, weights)
     pd.testing.assert_frame_equal(history_again, history)
-    left = {path.name for path in set(tmp_path.iterdir()) - before}
-    assert left == {"whole", "killed"}, left
+    assert not (tmp_path / "stopped.checkpoints").exists()
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that it has started; a launcher's are in sessions of their own."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it may end while we look
-            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
-            if state != "Z":
-                parents[int(stat.parent.name)] = int(parent)
-    found = [pid]
-    for member in found:
-        found += [child for child, parent in parents.items() if parent == member]
-    return found
-
-
-def kill_family(pid: int) -> None:
-    """Kill them all at once, and wait until all are gone."""
-    members = family(pid)
-    for member in members:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while any(is_alive(member) for member in members) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process still holds what it held: it is neither gone nor a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def newest(output: Path) -> str:
-    """The name of the newest checkpoint beside an output directory."""
-    found = output.with_name(f"{output.name}.checkpoints").glob("step_*.safetensors")
-    return max((file.name for file in found), default="")
+def test_where_no_file_can_grow_the_earlier_output_stays(options, tmp_path):
+    before, output = set(tmp_path.iterdir()), tmp_path / "student"
+    output.mkdir()
+    (output / SETTINGS_FILE).write_text("{}")
+    arguments = ["distill", *options, "--output_dir", output, "--overwrite"]
+    done = python("-c", NO_LARGE_FILES, *arguments, code=3)
+    assert done.stderr.splitlines()[-1].startswith(f"error: {output} cannot be written")
+    assert "Traceback" not in done.stderr
+    assert "⚠️ No checkpoint at step" in done.stdout
+    assert [path.name for path in output.iterdir()] == [SETTINGS_FILE]
+    assert set(tmp_path.iterdir()) == before | {output}

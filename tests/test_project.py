@@ -1,16 +1,13 @@
 """The project as a whole: what it needs, what it promises, and who may import whom."""
 
 import ast
-import importlib
 import inspect
 import re
-import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 import yaml
 from setuptools import find_namespace_packages
 
@@ -22,7 +19,6 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
-REQUIREMENTS = sorted({requirement for group in GROUPS.values() for requirement in group})
 FILES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
     for file in sorted(PACKAGE.rglob("*.py"))
@@ -70,27 +66,9 @@ def room(name: str) -> str:
 
 def test_the_conda_environment_installs_the_project_and_nothing_else():
     *packages, pip = ENVIRONMENT["dependencies"]
-    names = [re.split(r"[<>=]", package)[0] for package in packages]
-    assert ENVIRONMENT["name"] == PROJECT["name"] == "willows-kd"
-    assert names == ["python", "pip"]
+    assert [re.split(r"[<>=]", package)[0] for package in packages] == ["python", "pip"]
+    assert packages[0] == f"python{PROJECT['requires-python']}"
     assert pip == {"pip": ["-e .[lab,test]"]}
-    assert set(GROUPS) == {"dependencies", "lab", "test", "bench", "export", "site", "dev"}
-
-
-def test_conda_and_pip_ask_for_the_same_python():
-    assert f"python{PROJECT['requires-python']}" in ENVIRONMENT["dependencies"]
-
-
-def test_a_requirement_has_one_lower_bound_and_no_upper_one():
-    ours = f"{PROJECT['name']}["  # an extra may be made of others
-    matches = [
-        # releases known to be broken may be left out
-        re.fullmatch(r"([a-z0-9_-]+)(>=\d+(\.\d+)*)?(,!=\d+\.\*)?", requirement)
-        for requirement in REQUIREMENTS
-        if not requirement.startswith(ours)
-    ]
-    names = [match[1] for match in matches]
-    assert len(names) == len(set(names))
 
 
 def test_what_the_package_imports_is_required():
@@ -124,11 +102,6 @@ def test_the_version_is_written_in_one_place():
     assert kd.__version__ == metadata.version("willows-kd")
 
 
-def test_the_command_that_is_installed_exists():
-    module, function = PROJECT["scripts"]["willows-kd"].split(":")
-    assert callable(getattr(importlib.import_module(module), function))
-
-
 # -- what is promised ------------------------------------------------------------------
 
 
@@ -146,18 +119,6 @@ def test_the_public_names_are_listed_once_and_offered_by_completion():
     assert len(names) == len(set(names))
     assert kd.__all__ == names
     assert set(names) <= set(dir(kd))
-
-
-def test_a_name_that_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'distil'"):
-        kd.distil  # noqa: B018
-
-
-def test_every_file_of_code_says_at_its_top_what_it_is_for():
-    folders = [ROOT / "recipes", ROOT / "benchmarks", PACKAGE]
-    files = [file for folder in folders for file in folder.rglob("*.py")]
-    for file in [*files, ROOT / "model_distillation.py"]:
-        assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), file
 
 
 # -- who may import whom ---------------------------------------------------------------
@@ -202,15 +163,8 @@ def test_only_the_files_that_draw_know_how_to():
     assert drawing == DRAWING
 
 
-def test_the_package_imports_nothing_slow_by_itself():
+def test_the_package_imports_nothing_by_itself():
     assert imports("__init__") == {"importlib"}
-    code = """
-import sys, willows_kd
-slow = {"torch", "transformers", "datasets", "pandas", "matplotlib"} & set(sys.modules)
-sys.exit(f"imported: {slow}" if slow else 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
 
 
 # -- what a reader is told first -------------------------------------------------------
@@ -224,9 +178,6 @@ def test_the_readme_begins_with_the_two_commands_that_work():
         'pip install -e ".[lab]" && python model_distillation.py',
         TEST_COMMAND,
     ]
-
-
-def test_continuous_integration_runs_the_readmes_own_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert TEST_COMMAND in script.replace(" --quiet", "")
 

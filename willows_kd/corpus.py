@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from willows_kd.errors import InputError, is_integer, one_line, require, type_name
-from willows_kd.tables import READERS, Rows, is_hub_name, read_table
+from willows_kd.tables import READERS, Rows, is_table, read_table
 from willows_kd.texts import WILLOWS, Corpus, fetch_willows, read_file
 
 SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
@@ -42,15 +41,11 @@ def load_corpus(
         InputError: the file is missing, empty or not text, or has no such column or
             encoding; or the book was asked for and cannot be had.
     """
-    usable = source is None or (isinstance(source, str | os.PathLike) and str(source))
-    require(bool(usable), f"the source is {source!r}; give the path of a text file")
-    for name, value in (("text_column", text_column), ("encoding", encoding)):
-        require(value is None or isinstance(value, str), f"{name} is {value!r}; give a name")
     if source == "sample":
         where = "the sample story that ships with willows_kd"
         return replace(read_file(SAMPLE_STORY), provenance=where)
-    if source is not None and source != "willows":
-        if Path(source).suffix.lower() in READERS or is_hub_name(source):
+    if source not in (None, "willows"):
+        if is_table(source):
             return read_table(source, text_column, encoding)
         columns = f"{source} has no columns; text_column is for {', '.join(READERS)}"
         require(text_column is None, columns)
@@ -165,19 +160,13 @@ def pack(corpus: Corpus, tokenizer, block_size: int | None = None) -> Blocks:
     Raises:
         InputError: a split is too short for one block; or there are chats with `messages`,
             and the tokenizer has no chat template or one that cannot be used.
-
-    Warns:
-        UserWarning: once, if empty lines or rows were skipped.
     """
     given = type_name(corpus)
     require(isinstance(corpus, Corpus), f"corpus is {given}; give what load_corpus returns")
-    require(callable(tokenizer), f"tokenizer is {type_name(tokenizer)}; give that of the teacher")
     if block_size is None:
         block_size = min(tokenizer.model_max_length, 1024)
     fits = is_integer(block_size, 2)
     require(fits, f"block_size is {block_size!r}; a block needs a whole number, at least 2 tokens")
-    if corpus.skipped:
-        warnings.warn(f"skipped {corpus.skipped} empty lines or rows", stacklevel=2)
     first = first_token(tokenizer)
     width = int(block_size) - (first is not None)  # tokens of the text in a block
     tensors, masks, remainder = {}, {}, {}
@@ -273,7 +262,7 @@ def turns_of(row: dict, tokenizer) -> list[tuple[str, bool]]:
     messages = [{k: v for k, v in m.items() if v is not None} for m in row["messages"]]
     pieces, seen = [], ""
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message.get("role") == "assistant":
             asked = form(messages[:number], tokenizer, add_generation_prompt=True)
             answered = form(messages[: number + 1], tokenizer).rstrip()
             require(

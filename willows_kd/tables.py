@@ -17,7 +17,6 @@ READERS = {
     **{".json": "json", ".jsonl": "json", ".ndjson": "json"},
 }
 CHATS = (["messages"], ["prompt", "completion"])  # columns that make a row a chat
-FEWEST_ROWS = 10  # of fewer, no tenth can be held out: they are cut like any text
 
 
 @dataclass(frozen=True)
@@ -36,61 +35,55 @@ class Rows(Sequence):
         return row.get("text", row)
 
 
-def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether a source looks like `OWNER/NAME` and no path begins so."""
-    owner, _, name = str(source).partition("/")
-    looks_so = all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, name))
-    is_file = Path(name).suffix in (".txt", ".md", *READERS) or os.path.exists(owner)
-    return looks_so and not is_file
+def is_table(source: str | os.PathLike) -> bool:
+    """Whether a source is a file of rows, or looks like `OWNER/NAME` and is no path."""
+    named_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.txt)(?<!\.md)", str(source))
+    on_hub = bool(named_so) and not Path(source).exists()
+    return on_hub or Path(source).suffix.lower() in READERS
 
 
 def read_table(
     source: str | os.PathLike, text_column: str | None = None, encoding: str | None = None
 ) -> Corpus:
     """Read a file of rows, or a data set of the hub, into a `Corpus`."""
-    from datasets import load_dataset  # slow to import
-
-    path, on_hub = Path(source), is_hub_name(source)
-    require(on_hub or path.exists(), f"{path} does not exist; give the path of a file")
-    kind = "a file or as a data set of the hub" if on_hub else READERS[path.suffix.lower()]
+    path = Path(source)
+    kind = READERS.get(path.suffix.lower())
     try:
         with quiet_datasets():
-            if on_hub:
-                ask_hub(str(source))
-                table = load_dataset(str(source), split="train")
-            else:
-                files, settings = glob.escape(str(path)), settings_for(path, encoding)
-                table = load_dataset(kind, data_files=files, split="train", **settings)
+            table = load_file(path, kind, encoding) if kind else load_from_hub(str(source))
             texts = texts_of(table, text_column, source)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # of `datasets`, pandas and pyarrow, which raise many kinds
-        reason = one_line(error.__cause__ or error)
-        hint = "; if it is not in UTF-8, name its encoding (--encoding)"
-        hint = hint if kind in ("csv", "json") else ""
-        raise InputError(f"{source} cannot be read as {kind} ({reason}){hint}") from error
-    few = len(texts) < FEWEST_ROWS and isinstance(texts[0], str)
-    return Corpus(path.stem, str(source), tuple(texts) if few else texts, len(table) - len(texts))
+        cause = error.__cause__ or error
+        hint = "; name its encoding (--encoding)" if isinstance(cause, UnicodeError) else ""
+        kind = kind or "a file or as a data set of the hub"
+        raise InputError(f"{source} cannot be read as {kind} ({one_line(cause)}){hint}") from error
+    return Corpus(path.stem, str(source), texts, len(table) - len(texts))
 
 
-def settings_for(path: Path, encoding: str | None) -> dict:
-    """What `datasets` needs to know of a file besides its kind."""
-    kind = READERS[path.suffix.lower()]
+def load_file(path: Path, kind: str, encoding: str | None):
+    """The rows of a file, which is in UTF-8 unless it is marked or named otherwise."""
+    import datasets  # slow to import
+
     with path.open("rb") as file:
         encoding = encoding or ("utf-16" if file.read(2) in UTF16_MARKS else None)
     settings: dict = {"encoding": encoding} if encoding and kind != "parquet" else {}
     if kind == "csv":  # in which a text may be "None" or "NA"
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
         settings |= {"sep": separator, "keep_default_na": False}
-    return settings
+    files = glob.escape(str(path))
+    return datasets.load_dataset(kind, data_files=files, split="train", **settings)
 
 
-def ask_hub(name: str) -> None:
-    """Fail at once if the hub cannot be reached, where `load_dataset` tries for half a minute."""
+def load_from_hub(name: str):
+    """The rows of a data set; fails at once where `load_dataset` tries for half a minute."""
+    import datasets
     import huggingface_hub
 
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    return datasets.load_dataset(name, split="train")
 
 
 def texts_of(table, text_column: str | None, source) -> Rows:
@@ -98,13 +91,8 @@ def texts_of(table, text_column: str | None, source) -> Rows:
     chat = next((chat for chat in CHATS if {*chat} <= {*table.column_names}), None)
     if chat and text_column is None:
         column = chat[-1]
-        if column == "messages":
-            message = getattr(table.features[column], "feature", None)
-            whole = isinstance(message, dict) and {"role", "content"} <= {*message}
-            require(whole, f"{source} has messages without a role and a content")
-        else:
-            for name in chat:
-                find_column(table.features, name, source)
+        if column == "completion":
+            find_column(table.features, column, source)
         full = table.select_columns(chat).filter(bool, input_columns=column)
     else:
         column = find_column(table.features, text_column, source)

@@ -25,15 +25,11 @@ from willows_kd.errors import InputError, WriteError
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the output was closed early{or_not_compared}
+  1    the output was closed early, or a saved student was not compared
   2    something that was given cannot be used
   3    a file could not be written, such as on a full disk
-  130  stopped by the user{and_then}
+  130  stopped by the user; distill --resume continues
 """
-OF_DISTILL = {
-    "or_not_compared": ", or the saved student was not compared",
-    "and_then": "; --resume continues",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,18 +86,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=version, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (about, operands, example, add_options) in COMMANDS.items():
-        more = OF_DISTILL if name == "distill" else dict.fromkeys(OF_DISTILL, "")
         command = commands.add_parser(
             name,
             help=about,
             usage=f"%(prog)s {operands}[options]",
             description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"example:\n  willows-kd {name} {example}\n\n{EXIT_CODES.format(**more)}",
+            epilog=f"example:\n  willows-kd {name} {example}\n\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args([underscored(word) for word in arguments] or ["--help"])
+    options = parser.parse_args([underscored(word) for word in arguments] or ["--help"])
+    for name, value in vars(options).items():
+        if value == "" and name != "prompt":  # such as of a variable that the shell does not know
+            parser.error(f"{name} is empty; leave it out or give a value")
+    return options
 
 
 def underscored(word: str) -> str:
@@ -111,20 +110,6 @@ def underscored(word: str) -> str:
 
 
 # -- values ----------------------------------------------------------------------------
-
-
-def given(text: str) -> str:
-    """A value that is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; leave it out or give a value")
-    return text
-
-
-def source(text: str) -> str:
-    """What a command reads: a name on the hub, or a path where something is."""
-    if given(text).startswith((".", "/", "~")) and not os.path.exists(text):
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return text
 
 
 def init_of(text: str) -> str | list[int]:
@@ -145,10 +130,9 @@ def add_distill(parser: Parser) -> None:
     """The options of `distill`."""
     add = parser.add_argument_group("teacher and student").add_argument
     bundled = "the teacher: a directory or hub name (default: the bundled one)"
-    add("--model_dir", type=source, metavar="DIR", help=bundled)
+    add("--model_dir", metavar="DIR", help=bundled)
     add(
         "--student",
-        type=source,
         metavar="DIR",
         help="half, for half of the teacher's layers, or a directory or hub name "
         "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
@@ -207,7 +191,7 @@ def add_generate(parser: Parser) -> None:
     """The options of `generate`, with the defaults of `complete`."""
     add = parser.add_argument
     model = "a model's directory or hub name, or an export to ONNX"
-    add("model_dir", metavar="DIR", type=source, help=model)
+    add("model_dir", metavar="DIR", help=model)
     prompt = "The Mole had been"
     add("--prompt", default=prompt, help=f"what the text begins with (default: {prompt})")
     add("--max_new_tokens", type=int, default=60, metavar="N", help="tokens to write (default: 60)")
@@ -221,16 +205,15 @@ def add_generate(parser: Parser) -> None:
 def add_compare(parser: Parser) -> None:
     """The options of `compare`."""
     models = "directories or hub names, at least two; the others are compared with the first"
-    parser.add_argument("model_dir", metavar="DIR", type=source, nargs="+", help=models)
+    parser.add_argument("model_dir", metavar="DIR", nargs="+", help=models)
     add_text(parser)
-    add_output(parser, "table and figure")
     add_device(parser)
 
 
 def add_export(parser: Parser) -> None:
     """The options of `export`."""
     add = parser.add_argument
-    add("model_dir", metavar="DIR", type=source, help="the model: a directory or hub name")
+    add("model_dir", metavar="DIR", help="the model: a directory or hub name")
     add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
     add_output(parser, "the export", required=True)
 
@@ -239,11 +222,11 @@ def add_text(parser: Parser):
     """The options for a text and how it is cut; returns the way to add more to them."""
     add = parser.add_argument_group("text").add_argument
     text = "a text or a table (default: The Wind in the Willows; offline, the sample story)"
-    add("--dataset_path", type=source, metavar="FILE", help=text)
+    add("--dataset_path", metavar="FILE", help=text)
     column = "column of a table, such as a JSON Lines file, that holds the text"
-    add("--text_column", type=given, metavar="NAME", help=column)
+    add("--text_column", metavar="NAME", help=column)
     encoding = "encoding of the text, such as cp1251 (default: UTF-8)"
-    add("--encoding", type=given, metavar="NAME", help=encoding)
+    add("--encoding", metavar="NAME", help=encoding)
     longest = f"all that the models read at once, at most {LONGEST_BLOCK:,}"
     add("--block_size", type=int, metavar="N", help=f"tokens in a block (default: {longest})")
     return add
@@ -252,9 +235,8 @@ def add_text(parser: Parser):
 def add_output(parser: Parser, what: str, **more):
     """The options for where something is saved; returns the way to add more to them."""
     add = parser.add_argument_group("output").add_argument
-    default = "" if "required" in more else f" (default: {more.get('default', 'nowhere')})"
-    about = f"directory for {what}{default}"
-    add("--output_dir", type=given, metavar="DIR", help=about, **more)
+    default = f" (default: {more['default']})" if "default" in more else ""
+    add("--output_dir", metavar="DIR", help=f"directory for {what}{default}", **more)
     add("--overwrite", action="store_true", help="replace what is there")
     return add
 

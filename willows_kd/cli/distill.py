@@ -8,7 +8,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +34,6 @@ GPT2_VOCABULARY = 50_257
 STEPS_TO_TIME, TOKENS_TO_TIME = 3, 128  # of each dtype
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
 AS_BYTES = "utf-8", "surrogateescape"  # of a path, whatever bytes it has
-UNEVEN = 1.25  # between the speeds of one network, above which they are not to be trusted
 
 CARD = """\
 ---
@@ -75,13 +73,14 @@ def distill_to_directory(options, config: DistillConfig) -> int:
     """Run the whole job, with checkpoints beside the output directory, and return the exit code."""
     main_process = models.distributed_state().is_main_process
     check_output(options, options.model_dir, options.student, options.dataset_path)
-    folder = checkpoints_folder(Path(options.output_dir))
+    output = Path(options.output_dir).resolve()
+    folder = output.with_name(f"{output.name}.checkpoints")
     checkpoints = Checkpoints(folder, options.checkpoint_minutes)
     locked = checkpoints.locked() if main_process else contextlib.nullcontext()
     with locked, warnings_as_lines():
         if main_process:
-            files.clean_up_interrupted_writes(Path(options.output_dir))
-            check_nothing_is_lost(options, checkpoints)
+            files.clean_up_interrupted_writes(output)
+            check_stopped_run(options, checkpoints)
         job = prepare(options, config)
         if options.dtype == "auto":
             job.config = dataclasses.replace(config, dtype=choose_dtype(job, checkpoints, options))
@@ -89,12 +88,6 @@ def distill_to_directory(options, config: DistillConfig) -> int:
             check_savable(job)
         history = train(job, checkpoints, options)
         return save_and_compare(job, history, checkpoints, options) if main_process else OK
-
-
-def checkpoints_folder(output: Path) -> Path:
-    """Where the checkpoints of an output directory are: `student.checkpoints` for `student`."""
-    named = output if output.name.strip(".") else output.resolve()
-    return named.with_name(f"{named.name}.checkpoints")
 
 
 def check_output(options, *inputs: str | None) -> None:
@@ -107,28 +100,22 @@ def check_output(options, *inputs: str | None) -> None:
             raise InputError(f"{given} would be replaced; choose another --output_dir")
 
 
-def check_nothing_is_lost(options, checkpoints: Checkpoints | None = None) -> None:
+def check_no_student(options) -> None:
+    """Refuse to replace a student unless the options say so."""
+    holds_one = (Path(options.output_dir) / files.SETTINGS_FILE).exists()
+    choice = "choose another --output_dir, or add --overwrite to replace it"
+    message = f"{options.output_dir} holds a student; {choice}"
+    require(options.overwrite or not holds_one, message)
+
+
+def check_stopped_run(options, checkpoints: Checkpoints) -> None:
     """Refuse to replace a student or a stopped run unless the options say so."""
-    stopped = checkpoints is not None and checkpoints.files()
-    if options.overwrite or stopped and options.resume:
-        return
-    if stopped:
+    if checkpoints.files():
         choice = "--resume continues it, --overwrite starts afresh"
-        raise InputError(f"{checkpoints.folder} holds a run that was stopped; {choice}")
-    if student := student_in(options.output_dir):
-        choice = "choose another --output_dir, or add --overwrite to replace it"
-        raise InputError(f"{options.output_dir} holds a student ({student}); {choice}")
-
-
-def student_in(output: str) -> str:
-    """When and how the student in an output directory was made; nothing if there is none."""
-    file = Path(output) / files.SETTINGS_FILE
-    try:
-        made = json.loads(file.read_text(encoding="utf-8"))
-        when = f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d %H:%M}"
-        return f"{when}, T = {made['temperature']}, {counted(made['epochs_finished'], 'epoch')}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "of unknown settings" if file.exists() else ""
+        message = f"{checkpoints.folder} holds a run that was stopped; {choice}"
+        require(options.resume or options.overwrite, message)
+    else:
+        check_no_student(options)
 
 
 # -- before training -------------------------------------------------------------------
@@ -137,27 +124,18 @@ def student_in(output: str) -> str:
 def prepare(options, config: DistillConfig) -> Job:
     """Check and load everything, what is quickest to check first."""
     device = find_device(options.device)
-    cacheable = config.on_policy_share == 0 or not options.cache_teacher
-    require(cacheable, "--cache_teacher knows no text that is yet to be written; leave it out")
     teacher_name = options.model_dir or str(models.BUNDLED_TEACHER)
-    block_length(options.block_size, teacher_name)
     tokenizer = models.load_tokenizer(teacher_name)
     student_name = choose_student(options, tokenizer)
-    sources = {"teacher": teacher_name, "student": student_name}
-    if student_name == "half":
-        del sources["student"]
-    block_size = block_length(options.block_size, *sources.values())
-    corpus = None if options.dataset_path is None else read_corpus(options)
+    names = [teacher_name] if student_name == "half" else [teacher_name, student_name]
+    block_size = block_length(options.block_size, *names)
+    corpus = load_corpus(options.dataset_path, options.text_column, options.encoding)
 
     print(f"🔍 Loading teacher model from: {options.model_dir or 'the bundled teacher'}")
     teacher, _ = models.load_teacher(teacher_name, device)
     shown = f"{options.layers} of the teacher's layers" if options.layers else student_name
     print(f"🔍 Loading student model ({shown})...")
-    for whose, name in sources.items():
-        if models.adapter_base(name):
-            print(f"ℹ️ The {whose}'s LoRA adapter is merged into its weights")
     print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
-    corpus = corpus or read_corpus(options)
     print("⚙️ Tokenizing dataset...")
     blocks = pack(corpus, tokenizer, block_size)
     if student_name == "half":
@@ -197,9 +175,10 @@ def choose_student(options, tokenizer) -> str:
     name = options.student or ("distilgpt2" if usual else "half")
     if name != "half":
         try:
-            models.check_same_tokenizer(tokenizer, models.load_tokenizer(name))
-        except models.HubError as error:
+            own = models.load_tokenizer(name)
+        except InputError as error:
             raise InputError(f"{error}; --student half makes one from the teacher") from error
+        models.check_same_tokenizer(tokenizer, own)
     return name
 
 
@@ -218,18 +197,12 @@ def layers_of_student(options, teacher, blocks: torch.Tensor) -> list[int]:
     affordable = [i for i in INITS if passes_to_choose(i, depth, size) * len(few) <= len(blocks)]
     inits = affordable if options.init in (None, "auto") else [options.init]
     table = choose_layers(teacher, size, few, inits)
-    for init, kept in table["layers"].items():
-        try:
-            student_from_teacher(teacher, init=kept)
-            break
-        except InputError:  # there are families in which not every layer can be left out
-            if init == table.index[-1]:
-                raise
-    starts = {name: number(value) for name, value in table["perplexity"].items()}
+    kept, (init, *others) = table["layers"].iloc[0], table.index
+    starts = table["perplexity"].map(number)
     print(f"✂️ The student keeps layers {listed(kept)} of the teacher's {depth} ({init})")
-    print(f"   Its perplexity before training: {starts.pop(init)}")
-    if starts:
-        print(f"   Other choices: {', '.join(f'{name} {value}' for name, value in starts.items())}")
+    print(f"   Its perplexity before training: {starts[init]}")
+    if others:
+        print(f"   Other choices: {', '.join(f'{other} {starts[other]}' for other in others)}")
     return kept
 
 
@@ -314,19 +287,12 @@ def train(job: Job, checkpoints: Checkpoints, options) -> list[dict]:
     more = {"on_step": on_step, "checkpoints": checkpoints, "resume": options.resume}
     try:
         return distill(teacher, job.student, job.blocks, job.config, loss=ChunkedLoss, **more)
-    except Stopped as stopped:
-        if stopped.history and is_finished(stopped.history, job.config):
-            return stopped.history
-    ended = checkpoints.newest(ends_epoch=True)
+    except Stopped:
+        ended = checkpoints.newest(ends_epoch=True)
     if ended is None:
         return []
     ended.load(job.student)
     return ended.history
-
-
-def is_finished(history: list[dict], config: DistillConfig) -> bool:
-    """Whether a history is that of all epochs."""
-    return history[-1]["epoch"] == config.epochs and "average_loss" in history[-1]
 
 
 def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int:
@@ -339,33 +305,24 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     print(f"💾 Saving distilled student model to: {output}")
     models.save_model(job.student, job.tokenizer, output, texts(job, history), options.overwrite)
     print("✅ Distilled model saved successfully!")
-    if not is_finished(history, job.config):
-        done = f"epoch {history[-1]['epoch']} of {job.config.epochs}"
-        print(f"stopped: the student is that of {done}{resumable}")
+    if (done := history[-1]["epoch"]) < job.config.epochs:
+        print(f"stopped: the student is that of epoch {done} of {job.config.epochs}{resumable}")
         return STOPPED
     print("📏 Comparing with the teacher...", flush=True)
-    code, failure = OK, ""
     try:
         named = {"teacher": job.teacher, "student before": job.make_student()}
         table = compare(named | {"student": job.student}, job.blocks, job.tokenizer)
         with files.atomic_file(Path(output) / "README.md") as card:
             card.write_bytes(texts(job, history, table)["README.md"].encode(*AS_BYTES))
-    except KeyboardInterrupt:
-        code, failure = STOPPED, "stopped"
-    except Exception as error:  # whatever happens, the student is saved
-        code = CANNOT_WRITE if isinstance(error, OSError | WriteError) else FAILED
-        failure = one_line(error)
-    if failure:
-        print(f"{failure}: the student is trained and saved, but was not compared")
-    else:
-        print_table(table, job.corpus)
-        if is_uneven(table.loc[["student before", "student"]]):
-            print(
-                "⚠️ Both students are one network, yet their speeds differ by more than a quarter:"
-            )
-            print("   the machine was busy; compare them again when it is not")
-    checkpoints.clear()
-    return code
+    except (Exception, KeyboardInterrupt) as error:  # whatever happens, the student is saved
+        print(f"{one_line(error)}: the student is trained and saved, but was not compared")
+        if isinstance(error, KeyboardInterrupt):
+            return STOPPED
+        return CANNOT_WRITE if isinstance(error, OSError | WriteError) else FAILED
+    finally:
+        checkpoints.clear()
+    print_table(table, job.corpus)
+    return OK
 
 
 def texts(job: Job, history: list[dict], table=None) -> dict[str, str]:
@@ -425,11 +382,6 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def read_corpus(options) -> Corpus:
-    """The corpus that the options name."""
-    return load_corpus(options.dataset_path, options.text_column, options.encoding)
-
-
 @contextlib.contextmanager
 def warnings_as_lines():
     """Print each warning once, as a line like the others."""
@@ -442,7 +394,6 @@ def warnings_as_lines():
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.filterwarnings("ignore", "skipped .* empty")  # which `train` says
         warnings.showwarning = show
         yield
 
@@ -455,12 +406,6 @@ def print_table(table: pd.DataFrame, corpus: Corpus) -> None:
     widths = [len(name) + 1 for name in cells]  # names may be of several words
     print(f"\n{cells.to_string(line_width=80, col_space=widths)}\n")
     print(f"Measured on the held-out test text of {corpus.title},\nwith {describe(table)}.")
-
-
-def is_uneven(rows: pd.DataFrame) -> bool:
-    """Whether the speeds of one network, measured several times, differ by more than a quarter."""
-    speeds = rows[["forward_ms", "token_ms"]]
-    return bool((speeds.max() > UNEVEN * speeds.min()).any())
 
 
 def describe(table: pd.DataFrame) -> str:
