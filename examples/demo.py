@@ -30,6 +30,7 @@ from willows_kd.models import bundled, load_student, load_teacher
 
 HOST = "127.0.0.1"
 NEW_TOKENS = 60
+LONG_PROMPT = 400  # characters that are shown at once
 ABOUT = """# Teacher and student, side by side
 Begin a text. A language model, the *teacher*, goes on with it, and so does a smaller one that
 learnt from it, the *student*: one after the other, so that each has the machine to itself. The
@@ -209,6 +210,9 @@ def column(head: str, fact: str = "", parts=("",), kl=()) -> str:
         f'title="{nats:.2f} nats">{token}</span>'
         for token, nats in zip(tokens, kl, strict=True)
     ]
+    if len(parts[0]) > LONG_PROMPT:
+        told = f"the prompt, {len(parts[0]):,} characters"
+        prompt = f"<details><summary>{told}</summary>{prompt}</details>"
     text = f'<p><span class="prompt">{prompt}</span>{"".join(shaded)}</p>'
     return f'<div class="model">{head}<br><small>{fact}</small>{text}</div>'
 

@@ -119,11 +119,11 @@ BAD_COMMANDS = [
     (DISTILL + "--model_dir ''", "model_dir is empty"),
     (DISTILL + "--student no-such-owner/no-such-model", "--student half"),
     # texts
-    (DISTILL + "--dataset_path {place}/missing.txt", "No such file"),
+    (DISTILL + "--dataset_path {place}/missing.txt", "missing.txt does not exist"),
     (DISTILL + "--dataset_path {place}/short.txt", "too short"),
     # where the student goes
     (DISTILL + "--output_dir {place}/folder", "no distillation wrote"),
-    (DISTILL + "--output_dir {place}/student --resume", "holds a student"),
+    (DISTILL + "--output_dir {place}/student --resume", "holds a student (20"),
     (DISTILL + "--output_dir {place}/short.txt/below/student", "cannot be written"),
     (DISTILL + "--overwrite --output_dir {place}/short.txt", "is a file"),
     (DISTILL + "--overwrite --output_dir /", "root of a disk"),

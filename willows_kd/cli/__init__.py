@@ -100,6 +100,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in vars(options).items():
         if value == "" and name != "prompt":  # such as of a variable that the shell does not know
             parser.error(f"{name} is empty; leave it out or give a value")
+        if name in ("model_dir", "student", "dataset_path"):
+            for path in value if isinstance(value, list) else [value or "."]:
+                if path.startswith((".", "/", "~")) and not os.path.exists(path):
+                    parser.error(f"{path} does not exist")
     return options
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +34,7 @@ from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
 GPT2_VOCABULARY = 50_257
 STEPS_TO_TIME, TOKENS_TO_TIME = 3, 128  # of each dtype
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
+UNEVEN = 1.25  # between the speeds of one network, above which they are not to be trusted
 AS_BYTES = "utf-8", "surrogateescape"  # of a path, whatever bytes it has
 
 CARD = """\
@@ -102,10 +104,19 @@ def check_output(options, *inputs: str | None) -> None:
 
 def check_no_student(options) -> None:
     """Refuse to replace a student unless the options say so."""
-    holds_one = (Path(options.output_dir) / files.SETTINGS_FILE).exists()
+    made = made_when(Path(options.output_dir) / files.SETTINGS_FILE)
     choice = "choose another --output_dir, or add --overwrite to replace it"
-    message = f"{options.output_dir} holds a student; {choice}"
-    require(options.overwrite or not holds_one, message)
+    message = f"{options.output_dir} holds a student ({made}); {choice}"
+    require(options.overwrite or not made, message)
+
+
+def made_when(settings: Path) -> str:
+    """When and how the student with this file of settings was made; nothing if there is none."""
+    if not settings.exists():
+        return ""
+    made = json.loads(settings.read_text(encoding="utf-8"))
+    when = f"{datetime.fromtimestamp(settings.stat().st_mtime):%Y-%m-%d %H:%M}"
+    return f"{when}, T = {made.get('temperature')}, epochs: {made.get('epochs_finished')}"
 
 
 def check_stopped_run(options, checkpoints: Checkpoints) -> None:
@@ -197,11 +208,18 @@ def layers_of_student(options, teacher, blocks: torch.Tensor) -> list[int]:
     affordable = [i for i in INITS if passes_to_choose(i, depth, size) * len(few) <= len(blocks)]
     inits = affordable if options.init in (None, "auto") else [options.init]
     table = choose_layers(teacher, size, few, inits)
-    kept, (init, *others) = table["layers"].iloc[0], table.index
+    for init, kept in table["layers"].items():
+        try:
+            student_from_teacher(teacher, init=kept)
+            break
+        except InputError:  # there are families in which not every layer can be left out
+            if init == table.index[-1]:
+                raise
+    others = table.index.drop(init)
     starts = table["perplexity"].map(number)
     print(f"✂️ The student keeps layers {listed(kept)} of the teacher's {depth} ({init})")
     print(f"   Its perplexity before training: {starts[init]}")
-    if others:
+    if len(others):
         print(f"   Other choices: {', '.join(f'{other} {starts[other]}' for other in others)}")
     return kept
 
@@ -322,6 +340,10 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     finally:
         checkpoints.clear()
     print_table(table, job.corpus)
+    speeds = table.loc[["student before", "student"], ["forward_ms", "token_ms"]]
+    if (speeds.max() > UNEVEN * speeds.min()).any():
+        print("⚠️ Both students are one network, yet their speeds differ by more than a quarter:")
+        print("   the machine was busy; compare them again when it is not")
     return OK
 
 
