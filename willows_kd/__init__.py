@@ -36,14 +36,14 @@ PUBLIC_NAMES = {
         "text_quality compare as_markdown"
     ),
     "scale.planning": "plan",
-    "cost": "latency decode_latency peak_memory size_on_disk MemoryWatch",
+    "cost": "latency decode_latency size_on_disk MemoryWatch",
     "compress.quantization": "quantize fake_quantize quantized quantized_size",
     "compress.export": "export_model load_onnx",
     "compress.speculative": "speculative_decode expected_tokens expected_speedup",
     "figures.plots": (
         "plot_bars plot_dots plot_lines plot_scatter plot_heatmaps plot_tokens token_table curves"
     ),
-    "figures.explorers": "explore_figure explore_temperature explore_tokens prompt_box",
+    "figures.explorers": "explore_temperature explore_tokens prompt_box",
     "errors": "InputError Stopped",
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names.split()}
