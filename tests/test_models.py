@@ -3,10 +3,7 @@
 import copy
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +63,7 @@ def test_text_survives_the_bundled_tokenizer(tokenizer):
 
 def test_what_ships_is_under_35_megabytes_in_a_wheel():
     files = [file for file in ASSETS.rglob("*") if file.is_file()]
-    assert sum(len(zlib.compress(file.read_bytes())) for file in files) < 35e6
+    assert sum(len(zlib.compress(file.read_bytes(), 1)) for file in files) < 35e6
 
 
 def test_a_bundled_history_has_the_rows_that_distill_returned(tmp_path, monkeypatch):
@@ -107,14 +104,6 @@ def test_dropout_is_set_and_restored_layer_by_layer(teacher, ids):
         assert passes_are_equal()
     assert not passes_are_equal()
     assert teacher.transformer.h[0].mlp.dropout.p == 0.3
-
-
-def test_each_module_gets_its_own_mode_back(teacher):
-    teacher.train().transformer.h[1].eval()
-    with models.eval_mode(teacher, None):
-        assert not any(module.training for module in teacher.modules())
-    assert [layer.training for layer in teacher.transformer.h] == [True, False, True, True]
-    assert teacher.training and not teacher.transformer.h[1].mlp.training
 
 
 def test_a_teacher_that_is_partly_on_the_disk_teaches_from_there(model_dir, blocks, tmp_path):
@@ -306,7 +295,7 @@ def drop_tokenizer(folder: Path) -> None:
 DAMAGES = {
     "config is cut": (lambda d: (d / "config.json").write_text('{"n_layer":'), "cannot be loaded"),
     "a BERT": (
-        lambda d: BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(d),
+        lambda d: BertConfig(50, 32, 1, 2, architectures=["BertForMaskedLM"]).save_pretrained(d),
         "is a BertForMaskedLM; give a causal language model",
     ),
     "an unknown family": (lambda d: write_config(d, model_type="gpt99"), "gpt99"),
@@ -454,24 +443,15 @@ def test_settings_of_sampling_that_does_not_sample_do_not_stop_saving(teacher, t
     assert (settings.temperature, settings.top_p) == (0.6, 0.9)
 
 
-def test_where_python_takes_names_to_be_ascii_text_is_saved_and_a_path_refused(model_dir, tmp_path):
-    script = """
-import sys, willows_kd as kd
-_, source, folder, umlaut = sys.argv
-model, tokenizer = kd.load_teacher(source, "cpu")
-kd.save_model(model, tokenizer, folder, {"README.md": umlaut + chr(8211)})
-try:
-    kd.save_model(model, tokenizer, folder + umlaut)
-except kd.InputError as error:
-    print(error)
-"""
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    given = [str(model_dir), str(tmp_path / "saved"), "Schüler"]
-    command = [sys.executable, "-c", script, *given]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-    assert "this locale does not know; set the variable PYTHONUTF8=1" in done.stdout, done.stderr
+def test_text_with_any_byte_is_saved_and_a_path_that_the_locale_cannot_read_refused(
+    teacher, tokenizer, tmp_path
+):
+    """As Python reads names where the locale is ASCII: other bytes become surrogates."""
+    kd.save_model(teacher, tokenizer, tmp_path / "saved", {"README.md": "Sch\udcc3\udcbcler–"})
     assert (tmp_path / "saved" / "README.md").read_text(encoding="utf-8") == "Schüler–"
-    assert {path.name for path in tmp_path.iterdir()} == {"saved", model_dir.name}
+    with pytest.raises(kd.InputError, match="locale does not know; set the variable PYTHONUTF8=1"):
+        kd.save_model(teacher, tokenizer, tmp_path / "Sch\udcc3\udcbcler")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ OF_SAMPLING = (
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
 # what `transformers` calls a model's cache: past_key_values, in later versions cache
-CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
+CACHE = dataclasses.fields(CausalLMOutputWithPast)[2].name
 LEAST_SHARED = 0.9  # of the larger head: with less the models have two vocabularies
 
 
