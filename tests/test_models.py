@@ -292,10 +292,11 @@ def drop_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 DAMAGES = {
     "config is cut": (lambda d: (d / "config.json").write_text('{"n_layer":'), "cannot be loaded"),
     "a BERT": (
-        lambda d: BertConfig(50, 32, 1, 2, architectures=["BertForMaskedLM"]).save_pretrained(d),
+        lambda d: BertConfig(architectures=["BertForMaskedLM"], **SMALL).save_pretrained(d),
         "is a BertForMaskedLM; give a causal language model",
     ),
     "an unknown family": (lambda d: write_config(d, model_type="gpt99"), "gpt99"),
