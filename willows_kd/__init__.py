@@ -36,7 +36,7 @@ PUBLIC_NAMES = {
         "text_quality compare as_markdown"
     ),
     "scale.planning": "plan",
-    "cost": "latency decode_latency size_on_disk MemoryWatch",
+    "cost": "latency decode_latency peak_memory size_on_disk MemoryWatch",
     "compress.quantization": "quantize fake_quantize quantized quantized_size",
     "compress.export": "export_model load_onnx",
     "compress.speculative": "speculative_decode expected_tokens expected_speedup",
