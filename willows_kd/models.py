@@ -149,10 +149,11 @@ def bundled(name: str) -> Path:
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub name."""
     path = Path(name_or_path)
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if path.exists() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
         bundled_one = path.resolve().parent == ASSETS  # they share the teacher's
         name_or_path = BUNDLED_TEACHER if bundled_one else adapter_base(path) or ""
-        require(name_or_path, f"{path} holds no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
+        wanted = "give the directory of a model, with its config.json and tokenizer.json"
+        require(name_or_path, f"{path} holds no tokenizer; {wanted}")
     return load_part(AutoTokenizer, name_or_path)
 
 
