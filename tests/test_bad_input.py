@@ -46,7 +46,7 @@ BAD = [
     ("give what load_corpus returns", lambda t: kd.pack(t.tokenizer, t.story)),
     ("block_size is 1; ", lambda t: kd.pack(t.story, t.tokenizer, 1)),
     # models
-    ("is a file", lambda t: kd.load_teacher(t.file())),
+    ("holds no tokenizer; give the directory of a model", lambda t: kd.load_teacher(t.file())),
     ("config.json", lambda t: kd.load_teacher(t.folder)),
     ("is a file; give a directory", lambda t: kd.save_model(t.student, t.tokenizer, t.file())),
     # writing

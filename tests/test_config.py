@@ -11,9 +11,6 @@ import willows_kd as kd
 from willows_kd.config import DIVERGENCE_NAMES, DTYPES
 from willows_kd.losses import DIVERGENCES
 
-NO_NUMBERS = [None, "1", True, False, [1], 1j]
-NOT_FINITE = [math.nan, math.inf, -math.inf]
-
 # setting: what is accepted, in the words of the message; good values; bad values
 RANGES = {
     "temperature": ("above 0 and at most 1000", [0.01, 1, 2.5, 1000], [0, 0.0, -1, 1000.1]),
@@ -27,23 +24,43 @@ RANGES = {
     "weight_decay": ("at least 0", [0, 0.1, 10], [-0.1]),
     "max_grad_norm": ("above 0", [0.1, 1, 1e9], [0, -1]),
     "dropout": ("at least 0 and below 1", [0, 0.5, 0.99], [-0.1, 1, 1.5]),
-    "epochs": ("at least 1", [1, 100], [0, -1]),
-    "batch_size": ("at least 1", [1, 64], [0, -8]),
-    "gradient_accumulation_steps": ("at least 1", [1, 16], [0, -1]),
-    "seed": ("from 0 to 2**32 - 1", [0, 7, 2**32 - 1], [-1, 2**32]),
+    "epochs": ("a whole number, at least 1", [1, 100], [0, -1, 1.0]),
+    "batch_size": ("a whole number, at least 1", [None, 1, 64], [0, -8, 1.0]),
+    "gradient_accumulation_steps": ("a whole number, at least 1", [1, 16], [0, -1, 1.0]),
+    "seed": ("a whole number, from 0 to 2**32 - 1", [0, 7, 2**32 - 1], [-1, 2**32, 10**400]),
 }
-WHOLE_NUMBERS = ["epochs", "batch_size", "gradient_accumulation_steps", "seed"]
 NAMES = {"divergence": DIVERGENCE_NAMES, "dtype": DTYPES}
 
 
-def test_the_defaults_are_accepted():
-    config = kd.DistillConfig()
-    assert (config.temperature, config.alpha, config.divergence) == (1.0, 0.0, "forward_kl")
+def test_every_setting_stands_in_the_tables_of_this_file_and_is_documented():
+    fields = {field.name: field for field in dataclasses.fields(kd.DistillConfig)}
+    assert set(fields) == {*RANGES, *NAMES, "hidden_layers", "gradient_checkpointing"}
+    for name, field in fields.items():
+        assert f"\n    {name}: {field.metadata['help']}" in kd.DistillConfig.__doc__
+        assert field.metadata["accepted"] in kd.DistillConfig.__doc__
 
 
-def test_every_setting_stands_in_the_tables_of_this_file():
-    fields = {field.name for field in dataclasses.fields(kd.DistillConfig)}
-    assert fields == {*RANGES, *NAMES, "hidden_layers", "gradient_checkpointing"}
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_is_kept_or_refused_with_what_would_be_accepted(name):
+    accepted, good, bad = RANGES[name]
+    for value in good:
+        assert getattr(kd.DistillConfig(**{name: value}), name) == value
+    for value in [*bad, "1", True, [1], 1j, math.nan, -math.inf]:
+        with pytest.raises(kd.InputError) as error:
+            kd.DistillConfig(**{name: value})
+        assert str(error.value) == f"{name} is {value!r}; it must be {accepted}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_known_or_refused_with_the_known_ones(name):
+    for value in NAMES[name]:
+        assert getattr(kd.DistillConfig(**{name: value}), name) == value
+    for value in ["", "FORWARD_KL", "float16", None, 1, ["float32"]]:
+        with pytest.raises(kd.InputError) as error:
+            kd.DistillConfig(**{name: value})
+        known = ", ".join(NAMES[name])
+        assert str(error.value) == f"{name} is {value!r}; it must be one of {known}"
+    assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])
@@ -55,7 +72,7 @@ def test_a_switch_is_true_or_false(value):
 def test_hidden_layers_are_pairs_of_whole_numbers():
     assert kd.DistillConfig(hidden_layers=None).hidden_layers is None
     assert kd.DistillConfig(hidden_layers=[[1, np.int64(2)]]).hidden_layers == ((1, 2),)
-    for wrong in ([], 3, [1, 2], [(1, 2, 3)], [(1, -1)], [(1, 2.0)], "12", [("1", "2")]):
+    for wrong in ([], 3, [1, 2], [(1, 2, 3)], [(0, 1), (1, -1)], [(1, 2.0)], "12", [("1", "2")]):
         with pytest.raises(kd.InputError, match="pairs of layer numbers"):
             kd.DistillConfig(hidden_layers=wrong)
 
@@ -66,91 +83,34 @@ def test_a_pass_has_1024_tokens_unless_its_blocks_are_counted():
     assert kd.DistillConfig(batch_size=3).blocks_per_pass(128) == 3
 
 
-def test_the_documentation_of_a_setting_is_its_help_and_its_range():
-    for field in dataclasses.fields(kd.DistillConfig):
-        assert f"\n    {field.name}: {field.metadata['help']}" in kd.DistillConfig.__doc__
-        assert field.metadata["accepted"] in kd.DistillConfig.__doc__
-
-
 def test_text_of_the_students_own_has_no_hard_labels():
     with pytest.raises(kd.InputError, match="alpha is 0.5; it must be 0 if the student writes"):
         kd.DistillConfig(alpha=0.5, on_policy_share=0.5)
-
-
-def test_the_divergences_that_can_be_named_are_those_that_exist():
-    assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
-
-
-@pytest.mark.parametrize("name", [*RANGES, *NAMES])
-def test_a_value_in_its_range_is_kept_as_it_is(name):
-    for value in RANGES[name][1] if name in RANGES else NAMES[name]:
-        assert getattr(kd.DistillConfig(**{name: value}), name) == value
-
-
-@pytest.mark.parametrize("name", RANGES)
-def test_a_bad_number_is_refused_with_what_would_be_accepted(name):
-    wrong = [value for value in NO_NUMBERS if value is not None or name != "batch_size"]
-    for value in [*RANGES[name][2], *wrong, *NOT_FINITE]:
-        with pytest.raises(kd.InputError) as error:
-            kd.DistillConfig(**{name: value})
-        assert str(error.value).startswith(f"{name} is {value!r}; it must be ")
-        assert RANGES[name][0] in str(error.value)
-        assert "\n" not in str(error.value)
 
 
 def test_numpys_numbers_are_numbers_and_become_pythons():
     config = kd.DistillConfig(temperature=np.float32(2.5), seed=np.int32(7), alpha=np.int64(1))
     assert dataclasses.asdict(config) == dataclasses.asdict(kd.DistillConfig(2.5, 1.0, seed=7))
     assert [type(v) for v in (config.temperature, config.seed)] == [float, int]
-    with pytest.raises(kd.InputError, match="seed is .*it must be a whole number"):
-        kd.DistillConfig(seed=np.float64(7))
     with pytest.raises(kd.InputError, match="alpha is .*it must be from 0"):
         kd.DistillConfig(alpha=np.float32("nan"))
 
 
-@pytest.mark.parametrize("name", WHOLE_NUMBERS)
-def test_where_a_whole_number_is_needed_the_refusal_says_so(name, value=1.0):
-    with pytest.raises(kd.InputError, match=f"{name} is {value!r}; .*whole number"):
-        kd.DistillConfig(**{name: value})
-
-
-@pytest.mark.parametrize("name", ["temperature", "seed"])
-def test_a_number_too_large_for_a_float_is_refused_like_any_other(name):
-    with pytest.raises(kd.InputError, match=f"{name} is "):
-        kd.DistillConfig(**{name: 10**400})
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    for value in ["", "kl", "FORWARD_KL", "float16", None, 1, True, ["float32"]]:
-        with pytest.raises(kd.InputError) as error:
-            kd.DistillConfig(**{name: value})
-        known = ", ".join(NAMES[name])
-        assert str(error.value) == f"{name} is {value!r}; it must be one of {known}"
-
-
-def test_settings_cannot_be_changed_once_they_are_checked():
+def test_settings_cannot_be_changed_and_a_changed_copy_is_checked_again():
     with pytest.raises(dataclasses.FrozenInstanceError):
         kd.DistillConfig().temperature = -1
-
-
-def test_a_changed_copy_is_checked_again():
     with pytest.raises(kd.InputError, match="alpha is 2; it must be from 0"):
         dataclasses.replace(kd.DistillConfig(), alpha=2)
 
 
-@pytest.mark.parametrize(
-    "values, said",
-    [
+def test_a_notebooks_dial_says_in_one_line_what_cannot_be():
+    for values, said in (
         ({"temperature": -1}, "temperature is -1; it must be above 0"),
-        ({"temperature": "a"}, "temperature is 'a'; it must be above 0"),
         ({"train_blocks": -1}, "train_blocks is -1; it must be a whole number, at least 1"),
         ({"texts": "a"}, "texts is 'a'; it must be a whole number, at least 1"),
-    ],
-)
-def test_a_notebooks_dial_says_in_one_line_what_cannot_be(values, said):
-    with pytest.raises(kd.InputError, match=re.escape(said)) as caught:
-        kd.check_dial(**values)
-    [line] = caught.value._render_traceback_()  # what a notebook shows
-    assert said in line
+    ):
+        with pytest.raises(kd.InputError, match=re.escape(said)) as caught:
+            kd.check_dial(**values)
+        [line] = caught.value._render_traceback_()  # what a notebook shows
+        assert said in line
     kd.check_dial(temperature=2, seed=0, train_blocks=None, texts=8)

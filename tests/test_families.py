@@ -6,13 +6,8 @@ from families import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, REFUSED, RIGHT, UNBUILT,
 ALWAYS = {  # each for what sets its layers apart
     "bart": RIGHT,  # a decoder taken from an encoder-decoder
     "llama": RIGHT,
-    "opt": RIGHT,
-    "recurrent_gemma": RIGHT,  # kinds of layer as a property of its config
     "smollm3": RIGHT,  # positions in some layers only
-    "gpt_neo": RIGHT,  # kinds of attention, written as patterns and counts
-    "jamba": RIGHT,  # periods and offsets
     "deepseek_v3": REFUSED,  # the first layers dense, the others mixtures of experts
-    "llama4_text": REFUSED,  # lists of layer numbers
 }
 FAMILIES = [
     pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow)

@@ -146,7 +146,7 @@ def shown(monkeypatch):
 
 
 def test_sliders_give_a_figure_its_values(shown):
-    box = kd.explore_figure(
+    box = explorers.explore_figure(
         lambda **chosen: chosen, cost_ratio=(0.5, 0.0, 1.0, 0.01), layer=(1, 1, 4, 1), way=["a"]
     )
     cost, layer, way, _ = box.children

@@ -178,7 +178,7 @@ def test_layouts_that_cannot_be_cut_are_refused(gpt2):
     with pytest.raises(kd.InputError, match="only the layouts of GPT-2 and Llama"):
         kd.narrowed(experts, feed_forward=[[0]] * 4)
     under_one_norm = random_model(Olmo2Config(**SIZES, **GROUPED))
-    with pytest.raises(kd.InputError, match=r"k_norm.weight has shape \(8,\), not \(4,\)"):
+    with pytest.raises(kd.InputError, match=r"size mismatch for .*q_norm.weight"):
         kd.narrowed(under_one_norm, heads=[[0]] * 4)
 
 

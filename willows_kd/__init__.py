@@ -43,7 +43,7 @@ PUBLIC_NAMES = {
     "figures.plots": (
         "plot_bars plot_dots plot_lines plot_scatter plot_heatmaps plot_tokens token_table curves"
     ),
-    "figures.explorers": "explore_figure explore_temperature explore_tokens prompt_box",
+    "figures.explorers": "explore_temperature explore_tokens prompt_box",
     "errors": "InputError Stopped",
 }
 HOME = {name: file for file, names in PUBLIC_NAMES.items() for name in names.split()}

@@ -3,10 +3,11 @@
 The checks, the options of the command line and the documentation are made from them.
 """
 
+import contextlib
 import dataclasses
 import inspect
-import math
 import numbers
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,11 +40,6 @@ def setting(default, about: str, accepted: str = "", fits: Callable | tuple = (T
     return field(default=default, metadata={"help": about, "accepted": accepted, "fits": fits})
 
 
-def is_share(value) -> bool:
-    """Whether a number lies from 0 to 1."""
-    return 0 <= value <= 1
-
-
 AT_LEAST_0 = "at least 0", lambda v: v >= 0
 AT_LEAST_1 = "at least 1", lambda v: v >= 1
 BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
@@ -68,7 +64,7 @@ class DistillConfig:
         "weight of the hard-label cross-entropy (Hinton et al. 2015); 1 - alpha, torchtune's "
         "kd_ratio, is that of the soft labels",
         "from 0 (soft labels only) to 1 (hard labels only)",
-        is_share,
+        lambda v: 0 <= v <= 1,
     )
     divergence: str = setting(
         "forward_kl",
@@ -97,7 +93,7 @@ class DistillConfig:
         "λ, the share of a step's blocks that the student writes itself, from a block's first "
         "quarter on, and is scored on (Agarwal et al. 2024)",
         "from 0 (the text as it is) to 1 (on-policy)",
-        is_share,
+        lambda v: 0 <= v <= 1,
     )
     epochs: int = setting(3, "passes over the training blocks", *AT_LEAST_1)
     learning_rate: float = setting(
@@ -119,7 +115,7 @@ class DistillConfig:
         0.1,
         "share of the steps over which the learning rate rises",
         "from 0 to 1",
-        is_share,
+        lambda v: 0 <= v <= 1,
     )
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only", *AT_LEAST_0)
     max_grad_norm: float = setting(
@@ -168,8 +164,7 @@ class DistillConfig:
         type_ = scalar_type(each)
         kind = {int: numbers.Integral, float: numbers.Real}.get(type_, type_)
         right_type = isinstance(value, kind) and (type_ is bool or not isinstance(value, bool))
-        finite = right_type and (type_ is str or abs(value) < math.inf)
-        if not finite or not (fits(value) if callable(fits) else value in fits):
+        if not right_type or not (fits(value) if callable(fits) else value in fits):
             whole = "a whole number, " if type_ is int else ""
             accepted = each.metadata["accepted"] or "True or False"
             raise InputError(f"{each.name} is {value!r}; it must be {whole}{accepted}")
@@ -201,16 +196,14 @@ def scalar_type(each: dataclasses.Field) -> type:
 
 def layer_pairs(value) -> tuple[tuple[int, int], ...]:
     """Pairs of layer numbers, checked."""
-    try:
-        pairs = tuple((a, b) for a, b in value)
-    except (TypeError, ValueError):
-        pairs = ()
-    if not pairs or not all(is_integer(i, 0) for pair in pairs for i in pair):
-        raise InputError(
-            f"hidden_layers is {value!r}; it must be pairs of layer numbers "
-            "(student's, teacher's), such as ((1, 2), (3, 6)), or None"
-        )
-    return tuple((int(a), int(b)) for a, b in pairs)
+    with contextlib.suppress(TypeError, ValueError):  # of what are no pairs of whole numbers
+        pairs = tuple((operator.index(a), operator.index(b)) for a, b in value)
+        if pairs and min(map(min, pairs)) >= 0:
+            return pairs
+    raise InputError(
+        f"hidden_layers is {value!r}; it must be pairs of layer numbers (student's, teacher's), "
+        "such as ((1, 2), (3, 6)), or None"
+    )
 
 
 def described(each: dataclasses.Field) -> str:

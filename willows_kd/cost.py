@@ -1,37 +1,27 @@
 """What a model costs to keep and to run: its size, its memory, its speed on this machine."""
 
-import statistics
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require, type_name
-from willows_kd.models import (
-    CACHE,
-    check_token_ids,
-    eval_mode,
-    max_positions,
-    quiet_transformers,
-    write_weights,
-)
+from willows_kd.files import write_errors
+from willows_kd.models import CACHE, check_token_ids, eval_mode, quiet_transformers, write_weights
 
 
 def size_on_disk(model) -> int:
     """Bytes of the weights as `save_pretrained` writes them."""
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        try:
-            write_weights(model, folder)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(" ".join(str(error).split())) from error
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers(), write_errors(Path(folder)):
+        write_weights(model, folder)
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
@@ -101,16 +91,13 @@ def latency(
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats)):
         require(is_integer(value), f"{name} is {value!r}; it must be a whole number, at least 1")
     prompt = ids[:, : max(1, ids.shape[1] - new_tokens)]
-    seconds: dict[str, list] = {name: [] for name in models}
-    for _ in range(repeats + 1):
-        for name, model in models.items():
-            forward = timed(lambda m=model: m(ids.to(m.device)), model)
-            generate = timed(lambda m=model: continue_greedily(m, prompt, new_tokens), model)
-            seconds[name].append({"forward": forward, "per_token": generate / new_tokens})
-    return {
-        name: {what: statistics.median(row[what] for row in rows[1:]) for what in rows[0]}
-        for name, rows in seconds.items()
-    }
+
+    def seconds(model) -> dict[str, float]:
+        forward = timed(lambda: model(ids.to(model.device)), model)
+        generate = timed(lambda: continue_greedily(model, prompt, new_tokens), model)
+        return {"forward": forward, "per_token": generate / new_tokens}
+
+    return in_turns(seconds, models, repeats)
 
 
 def decode_latency(
@@ -130,16 +117,28 @@ def decode_latency(
     fits = new_tokens and all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
     require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
     before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
-    seconds: dict[str, list] = {name: [[] for _ in new_tokens] for name in models}
+
+    def seconds(model) -> dict[int, float]:
+        cached = {CACHE: DynamicCache(), "use_cache": True}
+        found = {}
+        timed(lambda: model(before.to(model.device), **cached), model)
+        for i, count in enumerate(new_tokens):
+            some = new[:, :count].to(model.device)
+            found[i] = timed(lambda some=some: model(some, **cached), model)
+            cached[CACHE].crop(-count)
+        return found
+
+    medians = in_turns(seconds, models, repeats)
+    return {name: list(found.values()) for name, found in medians.items()}
+
+
+def in_turns(measure: Callable, models: dict[str, nn.Module], repeats: int) -> dict[str, dict]:
+    """Medians of the numbers that `measure` gives for each model, after a round not counted."""
+    rows: dict[str, list] = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
-            cached = {CACHE: DynamicCache(), "use_cache": True}
-            timed(lambda m=model, c=cached: m(before.to(m.device), **c), model)
-            for count, found in zip(new_tokens, seconds[name], strict=True):
-                some = new[:, :count].to(model.device)
-                found.append(timed(lambda m=model, x=some, c=cached: m(x, **c), model))
-                cached[CACHE].crop(-count)
-    return {name: [statistics.median(f[1:]) for f in found] for name, found in seconds.items()}
+            rows[name].append(measure(model))
+    return {name: pd.DataFrame(found[1:]).median().to_dict() for name, found in rows.items()}
 
 
 def check_ids(ids: torch.Tensor, *models) -> None:
@@ -163,13 +162,12 @@ def timed(action: Callable, model) -> float:
 
 
 def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Generate exactly so many tokens, with the key-value cache; a long prompt is cut to fit."""
-    positions = max_positions(model.config) or 2**30
-    prompt = ids[:, : max(1, positions - new_tokens)].to(model.device)
+    """Generate exactly so many tokens, with the key-value cache."""
+    ids = ids.to(model.device)
     with quiet_transformers():
         return model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
+            ids,
+            attention_mask=torch.ones_like(ids),
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             do_sample=False,

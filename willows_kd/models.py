@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -41,12 +40,8 @@ OF_SAMPLING = (
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
 # what `transformers` calls a model's cache: past_key_values, in later versions cache
-CACHE = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast)[2:])
+CACHE = dataclasses.fields(CausalLMOutputWithPast)[2].name
 LEAST_SHARED = 0.9  # of the larger head: with less the models have two vocabularies
-
-
-class HubError(InputError):
-    """A name is no local directory, and the model hub did not give it."""
 
 
 def best_device() -> torch.device:
@@ -101,11 +96,7 @@ def load_student(
     tokenizer = load_tokenizer(name_or_path)
     if added := check_same_tokenizer(teacher_tokenizer, tokenizer):
         warnings.warn(added, stacklevel=2)
-    student = load_model(name_or_path, device)
-    tokens, known = min(len(teacher_tokenizer), len(tokenizer)), vocabulary_size(student)
-    too_small = f"the tokenizer has {tokens} tokens, {name_or_path} predicts {known}"
-    require(tokens <= known, f"teacher and student must share a vocabulary: {too_small}")
-    return student
+    return load_model(name_or_path, device)
 
 
 def load_bundled(name: str = "teacher", device=None) -> PreTrainedModel:
@@ -135,15 +126,9 @@ def stored_results(name: str) -> pd.DataFrame:
     """Results that take too long for a notebook: a row a training run, as a benchmark stored it.
 
     Args:
-        name: "positions", the loss by position of the students after each stage of their recipe;
-            "transfer_sets" or "temperatures", by `benchmarks/what_helps.py`; "ways", or
-            "writing" with a row for each sampling temperature, by `benchmarks/ways.py`;
-            "inits", students of other layers, by `benchmarks/inits.py`; "other_text", a
-            row for each text and pair of bundled models, by `benchmarks/other_text.py`;
-            "broken_histories" and "broken_runs", with bugs to be found, by
-            `benchmarks/broken_runs.py`; "town", answers that are right or wrong, by
-            `benchmarks/town.py`; "law", students of many sizes, budgets and teachers, by
-            `benchmarks/law.py`.
+        name: "transfer_sets", "temperatures", "ways", "writing", "inits", "copying", "town", "law",
+            "other_text", "positions", "broken_histories" or "broken_runs"; the README of
+            `willows_kd/assets` says which benchmark made each.
     """
     stored = {file.stem: file for file in sorted((ASSETS / "results").glob("*.csv"))}
     require(name in stored, f"no stored results are called {name!r}; there are {', '.join(stored)}")
@@ -163,15 +148,18 @@ def bundled(name: str) -> Path:
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub name."""
-    check_model(name_or_path)
     path = Path(name_or_path)
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
-        bundled_one = BUNDLED_TEACHER if path.resolve().parent == ASSETS else None  # they share it
-        base = bundled_one or adapter_base(path)
-        if base is None:
-            raise InputError(f"{path} has no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
-        return load_tokenizer(base)
-    return load_part(AutoTokenizer, name_or_path, "has no tokenizer that can be read")
+    if path.exists() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        bundled_one = path.resolve().parent == ASSETS  # they share the teacher's
+        name_or_path = BUNDLED_TEACHER if bundled_one else adapter_base(path) or ""
+        wanted = "give the directory of a model, with its config.json and tokenizer.json"
+        require(name_or_path, f"{path} holds no tokenizer; {wanted}")
+    return load_part(AutoTokenizer, name_or_path)
+
+
+def load_config(name_or_path: str | os.PathLike):
+    """The config of a model, without its weights; an adapter's is that of its base."""
+    return load_part(AutoConfig, adapter_base(name_or_path) or name_or_path)
 
 
 def load_model(name_or_path: str | os.PathLike, device=None) -> PreTrainedModel:
@@ -179,88 +167,82 @@ def load_model(name_or_path: str | os.PathLike, device=None) -> PreTrainedModel:
 
     A directory with a LoRA adapter is loaded onto its base model and merged.
     """
-    check_model(name_or_path)
-    if base := adapter_base(name_or_path):
-        return load_merged(base, name_or_path, device)
+    base, path = adapter_base(name_or_path), Path(name_or_path)
+    weights = "adapter_model.safetensors" if base else "*.safetensors"
+    require(
+        not path.is_dir() or any(path.glob(weights)),
+        f"{path} holds no .safetensors weights; pickled ones (.bin) can run code when loaded: if "
+        "you trust them, convert them once: "
+        "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+    )
     model, info = load_part(
         AutoModelForCausalLM,
-        name_or_path,
-        "cannot be loaded",
+        base or name_or_path,
         dtype=torch.float32,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
         output_loading_info=True,
     )
-    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    require(not missing, f"{name_or_path} lacks weights ({', '.join(missing[:3])} ...)")
-    names = ", ".join(key for key, *_ in mismatched[:3])
-    require(not mismatched, f"{name_or_path} has weights that do not fit its config ({names})")
-    model.generation_config = savable(model.generation_config)
+    made_as, is_now = model.config.architectures or ["CausalLM"], type(model).__name__
+    causal = any("CausalLM" in kind or kind == is_now for kind in made_as)  # BERT would load, too
+    require(causal, f"{name_or_path} is a {made_as[0]}; give a causal language model")
+    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    lacks = f"{name_or_path} lacks weights that fit its config ({', '.join(wrong[:3])} ...)"
+    require(not wrong, lacks)
+    if base:
+        with loading_errors_as_input_errors(name_or_path):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name_or_path).merge_and_unload()
+        model.requires_grad_(True)  # PEFT froze it
     return model.to(device or best_device())
-
-
-def load_merged(base: str, adapter: str | os.PathLike, device=None) -> PreTrainedModel:
-    """A base model with a directory's LoRA adapter merged into its weights."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise InputError(f"{adapter} holds a LoRA adapter; to load it, pip install peft") from None
-    found = (Path(adapter) / "adapter_model.safetensors").is_file()  # never a pickle
-    require(found, f"{adapter} holds no adapter weights (no adapter_model.safetensors)")
-    model = load_model(base, device)
-    with loading_errors_as_input_errors(adapter, "cannot be loaded"):
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return merged.requires_grad_(True)  # PEFT froze the base model
 
 
 def adapter_base(name_or_path: str | os.PathLike) -> str | None:
     """The model that a directory's LoRA adapter belongs to; None if it holds no adapter."""
-    file = Path(name_or_path) / "adapter_config.json"
-    if not file.is_file() or (file.parent / "config.json").is_file():
+    folder = Path(name_or_path)
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / "config.json").is_file():
         return None
+    with loading_errors_as_input_errors(folder):
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def load_part(kind, name_or_path: str | os.PathLike, **options):
+    """What a class of `transformers` loads from a directory or hub name, with no remote code."""
+    offline = Path(name_or_path).exists() or not hub_answers(name_or_path)
+    with loading_errors_as_input_errors(name_or_path):
+        return kind.from_pretrained(
+            name_or_path, trust_remote_code=False, local_files_only=offline, **options
+        )
+
+
+def hub_answers(name: str | os.PathLike) -> bool:
+    """Whether the hub has an answer for a name, within 5 seconds.
+
+    Without a connection `transformers` tries for half a minute. Told to look in its cache only,
+    it finds at once what is there, and refuses what is not.
+    """
+    with contextlib.suppress(Exception):  # whatever the HTTP client calls it
+        get_session().head(hf_hub_url(str(name), "config.json"), timeout=5)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def loading_errors_as_input_errors(name_or_path: str | os.PathLike):
+    """Quietly, and with what is raised for a bad model in one line."""
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, OSError):
-        base = None
-    named = isinstance(base, str) and base and Path(base).absolute() != file.parent.absolute()
-    require(named, f"{file} is damaged: it does not name the model it belongs to")
-    return base
+        with quiet_transformers():
+            yield
+    except Exception as error:
+        what = "cannot be loaded"
+        if isinstance(error, OSError) and not Path(name_or_path).exists():
+            what = "does not exist and could not be downloaded from the Hugging Face Hub"
+        raise InputError(f"{name_or_path} {what}: {one_line(error)}") from error
 
 
-def check_model(name_or_path: str | os.PathLike) -> None:
-    """Refuse a local directory that cannot hold a causal language model, before loading it."""
-    named = isinstance(name_or_path, str | os.PathLike) and str(name_or_path).strip()
-    require(named, f"the model is {name_or_path!r}; give a directory or a name on the hub")
-    path = Path(name_or_path)
-    if not path.exists():  # a name on the hub, of which `transformers` will tell
-        is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_path))
-        require(is_name, f"model directory {path} does not exist")
-        return
-    require(path.is_dir(), f"{path} is a file; give the directory that holds a model's config.json")
-    if adapter_base(path):
-        return
-    require((path / "config.json").is_file(), f"{path} is not a model: it holds no config.json")
-    kinds = load_part(AutoConfig, path, "has no config that can be read").architectures or []
-    causal = not kinds or any(re.search("CausalLM|LMHead", kind) for kind in kinds)
-    must = "a teacher or student must be a causal language model"
-    require(causal, f"{path} is a {', '.join(kinds)}; {must}")
-    if any(path.glob("*.safetensors")):
-        return
-    export = next((name for name in ("model.onnx", "model.gguf") if (path / name).exists()), None)
-    require(not export, f"{path / str(export)} is an export; give the model that it was made from")
-    require(
-        not any(path.glob("*.bin")),
-        f"{path} holds only pickled weights, which can run code when loaded; if you trust them, "
-        "convert them once: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
-    )
-    raise InputError(f"{path} holds no weights (no .safetensors file)")
-
-
-def load_config(name_or_path):
-    """The config of a model, without its weights; an adapter's is that of its base."""
-    check_model(name_or_path)
-    name_or_path = adapter_base(name_or_path) or name_or_path
-    return load_part(AutoConfig, name_or_path, "has no config that can be read")
+# -- how many tokens at once -------------------------------------------------------------
 
 
 def check_context(name_or_path: str | os.PathLike, block_size: int) -> None:
@@ -286,45 +268,6 @@ def check_positions(model, blocks: torch.Tensor, name: str) -> None:
         f"blocks have {given} tokens, the {name} takes at most {longest}; "
         "pack the corpus again with that block_size",
     )
-
-
-def hub_answers(name_or_path: str | os.PathLike) -> bool:
-    """Whether the hub has an answer for a name, within 5 seconds.
-
-    Without a connection `transformers` tries for half a minute. Told to look in its cache only,
-    it finds at once what is there, and refuses what is not.
-    """
-    if Path(name_or_path).exists():
-        return False
-    try:
-        get_session().head(hf_hub_url(str(name_or_path), "config.json"), timeout=5)
-    except Exception:  # whatever the HTTP client calls it
-        return False
-    return True
-
-
-def load_part(kind, name_or_path: str | os.PathLike, what: str, **options):
-    """What a class of `transformers` loads from a name, with no remote code; `what` says if not."""
-    with loading_errors_as_input_errors(name_or_path, what):
-        offline = not hub_answers(name_or_path)
-        return kind.from_pretrained(
-            name_or_path, trust_remote_code=False, local_files_only=offline, **options
-        )
-
-
-@contextlib.contextmanager
-def loading_errors_as_input_errors(name_or_path: str | os.PathLike, what: str):
-    """Quietly, and with what `transformers` raises for a bad model in one line."""
-    try:
-        with quiet_transformers():
-            yield
-    except Exception as error:
-        if not Path(name_or_path).exists() and isinstance(error, OSError):
-            raise HubError(
-                f"{name_or_path} is no local directory and could not be downloaded from the "
-                f"Hugging Face Hub: {one_line(error)}"
-            ) from error
-        raise InputError(f"{name_or_path} {what}: {one_line(error)}") from error
 
 
 # -- modes, copies and checks ------------------------------------------------------------
@@ -397,7 +340,7 @@ def untrained(config, like: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             dtype=torch.float32,
             attn_implementation=like.config._attn_implementation,
         ).to(like.device)
-    model.generation_config = savable(like.generation_config)
+    model.generation_config = savable(like.generation_config)  # whoever saves it
     return model
 
 
@@ -409,13 +352,11 @@ def is_placed(model) -> bool:
 
 def require_weights(model: nn.Module) -> None:
     """Require a model whose weights can be copied: not quantized, not offloaded."""
-    reasons = {
-        "quantized": (getattr(model, "is_quantized", False), "unquantised"),
-        "offloaded": (any(p.is_meta for p in model.parameters()), "without device_map"),
-    }
-    for what, (found, how) in reasons.items():
-        teaches = f"the teacher's weights are {what}: it can teach, but to make a student of it, "
-        require(not found, f"{teaches}load it {how}")
+    teaches = "the teacher's weights are {}: it can teach, but to make a student of it, load it {}"
+    quantized = getattr(model, "is_quantized", False)
+    require(not quantized, teaches.format("quantized", "unquantised"))
+    offloaded = any(weight.is_meta for weight in model.parameters())
+    require(not offloaded, teaches.format("offloaded", "without device_map"))
 
 
 def require_model(model, name: str) -> None:
@@ -440,8 +381,6 @@ def check_same_tokenizer(teacher_tokenizer, student_tokenizer) -> str | None:
     Raises:
         InputError: the same text gets other ids, or sizes differ by more than added tokens.
     """
-    is_tokenizer = hasattr(teacher_tokenizer, "get_vocab")
-    require(is_tokenizer, f"tokenizer is {type_name(teacher_tokenizer)}; give that of the teacher")
     small, large = sorted((teacher_tokenizer, student_tokenizer), key=len)
     added = large.get_vocab().keys() - small.get_vocab().keys()
     sizes = f"{len(teacher_tokenizer)} tokens, the student's {len(student_tokenizer)}"

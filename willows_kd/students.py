@@ -54,14 +54,12 @@ def student_from_teacher(
     with family_errors_as_input_errors(f"no student of layers {kept} of this {family} teacher"):
         config = config_of_layers(teacher.config, depth_of(teacher), kept)
         student = untrained(config, teacher, seed)
-        if not (isinstance(init, str) and init == "random"):
-            check_layers(teacher, student, kept)
-            load_weights(student, weights_of_layers(teacher, kept))
-            without = (
-                "the other layers; a layer of this family depends on its number, or on the layers "
-                "before it"
-            )
-            check_equal(student, teacher, skipped_layers(teacher, kept), without)
+        if isinstance(init, str) and init == "random":
+            return student
+        check_layers(teacher, student, kept)
+        student.load_state_dict(weights_of_layers(teacher, kept))
+        without = "the other layers; a layer of this family depends on its number, or on the layers"
+        check_equal(student, teacher, skipped_layers(teacher, kept), f"{without} before it")
     return student
 
 
@@ -71,8 +69,7 @@ def family_errors_as_input_errors(what: str):
     try:
         yield
     except Exception as error:
-        reason = one_line(error).partition(". ")[0]
-        raise InputError(f"{what}: {reason}") from error
+        raise InputError(f"{what}: {one_line(error).partition('. ')[0]}") from error
 
 
 # -- which layers, and where they are --------------------------------------------------
@@ -188,28 +185,15 @@ def config_of_layers(config, depth: int, kept: list[int]):
 
 def weights_of_layers(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
     """A model's weights with only some of its layers, numbered anew."""
-    numbered = re.compile(rf"({re.escape(layer_stack(model))})\.(\d+)\.(.+)")
-    weights = {}
+    stack, weights = f"{layer_stack(model)}.", {}
     for key, tensor in model.state_dict().items():
-        of_layer = numbered.fullmatch(key)
-        if of_layer is None:
-            weights[key] = tensor
-        elif int(of_layer[2]) in kept:
-            weights[f"{of_layer[1]}.{kept.index(int(of_layer[2]))}.{of_layer[3]}"] = tensor
+        if key.startswith(stack):
+            number, _, rest = key.removeprefix(stack).partition(".")
+            if int(number) not in kept:
+                continue
+            key = f"{stack}{kept.index(int(number))}.{rest}"
+        weights[key] = tensor
     return weights
-
-
-def load_weights(model, weights: dict[str, torch.Tensor]) -> None:
-    """Copy weights into a model.
-
-    Raises:
-        InputError: one is missing, has no place, or has another shape.
-    """
-    own = model.state_dict()
-    for name in sorted(weights.keys() | own.keys()):
-        shapes = [tuple(each[name].shape) if name in each else "none" for each in (weights, own)]
-        require(shapes[0] == shapes[1], f"{name} has shape {shapes[0]}, not {shapes[1]}")
-    model.load_state_dict(weights)
 
 
 # -- the proof -------------------------------------------------------------------------
@@ -229,11 +213,11 @@ def check_layers(teacher, student, kept: list[int]) -> None:
     """
     mine, theirs = (model.get_submodule(layer_stack(model)) for model in (student, teacher))
     for i, number in enumerate(kept):
-        ours, its = build_of(mine[i]), build_of(theirs[number])
-        for name in sorted(ours.keys() | its.keys()):
-            was, now = its.get(name, "absent"), ours.get(name, "absent")
-            made = f"{name} is {was} in layer {number}, and its config makes it {now} in layer {i}"
-            require(was == now, f"{made} of {len(kept)}")
+        now, was = build_of(mine[i]), build_of(theirs[number])
+        for name in sorted(now.keys() | was.keys()):
+            old, new = was.get(name, "absent"), now.get(name, "absent")
+            made = f"{name} is {old} in layer {number}, and its config makes it {new} in layer {i}"
+            require(old == new, f"{made} of {len(kept)}")
 
 
 def build_of(layer: nn.Module) -> dict[str, object]:

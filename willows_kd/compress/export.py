@@ -238,7 +238,7 @@ def load_onnx(directory) -> tuple[PreTrainedModel, object]:
     # idle threads that spin would take the cores from the next model, and from PyTorch
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # an error is raised as well
-    with loading_errors_as_input_errors(directory, "cannot be loaded"), quiet_transformers():
+    with loading_errors_as_input_errors(directory):
         model = OnnxModel(
             AutoConfig.from_pretrained(directory),
             GenerationConfig.from_pretrained(directory),

@@ -18,11 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from willows_kd.errors import InputError, require
 from willows_kd.evaluation import check_blocks
 from willows_kd.models import eval_mode, merge_adapters, require_model, require_weights, untrained
-from willows_kd.students import (
-    check_equal,
-    family_errors_as_input_errors,
-    load_weights,
-)
+from willows_kd.students import check_equal, family_errors_as_input_errors
 
 LAYOUTS = {  # GPT-2's and Llama's names of the maps into heads or units and, last, out of them
     "heads": (("c_attn", "c_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -94,7 +90,7 @@ def narrowed(
     with family_errors_as_input_errors(f"no narrower {teacher.config.model_type}"):
         config, weights = pruned(teacher, kept)
         student = untrained(config, teacher)
-        load_weights(student, weights)
+        student.load_state_dict(weights)
         check_equal(student, teacher, masked(teacher, kept), "the other heads and units")
     return student
 
