@@ -276,11 +276,11 @@ def load_or_build(place: Path, teacher, parts: list[torch.Tensor], spec: CacheSp
                 where = str(place.parent).replace(str(Path.home()), "~", 1)
                 print(f"Caching the teacher's outputs: {size:,.1f} MB in {where}")
             with FileLock(place / "lock"):  # one process makes them while the others wait
-                remove_partial_writes(place, "*")  # by killed runs
                 for i in tqdm(missing, unit="shard", leave=False, disable=not speaks):
                     if load_tensors(files[i]) is None:
                         save_tensors(files[i], outputs(teacher, parts[i], spec, seed=i))
                     shards[i] = load_tensors(files[i])
+    remove_partial_writes(place, "*")  # by killed runs: all shards are there
     return shards
 
 
