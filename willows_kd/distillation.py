@@ -82,7 +82,6 @@ def distill(
         student.to(accelerator.device)
     with (
         torch.random.fork_rng(),  # the caller's random state stays as it is
-        on_device(teacher, student.device),
         train_mode(teacher, student, config),
     ):
         warn_of_other_dropout(student, blocks.train[:1])
@@ -275,23 +274,15 @@ def asks_teacher(config: DistillConfig) -> bool:
 
 
 @contextlib.contextmanager
-def on_device(model: nn.Module, device: torch.device):
-    """A model on a device, and afterwards where it was; one that `transformers` placed stays."""
-    before = model.device
-    moves = before != device and not is_placed(model)
-    if moves:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if moves:
-            model.to(before)
-
-
-@contextlib.contextmanager
 def train_mode(teacher: nn.Module, student: nn.Module, config: DistillConfig):
-    """Teacher in eval mode, student in train mode as configured; then all as before."""
+    """Teacher in eval mode on the student's device, student in train mode; then all as before.
+
+    A teacher that `transformers` placed itself stays where it is.
+    """
     with contextlib.ExitStack() as stack:
+        if teacher.device != student.device and not is_placed(teacher):
+            stack.callback(teacher.to, teacher.device)
+            teacher.to(student.device)
         stack.enter_context(eval_mode(teacher, student))
         stack.enter_context(dropout_set_to(student, config.dropout))
         student.train()
