@@ -133,8 +133,13 @@ def test_how_a_step_is_cut_up_does_not_change_it(teacher, student, blocks, chang
         cut = {"batch_size": batch_size, "gradient_accumulation_steps": passes}
         model = copy.deepcopy(student).double()
         rows = run(teacher, model, few, seed=5, **cut, **changes)
+        config = kd.DistillConfig(seed=5, **cut)
         columns = "loss", "soft_loss", "gradient_norm", "learning_rate", "tokens", "average_loss"
         found.append((numbers(rows[:2], *columns[:-1]) + numbers(rows[2:], *columns), model))
+    counts = few.masks.get("train", torch.ones(21, 32))[:, 1:].sum(dim=1)
+    sizes = [counts[step].sum().item() for step in epoch_batches(few.train, config, 0)]
+    average = sum(row["loss"] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+    assert rows[-1]["average_loss"] == pytest.approx(average)
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert furthest_apart(found[1][1], found[0][1]) < 1e-5
 
@@ -355,6 +360,7 @@ def test_a_padded_head_changes_nothing(teacher, student, blocks, make_gpt2, whos
     assert numbers(found, *columns) == pytest.approx(numbers(expected, *columns), rel=1e-5)
     last = "average_loss", "validation_perplexity", "validation_kl"
     assert numbers(found[-1:], *last) == pytest.approx(numbers(expected[-1:], *last), rel=1e-5)
+    run(**models, blocks=blocks, on_policy_share=1.0)  # no token of the padding is written
 
 
 def test_the_dropout_of_the_settings_replaces_the_models_own(teacher, make_gpt2, blocks):
