@@ -129,9 +129,10 @@ def plan(
     """
     config = DistillConfig() if config is None else config
     real, mode = (teacher, student), FakeTensorMode(allow_non_fake_inputs=True)
-    measures = rate is None
-    known = not measures or all(isinstance(model, nn.Module) for model in real)
-    require(known, "a step of models that are only named cannot be timed; give rate, in FLOP/s")
+    measured = "given"
+    if rate is None:
+        measured, are_models = "a step of this run", [isinstance(m, nn.Module) for m in real]
+        require(all(are_models), "a step of what is no model cannot be timed; give rate, in FLOP/s")
     teacher = fake(teacher, mode).eval()
     if is_integer(student):
         kept = layers_to_keep(teacher, student, "spaced")
@@ -162,7 +163,7 @@ def plan(
         flops={name: n * len(blocks.train) / len(ids) for name, n in passes.items()},
         epochs=config.epochs,
         rate=rate,
-        measured="a step of this run" if measures else "given",
+        measured=measured,
     )
 
 
