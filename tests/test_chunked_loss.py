@@ -81,7 +81,7 @@ def test_it_is_the_full_logits_loss(
 
 
 @pytest.mark.parametrize("divergence", sorted(set(DIVERGENCES) - {"reverse_kl"}))
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float16, 5e-3)])
 def test_in_every_precision_it_is_the_float64_loss_but_for_rounding(divergence, dtype, rounding):
     """Some tokens are cut from the teacher, so that the reverse KL is infinite."""
     student, teacher, labels = inputs(64, 300, 16, 16, 0, dtype)

@@ -67,8 +67,7 @@ def chunked_distillation_loss(
         ]
         differ = f"the student has {sizes[0]}, the teacher {sizes[1]}; they must be equal"
         require(sizes[0] == sizes[1], differ)
-        teacher_hidden = teacher_hidden[counted].flatten(0, -2).detach()
-        teacher_head = teacher_head.detach()
+        teacher_hidden = teacher_hidden[counted].flatten(0, -2)
     else:
         teacher_hidden = teacher_head = None
     student_hidden, labels = student_hidden[counted].flatten(0, -2), labels[counted].flatten()
