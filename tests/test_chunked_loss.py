@@ -172,6 +172,14 @@ def test_under_autocast_the_products_are_in_half_precision_and_the_gradients_in_
     assert not torch.equal(found[2], found[2].bfloat16().float())  # a sum over chunks
 
 
+def test_the_logits_of_a_teacher_in_half_precision_are_taken_further_in_float32():
+    student, teacher, labels = inputs(64, 300, 16, 16, 0, torch.float32)
+    teacher = [x.bfloat16() for x in teacher]
+    found = chunked_distillation_loss(*student, *teacher, labels, 2.0)[0]
+    expected = full_logits_loss(student, teacher, labels, 2.0, 0.0, "forward_kl")[0]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_hard_labels_alone_need_no_teacher(autocast):
     student, _, labels = inputs(12, 10, 4, 4, 0, torch.float32)
