@@ -235,6 +235,8 @@ def validate_inputs(
 ) -> None:
     """Require models, blocks and settings that fit together, before anything is done."""
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
+    is_config = isinstance(config, DistillConfig)
+    require(is_config, f"config is {type_name(config)}; give a DistillConfig")
     for name, model in (("teacher", teacher), ("student", student)):
         for split in (blocks.train, blocks.validation):
             check_blocks(model, split, name)
