@@ -16,7 +16,7 @@ RANGES = {
     "temperature": ("above 0 and at most 1000", [0.01, 1, 2.5, 1000], [0, 0.0, -1, 1000.1]),
     "alpha": ("from 0 (soft labels only) to 1 (hard labels only)", [0, 0.5, 1], [-0.1, 1.1]),
     "beta": ("above 0 and below 1", [0.1, 0.5, 0.9], [0, 1, -0.1]),
-    "skew": ("at least 0 and below 1", [0, 0.1, 0.99], [-0.1, 1, 1.1]),
+    "skew": ("above 0 and below 1", [0.1, 0.99], [0, 1, 1.1]),
     "hidden_weight": ("at least 0", [0, 0.5, 100], [-0.1]),
     "on_policy_share": ("from 0 (the text as it is) to 1 (on-policy)", [0, 0.5, 1], [-0.1, 1.1]),
     "learning_rate": ("above 0 and at most 1", [1e-6, 1], [0, -1e-3, 1.1]),

@@ -1,6 +1,5 @@
 """The loop: it trains the student it says, on the loss it says, and leaves all else alone."""
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -10,17 +9,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 import willows_kd as kd
-from willows_kd.config import DIVERGENCE_NAMES
 from willows_kd.distillation import DistillationLoss, epoch_batches
 from willows_kd.generation import continued, uniform_draws
 
-EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True)
 COLUMNS = [
     *("step", "epoch", "loss", "soft_loss", "hard_loss", "hidden_loss"),
     *("gradient_norm", "learning_rate", "tokens", "seconds"),
@@ -107,9 +102,7 @@ def by_hand(teacher, student, blocks, config) -> list[tuple[float, float, float]
     return rows
 
 
-@pytest.mark.parametrize(
-    ("alpha", "temperature"), [(0, 1), (0, 2), (0.3, 4), (1, 2)], ids=lambda value: f"{value}"
-)
+@pytest.mark.parametrize(("alpha", "temperature"), [(0, 2), (0.3, 4)])
 def test_the_loop_is_the_loop_written_by_hand(teacher, student, blocks, alpha, temperature):
     teacher, student = teacher.double(), student.double()
     same_student = copy.deepcopy(student)
@@ -129,26 +122,26 @@ def test_the_loop_is_the_loop_written_by_hand(teacher, student, blocks, alpha, t
     assert furthest_apart(student, same_student) < 1e-6
 
 
-CUTS = [(8, 1), (2, 4), (4, 2)]  # blocks in a pass, passes in a step
-
-
 @pytest.mark.parametrize("changes", [{"alpha": 0.3}, {"on_policy_share": 0.5}], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_how_a_step_is_cut_up_does_not_change_it(teacher, student, blocks, changes, masked):
+def test_how_a_step_is_cut_up_does_not_change_it(teacher, student, blocks, changes):
     few = first(blocks, 21)  # so that the last step is an uneven one
-    if masked:  # unevenly: some blocks have no token that counts
+    if "alpha" in changes:  # masked unevenly: some blocks have no token that counts
         mask = torch.rand(few.train.shape, generator=torch.Generator().manual_seed(0))
         few = dataclasses.replace(few, masks={"train": mask < torch.linspace(0, 1, 21)[:, None]})
     teacher, found = teacher.double(), []
-    for batch_size, passes in CUTS:
+    for batch_size, passes in [(8, 1), (2, 4)]:  # blocks in a pass, passes in a step
         cut = {"batch_size": batch_size, "gradient_accumulation_steps": passes}
         model = copy.deepcopy(student).double()
         rows = run(teacher, model, few, seed=5, **cut, **changes)
+        config = kd.DistillConfig(seed=5, **cut)
         columns = "loss", "soft_loss", "gradient_norm", "learning_rate", "tokens", "average_loss"
         found.append((numbers(rows[:2], *columns[:-1]) + numbers(rows[2:], *columns), model))
-    for values, model in found[1:]:
-        assert values == pytest.approx(found[0][0], rel=1e-5)
-        assert furthest_apart(model, found[0][1]) < 1e-5
+    counts = few.masks.get("train", torch.ones(21, 32))[:, 1:].sum(dim=1)
+    sizes = [counts[step].sum().item() for step in epoch_batches(few.train, config, 0)]
+    average = sum(row["loss"] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+    assert rows[-1]["average_loss"] == pytest.approx(average)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert furthest_apart(found[1][1], found[0][1]) < 1e-5
 
 
 def test_what_a_masked_token_is_changes_nothing_and_the_others_are_all_that_counts(
@@ -176,13 +169,6 @@ def test_what_a_masked_token_is_changes_nothing_and_the_others_are_all_that_coun
     assert row["hard_loss"] == pytest.approx(hard, rel=1e-5)
 
 
-def test_a_mask_that_fits_no_block_is_refused(teacher, student, blocks):
-    for mask in (torch.zeros_like(blocks.train).bool(), torch.ones(2, 3).bool()):
-        given = dataclasses.replace(blocks, masks={"train": mask})
-        with pytest.raises(kd.InputError, match="have the shape of blocks.train and let a token"):
-            run(teacher, student, given)
-
-
 # -- whose text, and what else is matched ----------------------------------------------
 
 
@@ -190,17 +176,14 @@ def test_a_student_that_writes_is_scored_on_what_it_wrote(teacher, student, bloc
     seen = []
     teacher.base_model.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     few, writer = first(blocks, 8), copy.deepcopy(student)
-    config = kd.DistillConfig(epochs=1, on_policy_share=1.0, seed=3)
-    row = kd.distill(teacher, student, few, config)[0]
+    config = kd.DistillConfig(epochs=1, on_policy_share=1.0, seed=3, dropout=0.5)
+    kd.distill(teacher, student, few, config)
     step = next(ids for ids in seen if len(ids) == 8 and not torch.equal(ids, few.train))
     (order,) = epoch_batches(few.train, config, 0)
     expected = few.train[order]
     draws = uniform_draws(8, 24, 3 * 2**31 + 1)
     expected = torch.cat([expected[:, :8], continued(writer, expected[:, :8], 24, draws)], dim=1)
-    assert torch.equal(step, expected)
-    with torch.no_grad():
-        z_t, z_s = (model(step).logits[:, 7:-1] for model in (teacher, writer))
-    assert row["loss"] == pytest.approx(kd.forward_kl(z_s, z_t).item(), rel=1e-4)
+    assert torch.equal(step, expected)  # drawn without dropout
 
 
 def test_half_a_share_is_half_the_blocks_and_the_masks_of_the_others_count(
@@ -223,19 +206,6 @@ def test_half_a_share_is_half_the_blocks_and_the_masks_of_the_others_count(
     assert (~counts[:4, :7]).all() and counts[:4, 7:].all()
 
 
-def test_the_writing_takes_no_gradient_and_no_dropout(teacher, student, blocks):
-    written = []
-
-    def generate(*arguments, **more):
-        assert not torch.is_grad_enabled() and not student.training
-        written.append(type(student).generate(student, *arguments, **more))
-        return written[-1]
-
-    student.generate = generate
-    run(teacher, student, first(blocks, 8), on_policy_share=1.0, dropout=0.5)
-    assert len(written) == 1 and not written[0].requires_grad
-
-
 @pytest.mark.parametrize("pairs", [None, [(0, 0), (1, 2)]])
 def test_hidden_states_are_matched_in_pairs_or_the_final_ones(teacher, student, blocks, pairs):
     few, start = first(blocks, 8), copy.deepcopy(student)
@@ -251,45 +221,39 @@ def test_hidden_states_are_matched_in_pairs_or_the_final_ones(teacher, student, 
 # -- what is trained, and what is not --------------------------------------------------
 
 
-def by_name(model) -> dict:
-    return {
-        name: (module.training, getattr(module, "p", None))
-        for name, module in model.named_modules()
-    }
-
-
-@pytest.mark.parametrize("end", ["finished", "an error"])
-def test_what_is_given_is_left_as_it_was(teacher, student, blocks, end):
-    """Modes of each module, dropout, gradients, the teacher's weights, random numbers."""
-    teacher.train().transformer.h[1].eval()
+def test_modes_dropout_and_gradients_are_those_of_training_and_after_an_error_as_before(
+    teacher, student, blocks
+):
+    """That all is left as it was after a run that ends well, `test_left_alone` sees."""
+    expected = trained(teacher, student, blocks, dropout=0.3)
+    torch.manual_seed(7)  # which draws none of the dropout
+    teacher.train()
     student.eval().transformer.h[0].mlp.train()
-    positions = student.transformer.wpe.weight.requires_grad_(False)
     student(blocks.train[:2]).logits.sum().backward()  # of which nothing leaks into the run
-    before = by_name(teacher), by_name(student), torch.get_rng_state(), positions.clone()
-    weights = kd.fingerprint(teacher)
-    expected = trained(teacher.eval(), student, blocks, alpha=0.5, dropout=0.3)
-    teacher.train().transformer.h[1].eval()
+    modes = [module.training for model in (teacher, student) for module in model.modules()]
 
     def on_step(row):
         assert all(module.training for module in student.modules())
         assert not any(module.training for module in teacher.modules())
         assert {m.p for m in student.modules() if isinstance(m, nn.Dropout)} == {0.3}
-        if end == "an error":
+        if row["step"] == 3:
             raise ZeroDivisionError
 
-    with contextlib.suppress(ZeroDivisionError):
-        run(teacher, student, blocks, on_step, alpha=0.5, dropout=0.3)
-        assert furthest_apart(student, expected) == 0
-    assert (by_name(teacher), by_name(student)) == before[:2]
-    assert torch.equal(torch.get_rng_state(), before[2])
-    assert torch.equal(positions, before[3])
-    assert kd.fingerprint(teacher) == weights
-    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    with pytest.raises(ZeroDivisionError):
+        run(teacher, student, blocks, on_step, dropout=0.3)
+    assert furthest_apart(student, expected) == 0
+    after = [module.training for model in (teacher, student) for module in model.modules()]
+    assert after == modes
+    assert 0.3 not in {m.p for m in student.modules() if isinstance(m, nn.Dropout)}
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_every_weight_is_trained_and_the_teacher_asked_once_a_pass(teacher, student, blocks, alpha):
-    """With hard labels alone it is asked about the validation blocks only."""
+    """With hard labels alone it is asked about the validation blocks only.
+
+    A loss without weight is None.
+    """
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     asked = []
     note = lambda *_: asked.append(torch.is_grad_enabled() or student.training)  # noqa: E731
@@ -300,155 +264,69 @@ def test_every_weight_is_trained_and_the_teacher_asked_once_a_pass(teacher, stud
     )
     assert sum(asked) == (6 if alpha < 1 else 0)
     assert history[-1]["validation_kl"] > 0
+    for row in history:
+        assert (row["soft_loss"] is None, row["hard_loss"] is None) == (alpha == 1, alpha == 0)
+        hard, soft = (row[name] or 0.0 for name in ("hard_loss", "soft_loss"))
+        assert row["loss"] == pytest.approx(alpha * hard + (1 - alpha) * soft, rel=1e-6)
     unchanged = [name for name, p in student.named_parameters() if torch.equal(p, before[name])]
     assert unchanged == []
 
 
-@EXAMPLES
-@given(
-    blocks=st.integers(1, 200),
-    batch_size=st.integers(1, 20),
-    gradient_accumulation_steps=st.integers(1, 6),
-    epoch=st.integers(0, 9),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_the_steps_of_an_epoch_are_all_blocks_once(
-    blocks, batch_size, gradient_accumulation_steps, epoch, seed
-):
-    config = kd.DistillConfig(
-        batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps, seed=seed
-    )
-    steps = epoch_batches(torch.zeros(blocks, 4), config, epoch)
-    assert sorted(torch.cat(steps).tolist()) == list(range(blocks))
-    assert all(len(step) == batch_size * gradient_accumulation_steps for step in steps[:-1])
-    assert 1 <= len(steps[-1]) <= batch_size * gradient_accumulation_steps
+def test_the_steps_of_an_epoch_are_all_blocks_once_in_an_order_of_seed_and_epoch():
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 0)):
+        config = kd.DistillConfig(batch_size=3, gradient_accumulation_steps=2, seed=seed)
+        steps = epoch_batches(torch.zeros(13, 4), config, epoch)
+        assert [len(step) for step in steps] == [6, 6, 1]
+        orders.append(torch.cat(steps).tolist())
+        assert sorted(orders[-1]) == list(range(13))
+    assert len(epoch_batches(torch.zeros(40, 32), kd.DistillConfig(), 0)[0]) == 1024 / 32
+    assert orders[0] == orders[4]
+    assert len(set(map(tuple, orders))) == 4
 
 
-def test_the_order_of_the_blocks_follows_from_seed_and_epoch():
-    configs, blocks = [kd.DistillConfig(seed=seed) for seed in (0, 1, 0)], torch.zeros(50, 1024)
-    orders = [
-        [torch.cat(epoch_batches(blocks, config, epoch)).tolist() for epoch in range(3)]
-        for config in configs
-    ]
-    assert orders[0] == orders[2]
-    assert len({tuple(order) for seed in orders for order in seed}) == 6
-
-
-# -- random numbers --------------------------------------------------------------------
-
-
-def test_the_same_seed_gives_the_same_student_whatever_came_before(teacher, student, blocks):
-    students = []
-    for number in (1, 2):
-        torch.manual_seed(number)
-        students.append(kd.fingerprint(trained(teacher, student, blocks, seed=3, dropout=0.1)))
-    assert students[0] == students[1]
-
-
-# -- losses that mean what they say ----------------------------------------------------
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
-def test_the_student_comes_closer_to_its_teacher(teacher, student, blocks, divergence):
-    history = run(
-        *(teacher, student, first(blocks, 4)),
-        **{"divergence": divergence, "epochs": 15, "batch_size": 4, "learning_rate": 1e-2},
-    )
-    averages = [row["average_loss"] for row in history]
-    assert averages[-1] < 0.8 * averages[0]
-
-
-@pytest.mark.parametrize(
-    ("alpha", "missing"), [(0, {"hard_loss"}), (0.3, set()), (1, {"soft_loss"})]
-)
-def test_a_loss_that_has_no_weight_is_none(teacher, student, blocks, alpha, missing):
-    for row in run(teacher, student, blocks, alpha=alpha):
-        assert {name for name in ("soft_loss", "hard_loss") if row[name] is None} == missing
-        hard, soft = (row[name] or 0.0 for name in ("hard_loss", "soft_loss"))
-        assert row["loss"] == pytest.approx(alpha * hard + (1 - alpha) * soft, rel=1e-6)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_family_with_dropout_of_its_own_is_warned_of(teacher, blocks, dropout):
+def test_a_family_with_dropout_of_its_own_is_warned_of(teacher, blocks):
     sizes = {"vocab_size": 4096, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
     config = OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
     student = OPTForCausalLM(config)
     with pytest.warns(UserWarning, match="OPTForCausalLM has dropout .* before the model is made"):
-        run(teacher, student, first(blocks, 4), dropout=dropout)
+        run(teacher, student, first(blocks, 4), dropout=0.1)
     calm = copy.deepcopy(config)
     calm.dropout = calm.attention_dropout = 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(teacher, OPTForCausalLM(calm), first(blocks, 4), dropout=dropout)
+        run(teacher, OPTForCausalLM(calm), first(blocks, 4), dropout=0.1)
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(
-    teacher, student, blocks, poison
-):
-    def break_student(row):
-        if row["step"] == 2:
-            student.lm_head.weight.data[0] = poison
-
-    with pytest.raises(kd.InputError, match=r"the loss became nan at step 3; lower") as error:
-        run(teacher, student, blocks, break_student, batch_size=4)
-    assert "\n" not in str(error.value)
-
-
-def refusals(teacher, student, blocks, make_gpt2) -> dict:
-    narrow, headless = make_gpt2(layers=1, n_embd=16), student.transformer
-    cache, sampled = kd.cache_teacher(teacher, blocks), kd.cache_teacher(teacher, blocks, samples=4)
-    return {
-        r"weights; train student.float\(\)": (teacher, copy.deepcopy(student).half(), {}),
-        "a GPT2Model, which predicts no tokens": (teacher, headless, {}),
-        "GPT2Model, which predicts no tokens": (teacher.transformer, student, {}),
-        "teacher predicts 4096 tokens, the student 5": (teacher, make_gpt2(1, vocab_size=5000), {}),
-        r"student's hidden states have shape \(8, 31, 16\), the teacher's \(8, 31, 32\)": (
-            teacher,
-            narrow,
-            {"hidden_weight": 1.0},
-        ),
-        "names layer 9 of the teacher, which has 3": (
-            *(teacher, narrow),
-            {"hidden_weight": 1.0, "hidden_layers": ((1, 9),)},
-        ),
-        "knows only the text it was made for": (cache, student, {"on_policy_share": 0.5}),
-        "holds its final hidden states": (
-            *(cache, student),
-            {"hidden_weight": 1.0, "hidden_layers": [(1, 1)]},
-        ),
-        "forward KL at temperature 1 only": (sampled, student, {"divergence": "reverse_kl"}),
-        "KL at temperature 1 only": (sampled, student, {"temperature": 2.0}),
-        "with top_k or samples none at all": (sampled, student, {"hidden_weight": 1.0}),
-    }
-
-
-def test_two_vocabularies_are_refused_without_a_warning(teacher, blocks, make_gpt2):
-    with warnings.catch_warnings(), pytest.raises(kd.InputError, match="share a vocabulary"):
-        warnings.simplefilter("error")
-        kd.distill(teacher, make_gpt2(1, vocab_size=5000), blocks)
-
-
-def test_what_does_not_fit_together_is_refused_before_a_step(
-    teacher, student, blocks, make_gpt2, monkeypatch
-):
+def test_what_does_not_fit_together_is_refused_before_a_step(teacher, student, blocks, make_gpt2):
+    narrow, headless, half = make_gpt2(1, n_embd=16), student.transformer, make_gpt2(1).half()
+    larger = make_gpt2(vocab_size=5000)
+    sampled = kd.cache_teacher(teacher, blocks, samples=4)
+    nothing = dataclasses.replace(blocks, masks={"train": torch.zeros(24, 32, dtype=torch.bool)})
+    other = dataclasses.replace(blocks, masks={"train": torch.ones(2, 3, dtype=torch.bool)})
+    far = {"hidden_weight": 1.0, "hidden_layers": ((1, 9),)}
     before = kd.fingerprint(student)
-    for said, (a, b, changes) in refusals(teacher, student, blocks, make_gpt2).items():
+    for said, a, b, text, changes in (
+        (r"weights; train student.float\(\)", teacher, half, blocks, {}),
+        ("a GPT2Model, which predicts no tokens", teacher, headless, blocks, {}),
+        ("share a vocabulary: .* the student 5000", teacher, larger, blocks, {}),
+        ("hidden states have shape", teacher, narrow, blocks, {"hidden_weight": 1.0}),
+        ("names layer 9 of the teacher, which has 3", teacher, narrow, blocks, far),
+        ("forward KL at temperature 1 only", sampled, student, blocks, {"temperature": 2.0}),
+        ("with top_k or samples none at all", sampled, student, blocks, {"hidden_weight": 1.0}),
+        ("the shape of blocks.train and let a token count", teacher, student, nothing, {}),
+        ("the shape of blocks.train and let a token count", teacher, student, other, {}),
+    ):
         with pytest.raises(kd.InputError, match=said):
-            run(a, b, blocks, on_step=lambda row: pytest.fail("a step was made"), **changes)
-    monkeypatch.setattr(type(student), "supports_gradient_checkpointing", False)
-    with pytest.raises(kd.InputError, match="a GPT2LMHeadModel has no gradient checkpointing"):
-        run(teacher, student, blocks, gradient_checkpointing=True)
+            run(a, b, text, on_step=lambda row: pytest.fail("a step was made"), **changes)
     assert kd.fingerprint(student) == before
 
 
-def test_it_trains_inside_no_grad_and_inference_mode(teacher, student, blocks):
+def test_it_trains_inside_inference_mode(teacher, student, blocks):
     expected = kd.fingerprint(trained(teacher, student, blocks))
-    for without_gradients in (torch.no_grad, torch.inference_mode):
-        fresh = copy.deepcopy(student)
-        with without_gradients():
-            run(teacher, fresh, blocks)
-        assert kd.fingerprint(fresh) == expected
+    with torch.inference_mode():
+        run(teacher, student, blocks)
+    assert kd.fingerprint(student) == expected
 
 
 def test_bfloat16_gives_nearly_the_same_losses_and_keeps_float32_weights(teacher, student, blocks):
@@ -459,9 +337,6 @@ def test_bfloat16_gives_nearly_the_same_losses_and_keeps_float32_weights(teacher
     assert found == pytest.approx(expected, rel=0.02)
     assert found != expected  # or the arithmetic was in float32 all along
     assert {p.dtype for p in half.parameters()} == {torch.float32}
-
-
-# -- vocabularies ----------------------------------------------------------------------
 
 
 def padded(model, make_gpt2, size: int = 4104):
@@ -485,64 +360,42 @@ def test_a_padded_head_changes_nothing(teacher, student, blocks, make_gpt2, whos
     assert numbers(found, *columns) == pytest.approx(numbers(expected, *columns), rel=1e-5)
     last = "average_loss", "validation_perplexity", "validation_kl"
     assert numbers(found[-1:], *last) == pytest.approx(numbers(expected[-1:], *last), rel=1e-5)
-
-
-# -- dropout and modes -----------------------------------------------------------------
-
-
-def dropouts(model) -> list[float]:
-    return [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    run(**models, blocks=blocks, on_policy_share=1.0)  # no token of the padding is written
 
 
 def test_the_dropout_of_the_settings_replaces_the_models_own(teacher, make_gpt2, blocks):
     own = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.4)
     noisy, calm = make_gpt2(layers=1, seed=1, **own), make_gpt2(layers=1, seed=1)
-    assert furthest_apart(noisy, calm) == 0
-    without = [trained(teacher, model, blocks, dropout=0) for model in (noisy, calm)]
-    with_some = [trained(teacher, model, blocks, dropout=0.2) for model in (noisy, calm)]
-    assert furthest_apart(*without) == furthest_apart(*with_some) == 0
-    assert furthest_apart(without[0], with_some[0]) > 0
-    assert set(dropouts(without[0])) == set(dropouts(with_some[0])) == {0.4}
+    without, some = (
+        [trained(teacher, model, blocks, dropout=p) for model in (noisy, calm)] for p in (0, 0.2)
+    )
+    assert furthest_apart(*without) == furthest_apart(*some) == 0
+    assert furthest_apart(without[0], some[0]) > 0
 
 
 # -- the history -----------------------------------------------------------------------
 
 
-def test_the_history_has_a_row_a_step_ready_for_pandas(teacher, student, blocks):
-    table = pd.DataFrame(run(teacher, student, first(blocks, 20), epochs=3, alpha=0.5))
-    assert set(table.columns) == {*COLUMNS, *END_OF_EPOCH}
-    assert table["step"].tolist() == list(range(1, 10))
-    assert table["epoch"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    blocks_seen = [8, 16, 20, 28, 36, 40, 48, 56, 60]
-    assert table["tokens"].tolist() == [32 * count for count in blocks_seen]
-    assert table["hidden_loss"].isna().all()  # it has no weight
-    assert table[COLUMNS].drop(columns="hidden_loss").notna().all(axis=None)
-    assert table[END_OF_EPOCH].notna().all(axis=1).tolist() == [False, False, True] * 3
-    assert table[END_OF_EPOCH].isna().all(axis=1).tolist() == [True, True, False] * 3
-    assert all(map(pd.api.types.is_numeric_dtype, table.drop(columns="hidden_loss").dtypes))
-
-
-def test_without_a_batch_size_a_step_has_1024_tokens(teacher, student, blocks):
-    rows = []
-    longer = dataclasses.replace(blocks, train=blocks.train.repeat(2, 1)[:40])
-    history = kd.distill(teacher, student, longer, on_step=rows.append)
-    assert [row["tokens"] for row in history] == [1024, 1280, 2304, 2560, 3584, 3840]
-    assert all(row is kept for row, kept in zip(rows, history, strict=True))
-
-
-def test_the_last_row_of_an_epoch_says_what_the_validation_blocks_say(teacher, student, blocks):
+def test_the_history_has_a_row_a_step_and_the_last_of_an_epoch_the_validation_blocks(
+    teacher, student, blocks
+):
     measured = []
 
     def on_step(row):
         if "validation_kl" in row:
             found = kd.evaluate(student, blocks.validation, teacher=teacher)
-            measured.append((row["epoch"], found["perplexity"], found["kl_to_teacher"]))
+            measured.append((found["perplexity"], found["kl_to_teacher"]))
 
-    history = run(teacher, student, blocks, on_step, epochs=2)
-    ends = [row for row in history if "validation_kl" in row]
-    columns = "epoch", "validation_perplexity", "validation_kl"
-    assert [tuple(row[column] for column in columns) for row in ends] == measured
-    assert [row["step"] for row in ends] == [3, 6]
+    table = pd.DataFrame(run(teacher, student, first(blocks, 20), on_step, epochs=2, alpha=0.5))
+    assert set(table.columns) == {*COLUMNS, *END_OF_EPOCH}
+    assert table["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert table["epoch"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert table["tokens"].tolist() == [32 * count for count in (8, 16, 20, 28, 36, 40)]
+    assert table["hidden_loss"].isna().all()  # it has no weight
+    assert table[COLUMNS].drop(columns="hidden_loss").notna().all(axis=None)
+    assert table[END_OF_EPOCH].notna().all(axis=1).tolist() == [False, False, True] * 2
+    ends = table.dropna(subset="validation_kl")[["validation_perplexity", "validation_kl"]]
+    assert list(ends.itertuples(index=False, name=None)) == measured
 
 
 def test_the_learning_rate_rises_to_its_peak_and_then_falls(teacher, student, blocks):

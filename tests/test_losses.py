@@ -7,22 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import willows_kd as kd
-from willows_kd.losses import DIVERGENCES, divergence_of, kl
+from willows_kd.losses import DIVERGENCES, divergence_of
 
 INF = math.inf
 MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+LABELS = torch.arange(8).view(2, 4)
 # the power of T that makes up for what a gradient loses to the temperature
 POWERS = dict.fromkeys(DIVERGENCES, 2) | {"total_variation": 1}
 # whose logits are -inf for the first three tokens of the vocabulary
 CUTS = {"nobody": (), "teacher": (1,), "student": (0,), "both": (0, 1)}
-EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True)
 
 each_divergence = pytest.mark.parametrize("name", DIVERGENCES)
-each_cut = pytest.mark.parametrize("cut", CUTS)
 
 
 def two(*shape: int, cut: str = "nobody", scale: float = 2.0, dtype=torch.float64):
@@ -40,28 +37,17 @@ def gradient(loss: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 # -- soft labels -----------------------------------------------------------------------
 
 
-@EXAMPLES
-@given(st.integers(2, 40), st.floats(0.05, 100), st.integers(0, 2**16))
-def test_soft_labels_are_the_softmax_in_order_and_the_top_k_and_the_rest_are_all_of_it(v, t, seed):
-    logits = 3 * torch.randn(2, v, generator=torch.Generator().manual_seed(seed))
-    soft = kd.soften(logits, t)
-    paper = [softmax_on_paper(row, t) for row in logits.tolist()]
-    torch.testing.assert_close(soft, torch.tensor(paper), rtol=1e-4, atol=1e-6)
-    assert (soft.gather(-1, logits.argsort(dim=-1)).diff(dim=-1) >= 0).all()
-    k = 1 + seed % v
-    top = kd.top_k(logits, k, t)
-    assert top.probabilities.shape == top.tokens.shape == (2, k)
-    assert (top.rest >= 0).all()
-    assert torch.allclose(top.probabilities.sum(dim=-1) + top.rest, torch.ones(2))
-
-
-@EXAMPLES
-@given(st.integers(2, 40), st.integers(0, 2**16))
-def test_the_entropy_grows_with_the_temperature(vocabulary, seed):
-    logits = 3 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(seed)).double()
-    by_temperature = torch.stack([kd.entropy(kd.soften(logits, t)) for t in (0.5, 1, 2, 5, 20)])
-    assert (by_temperature.diff(dim=0) >= -1e-6).all()
-    assert (by_temperature <= math.log(vocabulary) + 1e-5).all()
+@pytest.mark.parametrize("temperature", [0.05, 1, 2.5, 100])
+def test_soft_labels_are_the_softmax_and_the_top_k_and_the_rest_are_all_of_it(temperature):
+    logits = two(3, 20, dtype=torch.float32)[0].detach()
+    paper = [softmax_on_paper(row, temperature) for row in logits.tolist()]
+    torch.testing.assert_close(kd.soften(logits, temperature), torch.tensor(paper))
+    for k in (1, 7, 20):
+        top = kd.top_k(logits, k, temperature)
+        expected = [sorted(row, reverse=True) for row in paper]
+        torch.testing.assert_close(top.probabilities, torch.tensor(expected)[:, :k])
+        assert (top.rest >= 0).all()
+        torch.testing.assert_close(top.probabilities.sum(dim=-1) + top.rest, torch.ones(3))
 
 
 def test_entropy_and_top_k_of_worked_examples():
@@ -79,7 +65,6 @@ def test_tokens_of_minus_infinity_have_no_probability_and_change_nothing_else():
     cut = torch.cat([logits, torch.full((4, 3), -INF)], dim=-1)
     assert torch.equal(kd.soften(cut, 2)[:, :10], kd.soften(logits, 2))
     torch.testing.assert_close(kd.entropy(kd.soften(cut, 2)), kd.entropy(kd.soften(logits, 2)))
-    assert kd.top_k(cut, 13).probabilities[:, 10:].tolist() == [[0, 0, 0]] * 4
 
 
 # -- the formulas on paper, in Python's own numbers ------------------------------------
@@ -139,41 +124,31 @@ def gradient_on_paper(name, student, teacher, *how) -> torch.Tensor:
 
 
 @each_divergence
-@each_cut
+@pytest.mark.parametrize("cut", CUTS)
 def test_a_divergence_is_its_formula_averaged_over_the_counted_tokens(name, cut):
     """Infinite only for a KL, if its first distribution alone has mass; its slope is finite."""
-    student, teacher = two(2, 4, 9, cut=cut)
+    student, teacher = two(2, 4, 5, cut=cut)
     for how in [(), (0.5, MASK), (3.0, MASK)]:
         loss = getattr(kd, name)(student, teacher, *how)
         assert loss.item() == pytest.approx(on_paper(name, student, teacher, *how), rel=1e-12)
         infinite = (name, cut) in [("reverse_kl", "teacher"), ("forward_kl", "student")]
         assert loss.isinf() == infinite
-        if cut in ("nobody", "both") or cut == "teacher" and not infinite:
+        if cut != "student" and not infinite:
             expected = gradient_on_paper(name, student, teacher, *how)
             torch.testing.assert_close(gradient(loss, student), expected, rtol=1e-6, atol=1e-8)
 
 
-@each_cut
-def test_the_kl_of_log_probabilities_is_its_formula(cut):
-    p, q = (torch.softmax(z.detach(), dim=-1) for z in two(9, cut=cut))
-    expected = kl_on_paper(p.tolist(), q.tolist())
-    assert kl(p.log(), q.log()).item() == pytest.approx(expected, rel=1e-12)
-
-
 @each_divergence
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_in_lower_precision_only_the_logits_are_rounded(name, dtype):
+def test_in_lower_precision_only_the_logits_are_rounded(name):
     cut = "both" if name == "reverse_kl" else "teacher"
-    student, teacher = two(2, 4, 500, cut=cut, dtype=dtype)
+    student, teacher = two(2, 4, 500, cut=cut, dtype=torch.bfloat16)
     loss = getattr(kd, name)(student, teacher, 2.0)
     exact = student.detach().double().requires_grad_()
     expected = getattr(kd, name)(exact, teacher.double(), 2.0)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found, slopes = gradient(loss, student), gradient(expected, exact)
-    assert found.dtype == dtype
-    rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), slopes, rtol=2 * rounding + 1e-5, atol=1e-7)
+    torch.testing.assert_close(found.double(), slopes, rtol=0.02, atol=1e-7)
 
 
 @each_divergence
@@ -204,13 +179,13 @@ def test_a_match_is_zero_and_the_teacher_gets_no_gradient(name):
 @each_divergence
 def test_gradients_keep_their_size_as_the_temperature_grows(name):
     student, teacher = two(2, 4, 50, scale=0.1)
-    losses = [getattr(kd, name)(student, teacher, temperature) for temperature in range(1, 51)]
+    losses = [getattr(kd, name)(student, teacher, temperature) for temperature in (1, 3, 50)]
     sizes = [gradient(loss, student).norm().item() for loss in losses]
     assert max(sizes) / min(sizes) < 1.1
 
 
 @each_divergence
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_what_a_masked_token_holds_has_no_effect(name, dtype):
     student, teacher = two(2, 4, 11)
     divergence = getattr(kd, name)
@@ -226,31 +201,18 @@ def test_what_a_masked_token_holds_has_no_effect(name, dtype):
     assert nothing == gradient(nothing, student).abs().sum() == 0
 
 
-def test_numbers_of_numpy_are_numbers():
-    student, teacher = two(4, 11, dtype=torch.float32)
-    found = kd.mix(
-        kd.jensen_shannon(student, teacher, np.float32(2), beta=np.float64(0.25)),
-        kd.forward_kl(student, teacher, np.float64(2)),
-        alpha=np.float64(0.5),
-    )
-    parts = kd.jensen_shannon(student, teacher, 2, beta=0.25), kd.forward_kl(student, teacher, 2)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(sum(parts).item() / 2)
-
-
 # -- what only some have ---------------------------------------------------------------
 
 
-def test_settings_name_a_divergence_with_its_own_parameter():
-    logits = two(4, 11)
-    for name, function in DIVERGENCES.items():
-        assert function is getattr(kd, name)
-        plain = divergence_of(kd.DistillConfig(divergence=name))(*logits, 1.0, None)
-        assert plain == function(*logits)
-        changed = divergence_of(kd.DistillConfig(divergence=name, beta=0.1, skew=0.5))(*logits)
-        own = [n for n in ("beta", "skew") if n in inspect.signature(function).parameters]
-        assert changed == function(*logits, **{n: {"beta": 0.1, "skew": 0.5}[n] for n in own})
-        assert (changed != plain) == bool(own)
+@each_divergence
+def test_settings_name_a_divergence_with_its_own_parameter(name):
+    logits, function = two(4, 11), getattr(kd, name)
+    plain = divergence_of(kd.DistillConfig(divergence=name))(*logits, 1.0, None)
+    assert plain == function(*logits)
+    changed = divergence_of(kd.DistillConfig(divergence=name, beta=0.1, skew=0.5))(*logits)
+    own = [n for n in ("beta", "skew") if n in inspect.signature(function).parameters]
+    assert changed == function(*logits, **{n: {"beta": 0.1, "skew": 0.5}[n] for n in own})
+    assert (changed != plain) == bool(own)
 
 
 def test_models_with_no_token_in_common_reach_the_bounds():
@@ -261,39 +223,17 @@ def test_models_with_no_token_in_common_reach_the_bounds():
         assert skewed(student, teacher, skew=0.3).item() == pytest.approx(-math.log(0.3))
 
 
-@pytest.mark.parametrize(("other", "beta"), [(kd.forward_kl, 1e-6), (kd.reverse_kl, 1 - 1e-6)])
-def test_jensen_shannon_tends_to_zero_at_its_ends_and_divided_by_its_weight_to_a_kl(other, beta):
-    student, teacher = two(2, 4, 11, scale=1)
-    found = kd.jensen_shannon(student, teacher, 2, beta=beta).item()
-    assert found == pytest.approx(0, abs=1e-4)
-    assert found / min(beta, 1 - beta) == pytest.approx(other(student, teacher, 2).item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.8])
-def test_jensen_shannon_weighs_the_teacher_with_beta_and_is_a_mix_of_the_skewed_kls(beta):
+def test_jensen_shannon_weighs_the_teacher_with_beta_and_is_a_mix_of_the_skewed_kls():
     student, teacher = two(2, 4, 11)
     p, q = (softmax_on_paper(z[0, 0].tolist(), 1) for z in (teacher, student))
-    one = kd.jensen_shannon(student[0, 0], teacher[0, 0], beta=beta)
-    assert one.item() == pytest.approx(js_on_paper(p, q, beta), rel=1e-12)
+    one = kd.jensen_shannon(student[0, 0], teacher[0, 0], beta=0.2)
+    assert one.item() == pytest.approx(js_on_paper(p, q, 0.2), rel=1e-12)
     parts = (
-        beta * kd.skewed_forward_kl(student, teacher, 2, MASK, skew=beta),
-        (1 - beta) * kd.skewed_reverse_kl(student, teacher, 2, MASK, skew=1 - beta),
+        0.2 * kd.skewed_forward_kl(student, teacher, 2, MASK, skew=0.2),
+        0.8 * kd.skewed_reverse_kl(student, teacher, 2, MASK, skew=0.8),
     )
-    whole = kd.jensen_shannon(student, teacher, 2, MASK, beta=beta)
+    whole = kd.jensen_shannon(student, teacher, 2, MASK, beta=0.2)
     assert whole.item() == pytest.approx(sum(parts).item(), rel=1e-12)
-    torch.testing.assert_close(gradient(whole, student), gradient(sum(parts), student))
-
-
-@pytest.mark.parametrize("direction", ["forward_kl", "reverse_kl"])
-@each_cut
-def test_without_skew_a_skewed_kl_is_the_plain_one_and_with_a_little_close_to_it(direction, cut):
-    logits = two(4, 11, cut=cut)
-    plain, skewed = DIVERGENCES[direction], DIVERGENCES[f"skewed_{direction}"]
-    expected = plain(*logits, 2)
-    assert torch.equal(skewed(*logits, 2, skew=0), expected)
-    little = skewed(*logits, 2, skew=1e-6)
-    assert little.isfinite()
-    assert expected.isinf() or little.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -303,11 +243,10 @@ def test_trls_gkd_loss_is_this_one_without_the_factor_of_the_temperature(beta, o
     theirs = pytest.importorskip("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
     student, teacher = two(2, 4, 11)
     labels = torch.where(MASK, 1, -100)
-    for temperature in (1.0, 3.0):
-        expected = theirs(student, teacher, labels, beta=beta, temperature=temperature)
-        found = ours(student, teacher, temperature, MASK) / temperature**2
-        assert found.item() == pytest.approx(expected.item(), rel=1e-10)
-        torch.testing.assert_close(gradient(found, student), gradient(expected, student))
+    expected = theirs(student, teacher, labels, beta=beta, temperature=3.0)
+    found = ours(student, teacher, 3.0, MASK) / 3.0**2
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+    torch.testing.assert_close(gradient(found, student), gradient(expected, student))
 
 
 # -- hidden states, hard labels, the mix, the shift ------------------------------------
@@ -319,8 +258,6 @@ def test_the_cosine_distance_of_worked_examples():
     expected = [0, 1 - math.sqrt(0.5), 1, 2]
     each = [kd.cosine_distance(s, t).item() for s, t in zip(student, teacher, strict=True)]
     assert each == pytest.approx(expected, abs=1e-6)
-    found = kd.cosine_distance(student, teacher, torch.tensor([0, 1, 1, 0])).item()
-    assert found == pytest.approx(sum(expected[1:3]) / 2)
 
 
 @pytest.mark.parametrize("poison", [0.0, math.nan, INF])
@@ -345,36 +282,21 @@ def test_the_hard_label_loss_is_cross_entropy_and_honours_the_mask(poison):
     expected = -(math.log(0.25) + math.log(0.8)) / 2
     assert kd.hard_label_loss(logits, torch.tensor([1, 2])).item() == pytest.approx(expected)
     student, _ = two(2, 4, 11)
-    labels = torch.arange(8).view(2, 4)
-    expected = F.cross_entropy(student[MASK], labels[MASK])
+    expected = F.cross_entropy(student[MASK], LABELS[MASK])
     poisoned = torch.where(MASK[..., None], student, poison)
-    assert kd.hard_label_loss(poisoned, labels, MASK).item() == pytest.approx(expected.item())
+    assert kd.hard_label_loss(poisoned, LABELS, MASK).item() == pytest.approx(expected.item())
 
 
-def test_the_hard_label_loss_is_forward_kl_from_a_teacher_that_has_one_token_left():
-    student, _ = two(2, 4, 11)
-    labels = torch.arange(8).view(2, 4)
-    certain = torch.zeros(2, 4, 11).scatter(-1, labels[..., None], 1).log().double()
-    losses = kd.hard_label_loss(student, labels), kd.forward_kl(student, certain)
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
-    torch.testing.assert_close(*(gradient(loss, student) for loss in losses))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_taken_further_in_float32(dtype):
-    student, teacher = two(2, 4, 11, dtype=dtype)
-    labels = torch.arange(8).view(2, 4)
-    for found, wanted in (
-        (kd.hard_label_loss(student, labels), kd.hard_label_loss(student.float(), labels)),
-        (kd.soften(student, 2), kd.soften(student.float(), 2)),
-        (
-            kd.cosine_distance(student, teacher),
-            kd.cosine_distance(student.float(), teacher.float()),
-        ),
+def test_half_precision_is_taken_further_in_float32():
+    student, teacher = two(2, 4, 11, dtype=torch.bfloat16)
+    for loss, given in (
+        (kd.hard_label_loss, LABELS),
+        (kd.soften, 2),
+        (kd.cosine_distance, teacher),
     ):
+        found = loss(student, given)
         assert found.dtype == torch.float32
-        assert torch.equal(found, wanted)
-    assert kd.soften(student.double()).dtype == torch.float64
+        assert torch.equal(found, loss(student.float(), given))
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0, 10.0), (1, 2.0), (0.25, 8.0)])
@@ -384,11 +306,8 @@ def test_alpha_weighs_the_hard_labels(alpha, expected):
 
 def test_a_prediction_is_paired_with_the_token_that_comes_next():
     ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-    knows_the_next = 50.0 * F.one_hot(ids.roll(-1, dims=1), 10)
-    logits, labels = kd.shift(knows_the_next, ids)
-    assert logits.shape == (2, 4, 10)
-    assert labels.tolist() == [[1, 4, 1, 5], [2, 6, 5, 3]]
-    assert kd.hard_label_loss(logits, labels).item() == pytest.approx(0, abs=1e-6)
+    logits, labels = kd.shift(50.0 * F.one_hot(ids.roll(-1, dims=1), 10), ids)
+    assert labels.tolist() == logits.argmax(dim=-1).tolist() == [[1, 4, 1, 5], [2, 6, 5, 3]]
 
 
 # -- what cannot be used ---------------------------------------------------------------
@@ -404,26 +323,18 @@ REFUSED = {
     "the mask has shape (4, 2); it must have (2, 4)": lambda: kd.forward_kl(Z, Z, mask=MASK.T),
     "must be token ids (torch.long) of shape (2, 4)": lambda: kd.hard_label_loss(Z, Z[..., 0]),
     "token ids (torch.long) of shape (2, 4)": lambda: kd.hard_label_loss(Z, MASK.T.long()),
-    "logits of shape (2, 4, 11) do not go with ids of shape (2, 3)": (
+    "logits of shape (2, 4, 11) and ids of shape (2, 3) do not go together": (
         lambda: kd.shift(Z, MASK[:, :3].long())
     ),
-    "logits of shape (4, 11) do not go with ids of shape (4,)": (
-        lambda: kd.shift(Z[0], MASK[0].long())
-    ),
     "logits are a list; give a tensor": lambda: kd.soften([1.0, 2.0]),
-    "temperature is '2'; it must be a positive": lambda: kd.soften(Z, "2"),
-} | {
-    f"{name} is {value}; it must": lambda f=function, value=value: f(value)
-    for name, values, function in (
-        ("temperature", (0, -1.0, math.nan, INF, -INF), lambda t: kd.top_k(Z, 2, t)),
-        ("temperature", (-0.5,), lambda t: kd.reverse_kl(Z, Z, t)),
-        ("k", (0, 12, 2.0, True), lambda k: kd.top_k(Z, k)),
-        ("alpha", (-0.1, 1.1, math.nan), lambda alpha: kd.mix(1.0, 2.0, alpha)),
-        ("beta", (0, 1, -0.1, 1.1, math.nan), lambda beta: kd.jensen_shannon(Z, Z, beta=beta)),
-        ("skew", (1, -0.1, math.nan), lambda skew: kd.skewed_forward_kl(Z, Z, skew=skew)),
-        ("skew", (1.1,), lambda skew: kd.skewed_reverse_kl(Z, Z, skew=skew)),
-    )
-    for value in values
+    "temperature is 0; it must be": lambda: kd.reverse_kl(Z, Z, 0),
+    "temperature is inf; it must be": lambda: kd.top_k(Z, 2, INF),
+    "k is 0; it must": lambda: kd.top_k(Z, 0),
+    "k is 12; it must": lambda: kd.top_k(Z, 12),
+    "alpha is 1.1; it must": lambda: kd.mix(1.0, 2.0, 1.1),
+    "mixture is 0; beta and skew must": lambda: kd.jensen_shannon(Z, Z, beta=0),
+    "mixture is 1; beta and skew must": lambda: kd.skewed_forward_kl(Z, Z, skew=1),
+    "mixture is nan; beta and skew must": lambda: kd.skewed_reverse_kl(Z, Z, skew=math.nan),
 }
 
 

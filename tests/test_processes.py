@@ -94,48 +94,6 @@ def test_of_two_processes_only_one_says_what_is_wrong(tmp_path):
     assert said.count("nowhere does not exist") == 1
 
 
-FILL = """
-import json, sys
-import torch
-import willows_kd as kd
-from willows_kd import models
-from willows_kd.scale import teacher_cache
-
-model_dir, folder, samples = sys.argv[1:]
-state, made = models.distributed_state(), []
-outputs = teacher_cache.outputs
-
-def counted(*arguments, **seed):
-    if not made:  # each of the processes begins with a shard before any has written one
-        state.wait_for_everyone()
-    made.append(seed["seed"])
-    return outputs(*arguments, **seed)
-
-teacher_cache.outputs, teacher_cache.SHARD = counted, 16
-teacher, tokenizer = kd.load_teacher(model_dir, "cpu")
-blocks = kd.pack(kd.load_corpus("sample"), tokenizer, 32)
-cache = kd.cache_teacher(teacher, blocks, samples=int(samples) or None, folder=folder)
-with torch.no_grad():
-    assert cache(blocks.train[-3:]).logits.isfinite().any()
-print(json.dumps(made) + "\\n", end="")
-"""
-
-
-@processes
-@pytest.mark.parametrize("samples", [0, 3])
-def test_two_processes_fill_one_cache_with_the_bits_that_one_writes(model_dir, tmp_path, samples):
-    script = tmp_path / "fill.py"
-    script.write_text(FILL)
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    start([script, model_dir, alone, samples])
-    said = start(["-m", *TORCHRUN[:-1], script, model_dir, together, samples])
-    made = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
-    files = {file.relative_to(alone): file.read_bytes() for file in alone.glob("*/*")}
-    assert all(made)
-    assert sorted(made[0] + made[1]) == list(range(len(files)))  # each shard by one of them
-    assert files == {f.relative_to(together): f.read_bytes() for f in together.glob("*/*")}
-
-
 SHARD = """
 import json, sys
 from safetensors.torch import save_file

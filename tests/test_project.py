@@ -155,7 +155,7 @@ def test_arrows_point_one_way():
 def test_the_mathematics_knows_tensors_only():
     for name in ("losses", "scale.chunked_loss"):
         assert outside(name) <= {"torch"}
-        assert inside(name) <= {"errors", "losses"}
+        assert inside(name) <= {"config", "errors", "losses"}
 
 
 def test_only_the_files_that_draw_know_how_to():

@@ -42,6 +42,7 @@ def setting(default, about: str, accepted: str = "", fits: Callable | tuple = (T
 
 AT_LEAST_0 = "at least 0", lambda v: v >= 0
 AT_LEAST_1 = "at least 1", lambda v: v >= 1
+BETWEEN = "above 0 and below 1", lambda v: 0 < v < 1
 BELOW_1 = "at least 0 and below 1", lambda v: 0 <= v < 1
 
 
@@ -72,11 +73,9 @@ class DistillConfig:
         f"one of {', '.join(DIVERGENCE_NAMES)}",
         DIVERGENCE_NAMES,
     )
-    beta: float = setting(
-        0.5, "the teacher's weight in jensen_shannon", "above 0 and below 1", lambda v: 0 < v < 1
-    )
+    beta: float = setting(0.5, "the teacher's weight in jensen_shannon", *BETWEEN)
     skew: float = setting(
-        0.1, "the first distribution's share in the second of a skewed KL (DistiLLM)", *BELOW_1
+        0.1, "the first distribution's share in the second of a skewed KL (DistiLLM)", *BETWEEN
     )
     hidden_weight: float = setting(
         0.0,

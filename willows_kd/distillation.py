@@ -23,7 +23,6 @@ from willows_kd.models import (
     dropout_set_to,
     eval_mode,
     is_placed,
-    require_model,
     vocabulary_size,
 )
 from willows_kd.stopping import check_finite, graceful_interrupt, memory_errors_as_input_errors
@@ -77,10 +76,12 @@ def distill(
     """
     config = DistillConfig() if config is None else config
     validate_inputs(teacher, student, blocks, config, checkpoints, resume)
-    accelerator = join_processes(student)
+    distributed_state()  # joins the processes that a launcher started
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        student.to(accelerator.device)
     with (
         torch.random.fork_rng(),  # the caller's random state stays as it is
-        on_device(teacher, student.device),
         train_mode(teacher, student, config),
     ):
         warn_of_other_dropout(student, blocks.train[:1])
@@ -233,12 +234,12 @@ def validate_inputs(
     teacher, student, blocks: Blocks, config: DistillConfig, checkpoints=None, resume=False
 ) -> None:
     """Require models, blocks and settings that fit together, before anything is done."""
-    require_model(teacher, "teacher")
-    require_model(student, "student")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
-    require(
-        isinstance(config, DistillConfig), f"config is {type_name(config)}; give a DistillConfig"
-    )
+    is_config = isinstance(config, DistillConfig)
+    require(is_config, f"config is {type_name(config)}; give a DistillConfig")
+    for name, model in (("teacher", teacher), ("student", student)):
+        for split in (blocks.train, blocks.validation):
+            check_blocks(model, split, name)
     require(
         hasattr(checkpoints, "opened") or checkpoints is None and not resume,
         f"checkpoints is {checkpoints!r}; give kd.Checkpoints(folder)",
@@ -252,15 +253,7 @@ def validate_inputs(
         "small updates are lost in the student's half-precision weights; train student.float(), "
         'and for speed set DistillConfig(dtype="bfloat16")',
     )
-    require(
-        not config.gradient_checkpointing
-        or getattr(student, "supports_gradient_checkpointing", False),
-        f"{type_name(student)} has no gradient checkpointing; leave gradient_checkpointing out",
-    )
-    for name, model in (("teacher", teacher), ("student", student)):
-        for split in (blocks.train, blocks.validation):
-            check_blocks(model, split, name)
-    common = common_vocabulary(teacher, student)  # refuses two vocabularies before it is said
+    common = common_vocabulary(teacher, student)
     sizes = vocabulary_size(teacher), vocabulary_size(student)
     if sizes[0] != sizes[1]:
         warnings.warn(
@@ -277,52 +270,29 @@ def validate_inputs(
         teacher.validate(config, student)
 
 
-def join_processes(student: nn.Module) -> Accelerator:
-    """Join the processes that a launcher started, and put the student where this one computes."""
-    distributed_state()
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        student.to(accelerator.device)
-    return accelerator
-
-
 def asks_teacher(config: DistillConfig) -> bool:
     """Whether the loss depends on the teacher."""
     return config.alpha < 1 or config.hidden_weight > 0
 
 
 @contextlib.contextmanager
-def on_device(model: nn.Module, device: torch.device):
-    """A model on a device, and afterwards where it was; one that `transformers` placed stays."""
-    before = model.device
-    moves = before != device and not is_placed(model)
-    if moves:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if moves:
-            model.to(before)
-
-
-@contextlib.contextmanager
 def train_mode(teacher: nn.Module, student: nn.Module, config: DistillConfig):
-    """Teacher in eval mode, student in train mode as configured; then all as before."""
+    """Teacher in eval mode on the student's device, student in train mode; then all as before.
+
+    A teacher that `transformers` placed itself stays where it is.
+    """
     with contextlib.ExitStack() as stack:
+        if teacher.device != student.device and not is_placed(teacher):
+            stack.callback(teacher.to, teacher.device)
+            teacher.to(student.device)
         stack.enter_context(eval_mode(teacher, student))
         stack.enter_context(dropout_set_to(student, config.dropout))
         student.train()
-        if config.gradient_checkpointing:
-            stack.callback(quietly, student.gradient_checkpointing_disable)
-            quietly(student.gradient_checkpointing_enable, {"use_reentrant": False})
+        if config.gradient_checkpointing:  # newer versions of `transformers` have renamed it
+            stack.enter_context(warnings.catch_warnings(action="ignore", category=FutureWarning))
+            stack.callback(student.gradient_checkpointing_disable)
+            student.gradient_checkpointing_enable({"use_reentrant": False})
         yield
-
-
-def quietly(action: Callable, *arguments) -> None:
-    """Call what newer versions of `transformers` have renamed, without their warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        action(*arguments)
 
 
 @torch.no_grad()
@@ -376,8 +346,8 @@ def sample_on_policy(teacher, student, ids, mask, step: int, config, accelerator
     will see; which tokens are drawn depends on the seed, the step and the block alone.
 
     Returns:
-        token ids, and the mask of the predictions that count, shape (blocks, block_size - 1):
-        of a sampled block those that were sampled.
+        token ids, and the mask of the predictions that count: of a sampled block those that
+        were sampled.
     """
     prompt, count = prompt_length(ids.shape[1]), round(config.on_policy_share * len(ids))
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask.clone()

@@ -1,11 +1,10 @@
 """Temperature, and how far the student's predictions are from the teacher's soft labels.
 
-Tensors only. Every divergence takes the logits of student and teacher, in this order, of
-shape (..., vocabulary), and a mask of shape (...) that is True for each token that counts. It
-returns one number: the sum over the vocabulary, averaged over the tokens that count, in
-nats per token (total variation has no unit), times a power of T that keeps the size of
-the gradients as T grows (Hinton, Vinyals & Dean 2015, section 2). With the softened
-distributions p = softmax(z_t / T) of the teacher and q = softmax(z_s / T) of the student:
+Every divergence takes the logits of student and teacher, in this order, of shape
+(..., vocabulary), and a mask of shape (...) that is True for each token that counts. It returns
+one number: the mean over the tokens that count, in nats per token (total variation has no unit),
+times a power of T that keeps the size of the gradients as T grows (Hinton, Vinyals & Dean 2015,
+section 2). With p = softmax(z_t / T) of the teacher and q = softmax(z_s / T) of the student:
 
     forward KL       sum p log(p/q)       the student must cover all that the teacher might say
     reverse KL       sum q log(q/p)       the student may keep to what the teacher surely says
@@ -17,15 +16,9 @@ All are 0 if the student equals the teacher. A token of probability 0, such as o
 logit is -inf, adds 0 log 0 = 0; if only the other distribution gives it 0, a KL that is not
 skewed is infinite. The arithmetic is in float32 at least.
 
-The mixtures weigh the two distributions differently from one source to the next:
-
-    GKD (Agarwal et al. 2024)    beta is the teacher's weight in m = beta p + (1 - beta) q
-    TRL's GKD                    the same, but beta = 0 and 1 are set to forward and reverse KL,
-                                 and the temperature brings no factor T²
-    DistiLLM (Ko et al. 2024)    the skew is the weight of the distribution that KL starts from;
-                                 in its code's Jensen-Shannon, `lam` is the student's: 1 - beta
-
-Here beta is GKD's and the skew DistiLLM's, so that Jensen-Shannon is beta times the skewed
+beta is that of GKD (Agarwal et al. 2024), the teacher's weight; in TRL beta = 0 and 1 are set to
+forward and reverse KL, and there is no factor T². The skew is that of DistiLLM (Ko et al. 2024),
+the weight of the distribution that KL starts from. So Jensen-Shannon is beta times the skewed
 forward KL of skew beta, plus 1 - beta times the skewed reverse KL of skew 1 - beta.
 
 To add a divergence, write its function here, its gradient in `scale/chunked_loss.py`, and its
@@ -34,7 +27,6 @@ name into `config.DIVERGENCE_NAMES`.
 
 import functools
 from collections.abc import Callable
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -61,11 +53,8 @@ def soften(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 
 def check_temperature(temperature: float) -> None:
     """Require a positive, finite number."""
-    number = isinstance(temperature, Real | torch.Tensor)
-    require(
-        number and 0 < temperature < float("inf"),
-        f"temperature is {temperature!r}; it must be a positive, finite number",
-    )
+    accepted = "it must be a positive, finite number"
+    require(0 < temperature < float("inf"), f"temperature is {temperature!r}; {accepted}")
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -79,12 +68,9 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 class TopK(NamedTuple):
-    """The k likeliest tokens, and the probability of all the others.
+    """The probabilities and ids of the k likeliest tokens, the likeliest first, shape (..., k).
 
-    Attributes:
-        probabilities: shape (..., k), in falling order.
-        tokens: token ids, shape (..., k).
-        rest: probability mass outside the k, shape (...).
+    `rest` is the probability of all the others, shape (...).
     """
 
     probabilities: torch.Tensor
@@ -108,12 +94,10 @@ def top_k(logits: torch.Tensor, k: int = 10, temperature: float = 1.0) -> TopK:
 def forward_kl(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
     """KL(teacher || student) · T²: the loss of classical distillation (Hinton et al. 2015).
 
-    Its gradient with respect to the student's logits is T · (q - p) / N for each of the N
-    tokens that count.
+    Its gradient, in the student's logits, is T · (q - p) / N for each of N tokens that count.
 
     Args:
-        student_logits, teacher_logits: shape (..., vocabulary). Only the student's take
-            gradients.
+        student_logits, teacher_logits: shape (..., vocabulary); the student's take gradients.
         temperature: T, softens both distributions; positive.
         mask: True for each token that counts, shape (...); None counts all.
 
@@ -142,11 +126,10 @@ def jensen_shannon(
     """[beta · KL(p || m) + (1 - beta) · KL(q || m)] · T², with m = beta · p + (1 - beta) · q.
 
     The generalised divergence of GKD (Agarwal et al. 2024, equation 1). It tends to 0 as
-    `beta` tends to 0 or 1, so `beta` must lie strictly between. Divided by beta it tends to
-    the forward KL as beta tends to 0; divided by 1 - beta, to the reverse KL as beta tends
-    to 1. The other arguments are those of `forward_kl`.
+    `beta` tends to 0 (divided by beta, to the forward KL) or to 1 (divided by 1 - beta, to the
+    reverse KL), so `beta` must lie strictly between. The other arguments are those of
+    `forward_kl`.
     """
-    check_beta(beta)
     log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     log_m = log_mixture(log_p, log_q, beta)
     per_token = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
@@ -159,10 +142,8 @@ def skewed_forward_kl(
     """KL(p || skew · p + (1 - skew) · q) · T², as in DistiLLM (Ko et al. 2024, section 3.1).
 
     A token that only the teacher gives probability costs at most -log(skew), where the
-    forward KL has no bound. 0 <= skew < 1; at 0 it is the forward KL itself,
-    infinities included. The other arguments are those of `forward_kl`.
+    forward KL has no bound. 0 < skew < 1. The other arguments are those of `forward_kl`.
     """
-    check_skew(skew)
     log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     return temperature**2 * masked_mean(kl(log_p, log_mixture(log_p, log_q, skew)), mask)
 
@@ -172,11 +153,9 @@ def skewed_reverse_kl(
 ) -> torch.Tensor:
     """KL(q || (1 - skew) · p + skew · q) · T², as in DistiLLM (Ko et al. 2024, section 3.1).
 
-    A token that only the student gives probability costs at most -log(skew), where the
-    reverse KL has no bound. 0 <= skew < 1; at 0 it is the reverse KL itself,
-    infinities included. The other arguments are those of `forward_kl`.
+    The same with student and teacher in each other's place: bounded, where the reverse KL is
+    not, for a token that only the student gives probability.
     """
-    check_skew(skew)
     log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     return temperature**2 * masked_mean(kl(log_q, log_mixture(log_q, log_p, skew)), mask)
 
@@ -184,9 +163,9 @@ def skewed_reverse_kl(
 def total_variation(student_logits, teacher_logits, temperature=1.0, mask=None) -> torch.Tensor:
     """Half the sum of |p - q|, times T: the share of probability mass that would have to move.
 
-    T and not T², since this distance is of first order in the difference of the logits:
-    its gradient shrinks as 1/T, that of a KL as 1/T². Used for distillation by Wen et al.
-    2023 (f-divergence minimisation, section 3). The arguments are those of `forward_kl`.
+    T and not T², since the gradient of this distance shrinks as 1/T, that of a KL as 1/T². Used
+    by Wen et al. 2023 (f-divergence minimisation, section 3). The arguments are those of
+    `forward_kl`.
     """
     log_q, log_p = log_softened(student_logits, teacher_logits, temperature, mask)
     return temperature * masked_mean((log_q.exp() - log_p.exp()).abs().sum(dim=-1) / 2, mask)
@@ -223,20 +202,10 @@ def log_ratio(log_p: torch.Tensor, log_q: torch.Tensor, p: torch.Tensor) -> torc
 
 def log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
     """log(weight · p + (1 - weight) · q)."""
-    if weight == 0:
-        return log_q
+    accepted = "beta and skew must lie between 0 and 1, both excluded"
+    require(0 < weight < 1, f"the weight in a mixture is {weight}; {accepted}")
     smallest = torch.finfo(log_q.dtype).tiny  # not 0: autograd would divide 0 by 0
     return (weight * log_p.exp() + (1 - weight) * log_q.exp()).clamp_min(smallest).log()
-
-
-def check_beta(beta: float) -> None:
-    """Require a weight strictly between the two ends."""
-    require(0 < beta < 1, f"beta is {beta}; it must lie between 0 and 1, both excluded")
-
-
-def check_skew(skew: float) -> None:
-    """Require a share below 1, at which nothing of the other distribution is left."""
-    require(0 <= skew < 1, f"skew is {skew}; it must be at least 0 (a plain KL) and below 1")
 
 
 # -- hard labels, hidden states, and what all losses need ------------------------------
@@ -269,15 +238,11 @@ def cosine_distance(student_hidden, teacher_hidden, mask=None) -> torch.Tensor:
     """1 - cos of the angle between hidden states: DistilBERT's (Sanh et al. 2019, section 3).
 
     It compares directions, not lengths: 0 if they agree, 1 if they are at right angles, at
-    most 2. It has no unit. The arithmetic is in float32 at least.
+    most 2. It has no unit.
 
     Args:
-        student_hidden, teacher_hidden: shape (..., width), of one width. Only the student's
-            take gradients.
-        mask: True for each token that counts, shape (...); None counts all.
-
-    Returns:
-        the mean over the tokens that count: one number, 0 if none counts.
+        student_hidden, teacher_hidden: shape (..., width); the student's take gradients.
+        mask: as in `forward_kl`.
 
     Raises:
         InputError: the shapes do not fit together.
@@ -290,19 +255,13 @@ def cosine_distance(student_hidden, teacher_hidden, mask=None) -> torch.Tensor:
 
 
 def mix(hard_loss, soft_loss, alpha: float):
-    """alpha · hard + (1 - alpha) · soft: `alpha` weighs the hard labels.
+    """alpha · hard + (1 - alpha) · soft, the weights of Hinton et al. 2015.
 
-    As in Hinton et al. 2015 the two weights add up to 1. Some libraries, torchtune among
-    them, weigh the soft labels instead: their `kd_ratio` is 1 - alpha.
+    Some libraries weigh the soft labels: torchtune's `kd_ratio` is 1 - alpha.
     """
-    check_alpha(alpha)
-    return alpha * hard_loss + (1 - alpha) * soft_loss
-
-
-def check_alpha(alpha: float) -> None:
-    """Require a weight from 0 to 1."""
     accepted = "it must lie between 0 (soft only) and 1 (hard only)"
     require(0 <= alpha <= 1, f"alpha is {alpha}; {accepted}")
+    return alpha * hard_loss + (1 - alpha) * soft_loss
 
 
 def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,15 +272,13 @@ def shift(logits: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, 
         input_ids: shape (batch, block_size).
 
     Returns:
-        logits of shape (batch, block_size - 1, vocabulary), without the last position,
-        which has no next token, and labels of shape (batch, block_size - 1).
+        logits without the last position, which has no next token, and labels: shapes
+        (batch, block_size - 1, vocabulary) and (batch, block_size - 1).
     """
-    require(
-        logits.ndim == 3 and logits.shape[:2] == input_ids.shape,
-        f"logits of shape {tuple(logits.shape)} do not go with ids of shape "
-        f"{tuple(input_ids.shape)}; they must be (batch, block_size, vocabulary) and "
-        "(batch, block_size)",
-    )
+    shapes = f"logits of shape {tuple(logits.shape)} and ids of shape {tuple(input_ids.shape)}"
+    wanted = "(batch, block_size, vocabulary) and (batch, block_size)"
+    fit = logits.ndim == 3 and logits.shape[:2] == input_ids.shape
+    require(fit, f"{shapes} do not go together; they must be {wanted}")
     return logits[:, :-1], input_ids[:, 1:]
 
 

@@ -10,11 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import numbers
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import gather
 from filelock import FileLock, Timeout
@@ -54,9 +52,8 @@ class Checkpoints:
         Raises:
             InputError: `minutes` is no length of time.
         """
-        is_number = isinstance(minutes, numbers.Real) and not isinstance(minutes, bool)
-        if not (is_number and 0 <= minutes < math.inf):
-            raise InputError(f"checkpoint minutes are {minutes!r}; they must be at least 0")
+        accepted = "they must be at least 0"
+        require(0 <= minutes < math.inf, f"checkpoint minutes are {minutes!r}; {accepted}")
         self.folder, self.minutes = Path(folder), minutes
         self.last_time = time.monotonic()  # unlike time.time(), unmoved when the clock is set
 
@@ -164,7 +161,7 @@ class Checkpoints:
             for field, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"adamw.{field}/{name}"] = value
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        record = json.dumps({"run": run, "history": history}, default=np.generic.item).encode()
+        record = json.dumps({"run": run, "history": history}).encode()
         tensors[RECORD] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
         ends = [row["step"] for row in history if "average_loss" in row]
         path, *last = (self.folder / NAME.format(step) for step in (len(history), *ends[-1:]))

@@ -1,11 +1,10 @@
 """The losses without all the logits: from hidden states to gradients, chunk by chunk.
 
-A full-logits loss holds several tensors of shape (tokens, vocabulary): the logits of
-student and teacher, their log-softmax, and the gradients of all of these. Here no such
-tensor exists. Tokens are taken a chunk at a time; a divergence's closed form turns a
-chunk's logits into their own gradient, and this is added at once to the gradients of the
-hidden states and of the head. (Computing gradients in the forward pass, chunk by chunk,
-is the idea of Liger Kernel's fused linear losses, Hsu et al. 2024.)
+A full-logits loss holds several tensors of shape (tokens, vocabulary). Here no such tensor
+exists. Tokens are taken a chunk at a time; a divergence's closed form turns a chunk's logits into
+their own gradient, and this is added at once to the gradients of the hidden states and of the
+head. (Computing gradients in the forward pass, chunk by chunk, is the idea of Liger Kernel's fused
+linear losses, Hsu et al. 2024.)
 """
 
 from collections.abc import Callable
@@ -13,17 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from willows_kd.errors import is_integer, require
-from willows_kd.losses import (
-    at_least_float32,
-    check_alpha,
-    check_beta,
-    check_labels,
-    check_skew,
-    check_temperature,
-    log_mixture,
-    log_ratio,
-)
+from willows_kd.config import DistillConfig
+from willows_kd.errors import require
+from willows_kd.losses import at_least_float32, check_labels, log_mixture, log_ratio
 
 CHUNK = 2**23 + 2**21  # logits of a chunk: 40 MiB in float32, 208 tokens of GPT-2's vocabulary
 ROWS = 2**19  # logits in one step of the arithmetic: 2 MiB, to stay in a CPU's cache
@@ -53,10 +44,9 @@ def chunked_distillation_loss(
             widths may differ. If `alpha` is 1, no teacher is needed: pass None.
         student_head, teacher_head: output weights, shapes (vocabulary, width).
         labels: ids of the tokens to predict, shape (...).
-        temperature, alpha, divergence: as in `DistillConfig`.
+        temperature, alpha, divergence, beta, skew: as in `DistillConfig`.
         mask: True for each token that counts, shape (...).
         chunk: tokens at a time; None sets it by the size of the vocabulary.
-        beta, skew: of the divergences that have them, as in `DistillConfig`.
 
     Returns:
         three numbers, in nats per token: the loss, which has gradients for student_hidden
@@ -67,25 +57,17 @@ def chunked_distillation_loss(
         InputError: a value is out of its range, or the shapes do not fit together.
         RuntimeError: a second backward pass. Gradients are handed out once, to save memory.
     """
-    check_temperature(temperature)
-    check_alpha(alpha)
+    DistillConfig(temperature, alpha, divergence, beta, skew)  # for its checks
     check_labels(labels, student_hidden.shape[:-1])
-    known = ", ".join(CLOSED_FORMS)
-    require(divergence in CLOSED_FORMS, f"divergence is {divergence!r}; it must be one of {known}")
-    require(chunk is None or is_integer(chunk), f"chunk is {chunk!r}; it must be at least 1 token")
     counted = ... if mask is None else mask.bool()
     if alpha < 1:
-        given = teacher_hidden is not None and teacher_head is not None
-        needed = "with alpha below 1 the teacher's hidden states and output weights are needed"
-        require(given, needed)
         sizes = [
             f"{tuple(hidden.shape[:-1])} tokens and {len(head)} logits each"
             for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
         ]
         differ = f"the student has {sizes[0]}, the teacher {sizes[1]}; they must be equal"
         require(sizes[0] == sizes[1], differ)
-        teacher_hidden = teacher_hidden[counted].flatten(0, -2).detach()
-        teacher_head = teacher_head.detach()
+        teacher_hidden = teacher_hidden[counted].flatten(0, -2)
     else:
         teacher_hidden = teacher_head = None
     student_hidden, labels = student_hidden[counted].flatten(0, -2), labels[counted].flatten()
@@ -136,10 +118,8 @@ class LossWithGradients(torch.autograd.Function):
     def backward(ctx, grad_loss, _soft, _hard):
         """The gradients that `forward` kept, times that of the loss, in place."""
         if ctx.gradients is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the chunked loss hands out "
-                "its gradients once, to save memory; compute the loss again"
-            )
+            once = "the chunked loss hands out its gradients once, to save memory"
+            raise RuntimeError(f"a second backward pass: {once}; compute the loss again")
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
@@ -216,7 +196,6 @@ def reverse_kl(log_q, log_p, **_):
 
 def jensen_shannon(log_q, log_p, beta, **_):
     """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
-    check_beta(beta)
     p, q = log_p.exp(), log_q.exp()
     log_m = log_mixture(log_p, log_q, beta)
     slope = log_ratio(log_q, log_m, q)
@@ -227,9 +206,6 @@ def jensen_shannon(log_q, log_p, beta, **_):
 
 def skewed_forward_kl(log_q, log_p, skew, **_):
     """KL(p || m); its gradient is q · sum(w) - w, with w = (1 - skew) · p · q/m."""
-    check_skew(skew)
-    if skew == 0:
-        return forward_kl(log_q, log_p)
     p, q = log_p.exp(), log_q.exp()
     log_m = log_mixture(log_p, log_q, skew)
 
@@ -242,9 +218,6 @@ def skewed_forward_kl(log_q, log_p, skew, **_):
 
 def skewed_reverse_kl(log_q, log_p, skew, **_):
     """KL(q || m); its gradient is q · (g - sum(q · g)), with g = log(q/m) - skew · q/m."""
-    check_skew(skew)
-    if skew == 0:
-        return reverse_kl(log_q, log_p)
     q = log_q.exp()
     slope = log_ratio(log_q, log_mixture(log_q, log_p, skew), q)
 

@@ -70,26 +70,13 @@ def has_linear_head(model, ids: torch.Tensor) -> bool:
         return False
     if not head.weight.is_floating_point() or head.weight.device != ids.device:
         return False  # packed into few bits, or on another device than the hidden states
-    if isinstance(head.weight, FakeTensor):  # no values to compare, in `plan`
-        return puts_out_logits(model, head, ids)
-    with eval_mode(model):
+    calls = []
+    with eval_mode(model), head.register_forward_hook(lambda _, *call: calls.append(call)):
         hidden = getattr(model.base_model(ids, use_cache=False), "last_hidden_state", None)
-        return hidden is not None and torch.allclose(
-            head(hidden), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5
-        )
-
-
-def puts_out_logits(model, head: nn.Linear, ids: torch.Tensor) -> bool:
-    """Whether a head is given what looks like the final hidden states and puts out the logits."""
-    seen = {}
-    hooks = [
-        module.register_forward_hook(lambda module, *call: seen.update({module: call}))
-        for module in (model.base_model, head)
-    ]
-    with eval_mode(model):
         logits = model(ids, use_cache=False).logits
-    for hook in hooks:
-        hook.remove()
-    (given, *_), product = seen[head]
-    hidden = getattr(seen[model.base_model][1], "last_hidden_state", None)
-    return hidden is not None and given.shape == hidden.shape and product is logits
+    if hidden is None:
+        return False
+    if isinstance(hidden, FakeTensor):  # no values to compare, in `plan`
+        (given,), product = calls[-1]
+        return given.shape == hidden.shape and product is logits
+    return torch.allclose(head(hidden), logits, rtol=1e-4, atol=1e-5)

@@ -120,9 +120,8 @@ def plan(
         blocks: the packed corpus.
         config: the settings; None for the defaults. Sampling, as for `on_policy_share`, is
             not counted.
-        rate: FLOP a second, such as that of a machine you may rent. None measures it here:
-            on a step's forward and backward pass if both models are given, else on a matrix
-            product as wide as the student, which training seldom reaches.
+        rate: FLOP a second, such as that of a machine you may rent. None measures it here, on a
+            step's forward and backward pass; for that both models are needed.
         loss: as for `distill`.
 
     Raises:
@@ -130,6 +129,10 @@ def plan(
     """
     config = DistillConfig() if config is None else config
     real, mode = (teacher, student), FakeTensorMode(allow_non_fake_inputs=True)
+    measured = "given"
+    if rate is None:
+        measured, are_models = "a step of this run", [isinstance(m, nn.Module) for m in real]
+        require(all(are_models), "a step of what is no model cannot be timed; give rate, in FLOP/s")
     teacher = fake(teacher, mode).eval()
     if is_integer(student):
         kept = layers_to_keep(teacher, student, "spaced")
@@ -144,12 +147,8 @@ def plan(
         with train_mode(teacher, student, config):
             passes = count_flops(objective, teacher, ids, linear)
             memory = memory_parts(objective, teacher, ids)
-    measured = "given"
-    if rate is None and all(isinstance(model, nn.Module) for model in real):
-        flops = sum(passes.values())
-        rate, measured = step_rate(*real, ids, config, loss, flops), "a step of this run"
-    elif rate is None:
-        rate, measured = matrix_rate(ids, student, config), "matrix products: training is slower"
+    if rate is None:
+        rate = sum(passes.values()) / step_seconds(*real, ids, config, loss)
     cached = None
     if linear and asks_teacher(config):
         stored = sum(part.numel() for part in blocks_to_cache(blocks, teacher, CacheSpec()))
@@ -219,8 +218,8 @@ def memory_parts(objective: DistillationLoss, teacher, ids: torch.Tensor) -> dic
     }
 
 
-def step_rate(teacher, student, ids: torch.Tensor, config, loss, flops: float) -> float:
-    """FLOP a second of a batch's forward and backward pass: the second of two."""
+def step_seconds(teacher, student, ids: torch.Tensor, config, loss) -> float:
+    """What a batch's forward and backward pass takes: the second of two."""
     ids = torch.zeros(ids.shape, dtype=torch.long, device=student.device)
     trained = [p for p in student.parameters() if p.requires_grad]
     with torch.random.fork_rng(), train_mode(teacher, student, config):
@@ -231,17 +230,4 @@ def step_rate(teacher, student, ids: torch.Tensor, config, loss, flops: float) -
             if student.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-    return flops / seconds
-
-
-def matrix_rate(ids: torch.Tensor, student, config, times: int = 5) -> float:
-    """FLOP a second of a product like that of a feed-forward layer: the best of a few."""
-    tokens, width = ids.numel(), student.get_input_embeddings().weight.shape[1]
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    a, b = torch.ones(tokens, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * tokens * width * 4 * width / min(seconds)
+    return seconds

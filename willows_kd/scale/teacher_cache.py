@@ -5,22 +5,17 @@ The logits are these times the output weights, so soft labels at any temperature
 matrix product and no pass through the teacher's layers. Smaller, but not exact: the likeliest
 tokens only, or tokens drawn from the teacher's distribution.
 
-It lies in shards, files of a few blocks each. Every process that wants the cache helps to
-make it, on any machine that sees its folder, and a run that is stopped goes on after
-the last shard.
+It lies in shards, files of a few blocks each, so that a run that is stopped goes on after the last.
 """
 
-import contextlib
 import hashlib
-import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -49,13 +44,11 @@ from willows_kd.models import (
 from willows_kd.scale.linear_head import has_linear_head
 
 SHARD = 32  # blocks in a file
-DTYPES = ("float32", "float16")
 
 
 class CacheSpec(NamedTuple):
     """What is kept of a teacher: hidden states, or the k likeliest tokens, or k drawn ones."""
 
-    dtype: str = "float32"
     top_k: int | None = None
     samples: int | None = None
 
@@ -63,7 +56,6 @@ class CacheSpec(NamedTuple):
 def cache_teacher(
     teacher,
     blocks: Blocks,
-    dtype: str = "float32",
     top_k: int | None = None,
     samples: int | None = None,
     folder: str | Path | None = None,
@@ -72,17 +64,14 @@ def cache_teacher(
 
     The cache is found again by a digest of the teacher's weights and config, of the blocks'
     token ids and of the arguments: a stale cache is never used, and what is damaged or missing
-    of it is made again. Several processes share the work; the cache has the same bits whatever
-    their number. It stays until its folder is deleted.
+    of it is made again; of several processes one makes it. It stays until its folder is deleted.
 
     Args:
         teacher: a causal language model.
         blocks: the blocks that training and validation will ask it about.
-        dtype: of hidden states and log-probabilities: "float32", or "float16" for half the
-            size; the error is then printed.
         top_k: keep the k largest log-probabilities at T = 1 instead of hidden states, and
-            spread the rest evenly over the other tokens: smaller yet for a small k, but not
-            exact. Works with any teacher.
+            spread the rest evenly over the other tokens: smaller for a small k, but not exact;
+            the error is printed. Works with any teacher.
         samples: keep k tokens drawn from the teacher's distribution at T = 1 instead, each
             with probability count / k (Anshumann et al. 2025, sparse logit sampling): on
             average this is the teacher's distribution, and the gradient of the forward KL at
@@ -97,8 +86,8 @@ def cache_teacher(
     Raises:
         InputError: an argument does not fit this teacher.
     """
-    validate_inputs(teacher, blocks, CacheSpec(dtype, top_k, samples))
-    spec = CacheSpec(dtype, top_k and int(top_k), samples and int(samples))
+    spec = CacheSpec(top_k, samples)
+    validate_inputs(teacher, blocks, spec)
     parts = blocks_to_cache(blocks, teacher, spec)
     folder = Path(folder) if folder else cache_folder() / "teachers"
     weights = fingerprint(teacher)
@@ -149,13 +138,8 @@ class TeacherCache(nn.Module):
         )
         require(
             own <= others or self.training_blocks_only,
-            f"the student reads {others} tokens, the teacher {own}, and its cache is asked about "
-            "windows of validation text as long as both read; give the teacher itself",
-        )
-        require(
-            not config.on_policy_share,
-            "the teacher's cache knows only the text it was made for, not what the student will "
-            "write; for on_policy_share give the teacher itself",
+            f"the student reads {others} tokens, and the teacher's cache is of windows of {own}; "
+            "give the teacher itself",
         )
         require(
             not self.samples or (config.divergence, config.temperature) == ("forward_kl", 1),
@@ -215,10 +199,10 @@ class CachedHiddenStates(nn.Module):
         try:
             rows = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
         except KeyError:
-            advice = "make it again with cache_teacher"
-            if name == "samples":
-                advice = "it holds samples of the training blocks only, so ask the teacher itself"
-            raise InputError(f"the teacher's cache was made for other blocks; {advice}") from None
+            raise InputError(
+                "the teacher's cache was made for other blocks, with samples for those of training "
+                "only; make it again with cache_teacher, or ask the teacher itself"
+            ) from None
         found = [self.shards[shard][name][row].to(dtype) for shard, row in rows]
         return torch.stack(found).to(ids.device)
 
@@ -233,21 +217,13 @@ def validate_inputs(teacher, blocks: Blocks, spec: CacheSpec) -> None:
         "the teacher is sharded, and answers only if all processes ask at once, while a cache is "
         "made by each on its own; give distill the teacher itself",
     )
-    dtype, top_k, samples = spec
     known = teacher.config.vocab_size
-    require(dtype in DTYPES, f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    one = None in (top_k, samples)
-    require(one, f"top_k is {top_k!r} and samples is {samples!r}; give only one of them")
+    require(None in spec, f"{spec}: give only one of them")
+    for name, value in spec._asdict().items():
+        whole = value is None or is_integer(value) and value < known
+        require(whole, f"{name} is {value!r}; it must be a whole number from 1 to {known - 1}")
     require(
-        samples is None or is_integer(samples),
-        f"samples is {samples!r}; it must be a whole number, at least 1",
-    )
-    require(
-        top_k is None or is_integer(top_k) and top_k < known,
-        f"top_k is {top_k!r}; it must be a whole number from 1 to {known - 1}",
-    )
-    require(
-        top_k or samples or has_linear_head(teacher, blocks.train[:1].to(teacher.device)),
+        any(spec) or has_linear_head(teacher, blocks.train[:1].to(teacher.device)),
         "this teacher's logits are more than its hidden states times its output weights; "
         "give top_k to keep log-probabilities instead, or samples to keep drawn tokens",
     )
@@ -260,21 +236,19 @@ def blocks_to_cache(blocks: Blocks, teacher, spec: CacheSpec) -> list[torch.Tens
     Samples are for training only: the KL to a few drawn tokens says little of a student.
     """
     asked = [blocks.train]
-    if "validation" in blocks.masks:
+    if "validation" in blocks.masks and not spec.samples:
         asked.append(blocks.validation)
-    else:
+    elif not spec.samples:
         length = window_length(blocks.validation, teacher)
         found = windows(blocks.validation, length, teacher.config.vocab_size)
         asked.append(torch.cat([window for window, _ in found]))
-    if spec.samples:
-        asked = asked[:1]
     return [part.contiguous() for each in asked for part in each.split(SHARD)]
 
 
 def digest(weights: str, parts: list[torch.Tensor], spec: CacheSpec) -> str:
     """A name that changes with anything that the answers, or their files, depend on."""
     shapes = [tuple(part.shape) for part in parts]
-    made = hashlib.sha256(json.dumps([weights, *spec, shapes]).encode())
+    made = hashlib.sha256(f"{weights} {spec.top_k} {spec.samples} {shapes}".encode())
     for part in parts:
         made.update(part.numpy().tobytes())
     return made.hexdigest()[:24]
@@ -297,32 +271,17 @@ def load_or_build(place: Path, teacher, parts: list[torch.Tensor], spec: CacheSp
             room = shutil.disk_usage(place).free / 1e6
             if size > room:
                 raise OSError(f"it takes {size:,.1f} MB, and {room:,.1f} MB are free")
-            if distributed_state().is_local_main_process:
+            speaks = distributed_state().is_local_main_process
+            if speaks:
                 where = str(place.parent).replace(str(Path.home()), "~", 1)
                 print(f"Caching the teacher's outputs: {size:,.1f} MB in {where}")
-            make(files, shards, missing, lambda i: outputs(teacher, parts[i], spec, seed=i))
+            with FileLock(place / "lock"):  # one process makes them while the others wait
+                for i in tqdm(missing, unit="shard", leave=False, disable=not speaks):
+                    if load_tensors(files[i]) is None:
+                        save_tensors(files[i], outputs(teacher, parts[i], spec, seed=i))
+                    shards[i] = load_tensors(files[i])
     remove_partial_writes(place, "*")  # by killed runs: all shards are there
     return shards
-
-
-def make(files: list[Path], shards: list, missing: list[int], outputs: Callable) -> None:
-    """Make the missing shards, in place, together with whatever processes make them, too.
-
-    They divide the work by locks: each process makes first what no other is making, and at
-    the end waits for what the others are making, or makes it if they were killed.
-    """
-    speaks = distributed_state().is_local_main_process
-    with tqdm(total=len(missing), unit="shard", leave=False, disable=not speaks) as bar:
-        for timeout in (0, -1):
-            for i in [i for i in missing if shards[i] is None]:
-                lock = files[i].with_suffix(".lock")
-                with contextlib.suppress(Timeout), FileLock(lock, timeout=timeout):
-                    if load_tensors(files[i]) is None:
-                        save_tensors(files[i], outputs(i))
-                    shards[i] = load_tensors(files[i])
-                    bar.update()
-                    with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                        lock.unlink()
 
 
 def smallest_dtype(vocabulary: int) -> torch.dtype:
@@ -333,9 +292,9 @@ def smallest_dtype(vocabulary: int) -> torch.dtype:
 
 def bytes_per_token(teacher, spec: CacheSpec) -> int:
     """The size of what is kept."""
-    number = getattr(torch, spec.dtype).itemsize
     if spec.samples:
         return spec.samples * smallest_dtype(teacher.config.vocab_size).itemsize
+    number = torch.float32.itemsize
     if spec.top_k:
         return spec.top_k * (number + torch.int32.itemsize)
     return teacher.get_output_embeddings().in_features * number
@@ -349,20 +308,19 @@ def outputs(teacher, ids: torch.Tensor, spec: CacheSpec, seed: int) -> dict[str,
     with eval_mode(teacher):
         # as many at a time as in training, for the same rounding
         for part in ids.to(teacher.device).split(DistillConfig().blocks_per_pass(ids.shape[1])):
-            if not (spec.top_k or spec.samples):
-                found.append({"hidden": hidden_states(teacher, part).cpu()})
+            if not any(spec):
+                found.append({"hidden": hidden_states(teacher, part).float()})
                 continue
             log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
             if spec.top_k:
                 values, tokens = log_p.topk(spec.top_k, dim=-1)
-                found.append({"values": values.cpu(), "tokens": tokens.cpu()})
+                found.append({"values": values, "tokens": tokens.int()})
             else:
                 p = log_p.exp_().flatten(0, -2)
                 drawn = p.multinomial(spec.samples, replacement=True, generator=generator)
-                found.append({"samples": drawn.view(*part.shape, -1).cpu()})
-    number, token = getattr(torch, spec.dtype), smallest_dtype(teacher.config.vocab_size)
-    dtypes = {"hidden": number, "values": number, "tokens": torch.int32, "samples": token}
-    return {name: torch.cat([each[name] for each in found]).to(dtypes[name]) for name in found[0]}
+                drawn = drawn.to(smallest_dtype(p.shape[-1]))
+                found.append({"samples": drawn.view(*part.shape, -1)})
+    return {name: torch.cat([each[name].cpu() for each in found]) for name in found[0]}
 
 
 @torch.no_grad()
