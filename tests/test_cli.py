@@ -165,11 +165,11 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
     for line, begin in zip(good_run.out, expected, strict=False):
         assert re.sub(r"(?<=training:) [\d.,]+$", "", line) == begin
     assert len(averages) == 2
-    head, *rows = good_run.out[len(expected) : -3]
+    end = good_run.out.index("Measured on the held-out test text of text,")
+    head, *rows = good_run.out[len(expected) : end - 1]
     assert re.split("  +", head.strip()) == ROWS
     assert len(rows) > 5 and all(len(row) <= 80 for row in rows)
-    assert good_run.out[-3:-1] == ["", "Measured on the held-out test text of text,"]
-    assert good_run.out[-1].startswith("with ")
+    assert good_run.out[end + 1].startswith("with ")  # and on a busy machine a warning
 
 
 def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place):

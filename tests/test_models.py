@@ -390,7 +390,7 @@ def test_a_hub_name_without_a_connection_is_refused_after_one_question(monkeypat
     monkeypatch.setattr("time.sleep", no_patience)
     with pytest.raises(kd.InputError) as caught:
         kd.load_teacher("no-such-owner/no-such-model")
-    expected = "model does not exist and could not be downloaded from the Hugging Face Hub: "
+    expected = "model is no local directory and could not be downloaded from the Hugging Face Hub: "
     assert expected in str(caught.value)
     assert (len(questions), logged) == (1, [])
 

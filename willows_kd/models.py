@@ -238,7 +238,7 @@ def loading_errors_as_input_errors(name_or_path: str | os.PathLike):
     except Exception as error:
         what = "cannot be loaded"
         if isinstance(error, OSError) and not Path(name_or_path).exists():
-            what = "does not exist and could not be downloaded from the Hugging Face Hub"
+            what = "is no local directory and could not be downloaded from the Hugging Face Hub"
         raise InputError(f"{name_or_path} {what}: {one_line(error)}") from error
 
 
