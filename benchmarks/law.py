@@ -96,7 +96,7 @@ class Runs:
             self.add(named | {"seed": seed}, teacher, student)
 
     def in_rounds(self, teacher, seed: int) -> None:
-        """A student of one layer more for half of the largest budget, then of fewer for the rest."""
+        """First a layer more, for half of the largest budget; then without it, for the rest."""
         named = {"study": "in rounds", "layers": SMALL, "tokens": self.text[: BUDGETS[-1]].numel()}
         if self.is_new(named | {"seed": seed}):
             first, second = self.text[: BUDGETS[-1]].chunk(2)
