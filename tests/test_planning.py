@@ -101,7 +101,7 @@ def test_what_fits_no_plan_is_refused(teacher, student, blocks):
         ("the model is a list; give a model, its config", ([], student, blocks, None, RATE)),
         ("layers is 5; this teacher allows 1 to 4", (teacher, 5, blocks, None, RATE)),
         ("32 tokens, the teacher takes at most 16", (short, 2, blocks, None, RATE)),
-        ("no_such_folder does not exist", ("./no_such_folder", 2, blocks, None, RATE)),
+        ("no_such_folder is no local directory", ("./no_such_folder", 2, blocks, None, RATE)),
     ):
         with pytest.raises(kd.InputError, match=said):
             kd.plan(*given)
