@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Exit with code 2."""
-        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
+        line = f"error: {' '.join(message.split())} (see --help)\n"
+        self.exit(2, line if speaks() else None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,9 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without emoji still gets the words
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
     try:
-        with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.nullcontext() if speaks() else contextlib.redirect_stdout(io.StringIO()):
             return run(options)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,12 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        if speaks:
+        if speaks():
             print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, OSError | WriteError) else 2
     except KeyboardInterrupt:
         print("\nstopped: nothing was saved", file=sys.stderr)
         return 130
+
+
+def speaks() -> bool:
+    """Whether this process prints: of several, one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run(options: argparse.Namespace) -> int:
