@@ -342,7 +342,7 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     print_table(table, job.corpus)
     speeds = table.loc[["student before", "student"], ["forward_ms", "token_ms"]]
     if (speeds.max() > UNEVEN * speeds.min()).any():
-        print("⚠️ Both students are one network, yet their speeds differ by more than a quarter:")
+        print("⚠️ Both students are one network, yet their speeds differ by over a quarter:")
         print("   the machine was busy; compare them again when it is not")
     return OK
 
