@@ -569,3 +569,9 @@ def test_the_script_at_the_root_and_the_package_are_the_command(script, tmp_path
     done = process(*script, "--epochs", "0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: epochs is 0; it must be a whole number, at least 1\n"
+
+
+def test_a_student_whose_settings_are_damaged_is_not_replaced_unasked(place, tmp_path, capsys):
+    (tmp_path / "distillation.json").write_text("{")
+    assert run(["export", str(place / "narrow"), "--to", "gguf", "--output_dir", str(tmp_path)]) == 2
+    assert "a student (of unknown settings)" in capsys.readouterr().err

@@ -114,7 +114,10 @@ def made_when(settings: Path) -> str:
     """When and how the student with this file of settings was made; nothing if there is none."""
     if not settings.exists():
         return ""
-    made = json.loads(settings.read_text(encoding="utf-8"))
+    try:
+        made = json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError:
+        return "of unknown settings"
     when = f"{datetime.fromtimestamp(settings.stat().st_mtime):%Y-%m-%d %H:%M}"
     return f"{when}, T = {made.get('temperature')}, epochs: {made.get('epochs_finished')}"
 
