@@ -573,5 +573,6 @@ def test_the_script_at_the_root_and_the_package_are_the_command(script, tmp_path
 
 def test_a_student_whose_settings_are_damaged_is_not_replaced_unasked(place, tmp_path, capsys):
     (tmp_path / "distillation.json").write_text("{")
-    assert run(["export", str(place / "narrow"), "--to", "gguf", "--output_dir", str(tmp_path)]) == 2
+    command = ["export", str(place / "narrow"), "--to", "gguf", "--output_dir", str(tmp_path)]
+    assert run(command) == 2
     assert "a student (of unknown settings)" in capsys.readouterr().err
