@@ -1,8 +1,8 @@
-"""Five training runs for "find the bug" in notebook 05: four are broken on purpose, silently.
+"""Six training runs for "find the bug" in notebook 05: five are broken on purpose, silently.
 
     python benchmarks/broken_runs.py
 
-A tiny teacher learns 40 invented facts as questions and answers. Five students are distilled from
+A tiny teacher learns 40 invented facts as questions and answers. Six students are distilled from
 it, and the loss of each falls. What gives a run away is stored beside its losses, without its name:
 `broken_histories.csv` has a row a step, `broken_runs.csv` a row a run. The names are in
 `willows_kd/exercises/your_own.py`.
@@ -57,7 +57,7 @@ def main() -> None:
     for letter, name in BROKEN_RUNS.items():
         asked, given = broken(name, teacher, blocks, tokenizer)
         student = kd.student_from_teacher(teacher)
-        history = kd.distill(asked, student, given, settings())
+        history = kd.distill(asked, student, given, settings(given.block_size))
         histories += [{"run": letter, "step": row["step"], "loss": row["loss"]} for row in history]
         probes.append({"run": letter} | probe(student, teacher, asked, given, blocks, tokenizer))
         print(name, probes[-1], flush=True)
@@ -65,9 +65,9 @@ def main() -> None:
     pd.DataFrame(probes).to_csv(RESULTS / "broken_runs.csv", index=False)
 
 
-def settings(**more) -> kd.DistillConfig:
-    """The same for all runs."""
-    same = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 2}
+def settings(block_size: int = TOKENS, **more) -> kd.DistillConfig:
+    """The same for all runs, and as many tokens in a step."""
+    same = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 2 * TOKENS // block_size}
     return kd.DistillConfig(**(same | more))
 
 
@@ -101,6 +101,10 @@ def broken(name: str, teacher, blocks: kd.Blocks, tokenizer):
         blocks = replace(
             blocks, masks=blocks.masks | {"train": blocks.masks["train"].roll(1, dims=1)}
         )
+    elif name == "positions":  # blocks of half of the positions that the models have
+        halves = blocks.train.view(-1, TOKENS // 2)
+        masks = blocks.masks | {"train": blocks.masks["train"].view(halves.shape)}
+        blocks = replace(blocks, train=halves, masks=masks)
     elif name == "tokenizer":
         other = ByteLevelBPETokenizer()
         story = kd.load_corpus("sample").text
@@ -117,12 +121,15 @@ def probe(student, teacher, asked, given: kd.Blocks, blocks: kd.Blocks, tokenize
     counts = blocks.masks["test"].clone()
     counts[:, 0] = False  # nothing predicts the first token of a block
     starts = counts & ~blocks.masks["test"].roll(1, dims=1)  # the first token of each answer
+    second_half = torch.arange(TOKENS) >= TOKENS // 2
     question = next(iter(FACTS)).format("Mole")
     return {
         "itself": itself(teacher, asked, given, seed=0),
         "itself_again": itself(teacher, asked, given, seed=1),
         "first_token": kl[starts].mean().item(),
         "later_tokens": kl[counts & ~starts].mean().item(),
+        "first_half": kl[counts & ~second_half].mean().item(),
+        "second_half": kl[counts & second_half].mean().item(),
         "reads": tokenizer.decode(given.train[0, :12]),
         "writes": kd.complete(student, tokenizer, question, 8, temperature=0),
     }
@@ -130,8 +137,8 @@ def probe(student, teacher, asked, given: kd.Blocks, blocks: kd.Blocks, tokenize
 
 def itself(teacher, asked, given: kd.Blocks, seed: int) -> float:
     """The run's first loss with the teacher's own weights in the student's place."""
-    config = settings(epochs=1, seed=seed)
-    some = kd.epoch_batches(given.train, settings(), 0)[0]  # the same blocks twice
+    config = settings(given.block_size, epochs=1, seed=seed)
+    some = kd.epoch_batches(given.train, settings(given.block_size), 0)[0]  # the same blocks twice
     few = replace(given, train=given.train[some], masks={"train": given.masks["train"][some]})
     few = replace(few, validation=given.validation[:1])
     return kd.distill(asked, copy.deepcopy(teacher), few, config)[0]["loss"]

@@ -64,23 +64,17 @@ def main() -> None:
 def ways() -> dict[str, dict]:
     """The settings of each way; `text`, `cache`, `pruned`, `share` are not of the loop."""
     reverse = SOFT | dict(divergence="reverse_kl")
-    jensen_shannon = SOFT | dict(divergence="jensen_shannon")
     layers = dict(hidden_weight=1.0, hidden_layers=((1, 1), (2, 3), (3, 6)))
     quarter = dict(share=0.25)
     return {
         "hard labels": HARD,
         "forward KL": SOFT,
         "reverse KL": reverse,
-        "Jensen-Shannon": jensen_shannon,
-        "skewed forward KL": SOFT | dict(divergence="skewed_forward_kl"),
-        "skewed reverse KL": SOFT | dict(divergence="skewed_reverse_kl"),
         "teacher's text, hard labels": HARD | dict(text=dict(temperature=1.0)),
         "teacher's beams, hard labels": HARD | dict(text=dict(beams=4)),
         "teacher's text, forward KL": SOFT | dict(text=dict(temperature=1.0)),
         "on-policy forward KL": SOFT | dict(on_policy_share=1.0),
         "on-policy reverse KL": reverse | dict(on_policy_share=1.0),
-        "on-policy Jensen-Shannon": jensen_shannon | dict(on_policy_share=1.0),
-        "half on-policy reverse KL": reverse | dict(on_policy_share=0.5),
         "forward KL, two passes": SOFT | dict(epochs=2),
         "8 largest logits": SOFT | dict(cache=dict(top_k=8)),
         "8 sampled tokens": SOFT | dict(cache=dict(samples=8)),

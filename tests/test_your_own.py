@@ -21,7 +21,7 @@ def test_a_bug_that_is_not_found_gets_the_evidence_that_was_overlooked(capsys):
         other = next(each for each in EVIDENCE if each != name)
         assert not check_bugs(BROKEN_RUNS | {run: other})
         printed = said(capsys)
-        assert f"4 of 5 are right. Run {run} is not {other!r}" in printed
+        assert f"5 of 6 are right. Run {run} is not {other!r}" in printed
         assert EVIDENCE[name] in printed
     for wrong in (None, {}, {"A": "mask"}, BROKEN_RUNS | {"A": "luck"}):
         assert not check_bugs(wrong)
@@ -37,7 +37,9 @@ def test_the_stored_evidence_points_to_each_bug():
         "rows": first.gt(1) & first.round(3).eq(second.round(3)),
         "train mode": first.round(3).ne(second.round(3)),
         "mask": (found["first_token"] > 2 * sound["first_token"])
-        & (found["later_tokens"] < 2 * sound["later_tokens"]),
+        & (found["later_tokens"] < 2 * sound["later_tokens"])
+        & (found["second_half"] < 2 * found["first_half"]),
+        "positions": found["second_half"] > 2 * found["first_half"],
         "tokenizer": ~found["reads"].str.contains("does the"),
     }
     assert set(seen) | {"sound"} == set(found.index)

@@ -43,15 +43,20 @@ def check_stop(my_stop: Callable) -> bool:
 
 
 # The runs of benchmarks/broken_runs.py. Reading on spoils the exercise.
-BROKEN_RUNS = {"A": "mask", "B": "train mode", "C": "sound", "D": "tokenizer", "E": "rows"}
+BROKEN_RUNS = {
+    **{"A": "mask", "B": "train mode", "C": "sound"},
+    **{"D": "tokenizer", "E": "rows", "F": "positions"},
+}
 EVIDENCE = {
     "sound": "every number of this run is as it should be",
     "rows": "its loss is far from 0 with the teacher's own weights in the student's place, and the "
     "same the second time (itself, itself_again): it is shown what the teacher said of other text",
     "train mode": "with the teacher's own weights in the student's place its loss is not 0, and "
     "it differs the second time (itself, itself_again): something in it is random",
-    "mask": "compare first_token with later_tokens: of an answer all is learnt but its beginning",
+    "mask": "compare first_token with later_tokens: of an answer all is learnt but its beginning, "
+    "in both halves of a block",
     "tokenizer": "read what it reads: is that the text?",
+    "positions": "compare first_half with second_half: it is good only as far as its blocks reached",
 }
 
 
@@ -64,8 +69,8 @@ def check_bugs(my_bugs: dict[str, str]) -> bool:
             return not_yet(f"{name!r} of run {run} is none of {', '.join(EVIDENCE)}")
     wrong = [run for run, name in BROKEN_RUNS.items() if my_bugs[run] != name]
     if not wrong:
-        return well_done("five runs whose loss fell, and you told them apart by what they predict")
-    run, right = wrong[0], f"{5 - len(wrong)} of 5 are right"
+        return well_done("six runs whose loss fell, and you told them apart by what they predict")
+    run, right = wrong[0], f"{len(BROKEN_RUNS) - len(wrong)} of {len(BROKEN_RUNS)} are right"
     overlooked = EVIDENCE[BROKEN_RUNS[run]]
     return not_yet(f"{right}. Run {run} is not {my_bugs[run]!r}: {overlooked}")
 
