@@ -29,8 +29,8 @@ def peak_memory(model, ids: torch.Tensor) -> int:
     """Bytes that a forward pass needs at most: weights, activations and logits.
 
     Args:
-        model: where it is decides how: PyTorch's own count on a GPU, on the CPU the
-            running sum of all that the profiler saw allocated and freed.
+        model: where it is decides how: PyTorch's own count on a GPU, on the CPU the most
+            that `MemoryWatch` counts.
         ids: token ids, shape (batch, tokens).
     """
     check_ids(ids, model)
