@@ -6,7 +6,7 @@ from torch import nn
 
 import willows_kd as kd
 from willows_kd import cost
-from willows_kd.cost import MemoryWatch, continue_greedily
+from willows_kd.cost import MemoryWatch
 from willows_kd.models import CACHE
 
 KILOBYTE = 250  # float32 elements
@@ -123,17 +123,16 @@ def test_what_is_timed_runs_without_dropout_and_gradients(teacher):
     assert teacher.training
 
 
-def test_continuing_greedily_generates_exactly_so_many_tokens(make_gpt2, blocks):
+def test_a_generated_token_is_timed_with_the_cache_and_none_ends_the_text(make_gpt2, blocks):
     model = make_gpt2(layers=2, initializer_range=0.3)
-    prompt = blocks.train[:2, :10]
+    ids = blocks.train[:2, :22]
     with torch.inference_mode():
-        likeliest = model(prompt).logits[:, -1].argmax(dim=-1)
+        likeliest = model(ids[:, :10]).logits[:, -1].argmax(dim=-1)
     model.generation_config.eos_token_id = likeliest.tolist()  # would end it at once
     sizes = []
     model.register_forward_hook(lambda module, inputs, output: sizes.append(output.logits.shape[1]))
-    assert continue_greedily(model, prompt, 12).shape == (2, 22)
-    assert len(sizes) == 12  # with the key-value cache, one token at a time
-    assert sizes[1:] == 11 * [1]
+    kd.latency({"model": model}, ids, new_tokens=12, repeats=1)
+    assert sizes == 2 * [22, 1, *11 * [1]]  # a block, then with the cache a token at a time
 
 
 def test_a_pass_over_new_tokens_reads_these_after_the_cached_ones(make_gpt2, monkeypatch, blocks):

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require, type_name
 from willows_kd.files import write_errors
+from willows_kd.generation import continued
 from willows_kd.models import CACHE, check_token_ids, eval_mode, quiet_transformers, write_weights
 
 
@@ -94,7 +95,7 @@ def latency(
 
     def seconds(model) -> dict[str, float]:
         forward = timed(lambda: model(ids.to(model.device)), model)
-        generate = timed(lambda: continue_greedily(model, prompt, new_tokens), model)
+        generate = timed(lambda: continued(model, prompt, new_tokens), model)
         return {"forward": forward, "per_token": generate / new_tokens}
 
     return in_turns(seconds, models, repeats)
@@ -159,17 +160,3 @@ def timed(action: Callable, model) -> float:
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-
-def continue_greedily(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Generate exactly so many tokens, with the key-value cache."""
-    ids = ids.to(model.device)
-    with quiet_transformers():
-        return model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
