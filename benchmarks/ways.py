@@ -120,7 +120,6 @@ class Judge:
     def __init__(self, teacher, tokenizer, blocks):
         self.teacher, self.tokenizer, self.blocks = teacher, tokenizer, blocks
         self.prompts = blocks.validation[:48, : kd.prompt_length(blocks.block_size)]
-        self.book = tokenizer.decode(blocks.train.flatten().tolist())
         self.target = kd.evaluate(teacher, blocks.validation)["perplexity"]
 
     def judged(self, model) -> dict:
@@ -129,9 +128,7 @@ class Judge:
         text = kd.sample_continuations(model, self.prompts, 96)
         own = kd.text_quality(model, self.teacher, self.prompts, text)
         own["kl_on_own_text"] = own.pop("kl_to_teacher")
-        written = " . ".join(self.tokenizer.decode(row) for row in text.tolist())
-        ratio = found["perplexity"] / self.target
-        return found | own | {"ratio": ratio, "ngram_overlap": kd.ngram_overlap(written, self.book)}
+        return found | own | {"ratio": found["perplexity"] / self.target}
 
     def writings(self, model) -> list[dict]:
         """What the model writes at each sampling temperature."""

@@ -32,7 +32,7 @@ PUBLIC_NAMES = {
     "scale.processes": "shard_teacher",
     "scale.teacher_cache": "cache_teacher",
     "evaluation": (
-        "evaluate loss_by_position copy_gain token_scores block_nll paired_bootstrap ngram_overlap "
+        "evaluate loss_by_position copy_gain token_scores block_nll paired_bootstrap "
         "text_quality compare as_markdown"
     ),
     "scale.planning": "plan",

@@ -2,8 +2,6 @@
 
 import math
 import os
-import re
-import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +13,6 @@ from torch import nn
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import require, type_name
-from willows_kd.generation import complete
 from willows_kd.losses import kl
 from willows_kd.models import (
     check_positions,
@@ -270,17 +267,6 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int
     return (gaps.abs().sum() / len(confidence)).item()
 
 
-def ngram_overlap(sample: str, training_text: str, words: int = 6) -> float:
-    """The share of a sample's runs of so many words that stand in the training text."""
-
-    def runs(text: str) -> list[tuple[str, ...]]:
-        found = re.findall(r"\w+", text.lower())
-        return list(zip(*(found[i:] for i in range(words)), strict=False))
-
-    known, written = set(runs(training_text)), runs(sample)
-    return sum(run in known for run in written) / len(written) if written else 0.0
-
-
 def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
     """What a model wrote: how likely its teacher finds it, how varied and repetitive it is.
 
@@ -318,7 +304,6 @@ LABELS = {
     "kl_to_teacher": "KL from the teacher (nats per token)",
     "agreement": "top-1 agreement with the teacher",
     "calibration_error": "expected calibration error",
-    "ngram_overlap": "six-word runs copied from the training text",
     "parameters": "parameters",
     "disk_mb": "size on disk (MB)",
     "memory_mb": "peak memory of a forward pass (MB)",
@@ -348,9 +333,6 @@ def compare(
         for ids in (blocks.test, *texts.values()):
             check_blocks(model, ids, name)
     teacher = next(iter(models.values()))
-    training_text = tokenizer.decode(blocks.train.flatten(), skip_special_tokens=True)
-    rows = torch.linspace(0, len(blocks.test) - 1, min(3, len(blocks.test))).long()
-    openings = tokenizer.batch_decode(blocks.test[rows, :12])
     speed = latency(models, blocks.test[:1])
     rows = {}
     for name, model in models.items():
@@ -365,10 +347,6 @@ def compare(
                 f"perplexity on {text}": evaluate(model, ids, teacher=teacher)["perplexity"]
                 for text, ids in texts.items()
             },
-            "ngram_overlap": statistics.mean(
-                ngram_overlap(complete(model, tokenizer, prompt, 60, seed=seed), training_text)
-                for seed, prompt in enumerate(openings)
-            ),
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.attrs["threads"] = torch.get_num_threads()

@@ -56,7 +56,7 @@ EVIDENCE = {
     "mask": "compare first_token with later_tokens: of an answer all is learnt but its beginning, "
     "in both halves of a block",
     "tokenizer": "read what it reads: is that the text?",
-    "positions": "compare first_half with second_half: it is good only as far as its blocks reached",
+    "positions": "compare first_half with second_half: it is good only as far as blocks reached",
 }
 
 
