@@ -1,6 +1,8 @@
 """The checks of the exercises: each usual mistake gets its hint, a right answer its praise."""
 
+import importlib
 import math
+import pkgutil
 import re
 import statistics
 
@@ -11,18 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import willows_kd as kd
 from willows_kd import exercises
-from willows_kd.exercises import (
-    distillation_loop,
-    evaluation,
-    inside_the_teacher,
-    its_own_words,
-    real_teacher,
-    soft_labels,
-    student_at_work,
-    teacher,
-    your_own,
-)
-from willows_kd.exercises.teacher import COUNTED, count
+from willows_kd.exercises import soft_labels
+from willows_kd.exercises.teacher import count
 
 judge = exercises.judge
 
@@ -46,8 +38,7 @@ COUNT = [
 
 def test_the_formula_of_the_check_counts_what_transformers_builds():
     config = GPT2Config(vocab_size=90, n_positions=31, n_embd=12, n_layer=3, n_head=2)
-    right = [next(iter(choice)) for choice in COUNTED]
-    assert count(*right, config) == GPT2LMHeadModel(config).num_parameters()
+    assert count(config) == GPT2LMHeadModel(config).num_parameters()
 
 
 def guesser(train, test, vocabulary, extra=1, more=None):
@@ -329,8 +320,10 @@ STOP = [
     (lambda p, patience: stop(p, 1), "you stop at the first epoch that is no better"),
 ]
 
-MODULES = (teacher, soft_labels, distillation_loop, evaluation, its_own_words, inside_the_teacher)
-MODULES += (student_at_work, real_teacher, your_own)
+MODULES = [
+    importlib.import_module(f"willows_kd.exercises.{module.name}")
+    for module in pkgutil.iter_modules(exercises.__path__)
+]
 TABLES = {  # each check of a function has a list of answers of its name
     check: globals()[name.removeprefix("check_").upper()]
     for module in MODULES
@@ -354,21 +347,16 @@ def test_each_answer_gets_its_hint(check, capsys):
 def test_no_mistake_gets_the_hint_of_another(module, capsys, monkeypatch):
     """What each check takes for a mistake, given to it as an answer."""
     judged = []
-
-    def listen(function, cases, right, mistakes, *rest):
-        mistakes = mistakes.items() if isinstance(mistakes, dict) else mistakes
-        alone = [(wrong, hint) for wrong, hint in mistakes if "more to find" not in hint]
-        judged.append((cases, right, alone, *rest))
-        return False
-
     for place in (exercises, module):
-        monkeypatch.setattr(place, "judge", listen, raising=False)
+        monkeypatch.setattr(
+            place, "judge", lambda *given, **more: judged.append((given, more)), raising=False
+        )
     for check in TABLES:
         if check.__module__ == module.__name__:
             check(TABLES[check][0][0])
-    for cases, right, mistakes, *rest in judged:
-        for wrong, hint in mistakes:
-            assert not judge(wrong, cases, right, mistakes, *rest)
+    for (_, cases, right, mistakes, *rest), more in judged:
+        for hint, wrong in exercises.wrong_answers(right, mistakes, most=1):
+            assert not judge(wrong, cases, right, mistakes, *rest, **more)
             assert hint in said(capsys)
 
 

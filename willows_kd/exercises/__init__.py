@@ -1,14 +1,15 @@
 """Checks for the exercises of the notebooks: each says what is wrong, or that all is well.
 
-A check calls what a learner wrote on small examples and compares the results with the
-right ones and with what each usual mistake gives.
+An exercise is a table: a few cases, the right answer to them, and the usual mistakes, each with
+its hint. A check compares what a learner wrote with the right answer and with each mistake.
 """
 
 import copy
 import functools
 import itertools
+import operator
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,10 +31,10 @@ def say(sentence: str, outcome: bool) -> bool:
     return outcome
 
 
-def attempt(function: Callable, *arguments) -> tuple:
+def attempt(function: Callable, case: tuple) -> tuple:
     """What a function returns for copies of the arguments, and the problem if it stops."""
     try:
-        result = function(*copy.deepcopy(arguments))
+        result = function(*copy.deepcopy(case))
     except Exception as error:  # whatever a learner's code raises is worth telling
         hint = ". True and False have no mean: .float() first" if "Bool" in str(error) else ""
         return None, f"your function stops with {type(error).__name__}: {error}{hint}"
@@ -42,15 +43,9 @@ def attempt(function: Callable, *arguments) -> tuple:
     return result, None
 
 
-def as_tensor(result) -> torch.Tensor:
-    """A number or a tensor, made comparable: in float64, one number without dimensions."""
-    value = torch.as_tensor(result).detach().double()
-    return value.squeeze() if value.numel() == 1 else value
-
-
 def attempt_number(function: Callable, case: tuple) -> tuple[torch.Tensor | None, str | None]:
     """`attempt` a function that returns a number or a tensor."""
-    result, problem = attempt(function, *case)
+    result, problem = attempt(function, case)
     if problem:
         return None, problem
     try:
@@ -59,12 +54,19 @@ def attempt_number(function: Callable, case: tuple) -> tuple[torch.Tensor | None
         return None, f"your function returns {type(result).__name__}; give a number or a tensor"
 
 
+def as_tensor(result) -> torch.Tensor:
+    """A number or a tensor, made comparable: in float64, one number without dimensions."""
+    value = torch.as_tensor(result).detach().double()
+    return value.squeeze() if value.numel() == 1 else value
+
+
 def judge(
     function: Callable,
     cases: list[tuple],
     right: Callable,
-    mistakes: dict[Callable, str] | Iterable[tuple[Callable, str]],
-    praise: str = "",
+    mistakes: dict[str, Callable | dict],
+    praise: str,
+    most: int = 3,
     tolerance: float = 1e-4,
 ) -> bool:
     """Compare what a learner's function returns with the right numbers and the wrong ones.
@@ -72,30 +74,32 @@ def judge(
     Args:
         cases: the arguments of each example.
         right: gives the right number, or tensor, from the same arguments.
-        mistakes: functions that make a mistake, likeliest first, each with its hint. What they
-            return may be infinite, or of another shape.
+        mistakes: for each hint, the likeliest first, a function that makes the mistake, or the
+            options with which `right` makes it. What comes out may be infinite, or of another
+            shape.
         praise: what is said if all is right.
+        most: how many mistakes by options may be made at once; the hint is that of the first.
         tolerance: relative; far above rounding and far below any mistake.
     """
-    rights, found = [as_tensor(right(*case)) for case in cases], []
+    found = []
     for case in cases:
         value, problem = attempt_number(function, case)
         if problem:
             return not_yet(problem)
         found.append(value)
 
-    def matches(answers: list[torch.Tensor]) -> list[bool]:
+    def matches(answer: Callable) -> list[bool]:
         close = functools.partial(torch.allclose, rtol=tolerance, atol=1e-9, equal_nan=True)
-        pairs = zip(found, answers, strict=True)
+        pairs = [(mine, as_tensor(answer(*c))) for mine, c in zip(found, cases, strict=True)]
         return [mine.shape == other.shape and close(mine, other) for mine, other in pairs]
 
-    hits = matches(rights)
+    hits = matches(right)
     if all(hits):
-        return well_done(praise) if praise else True
-    for wrong, hint in mistakes.items() if isinstance(mistakes, dict) else mistakes:
-        if all(matches([as_tensor(wrong(*case)) for case in cases])):
+        return well_done(praise)
+    for hint, wrong in wrong_answers(right, mistakes, most):
+        if all(matches(wrong)):
             return not_yet(hint)
-    mine, wanted = found[0], rights[0]
+    mine, wanted = found[0], as_tensor(right(*cases[0]))
     if mine.shape != wanted.shape:
         it_is = f"a tensor of shape {tuple(wanted.shape)}" if wanted.ndim else "one number"
         return not_yet(f"your result has shape {tuple(mine.shape)}; it is {it_is}")
@@ -106,35 +110,18 @@ def judge(
     return not_yet(f"on one example you return {shown(mine)}; it should be {shown(wanted)}")
 
 
-def judge_choices(
-    function: Callable,
-    cases: list[tuple],
-    choices: tuple[dict, ...],
-    answer: Callable,
-    praise: str = "",
-    most: int = 3,
-    tolerance: float = 1e-4,
-) -> bool:
-    """`judge` a function that has several things to get right, alone and together.
-
-    Args:
-        choices: one dict for each of these: from what can be done to its hint; the first is
-            right and has no hint.
-        answer: gives the number from one choice of each, then a case.
-        most: how many choices may be wrong at once; the hint is that of the first.
-    """
-
-    def mistakes():
-        for wrong in range(1, most + 1):
-            for chosen in itertools.product(*choices):
-                hints = [texts[key] for texts, key in zip(choices, chosen, strict=True)]
-                hints = [hint for hint in hints if hint]
-                if len(hints) == wrong:
-                    more = f". After that, {wrong - 1} more to find" if wrong > 1 else ""
-                    yield functools.partial(answer, *chosen), hints[0] + more
-
-    right = functools.partial(answer, *(next(iter(texts)) for texts in choices))
-    return judge(function, cases, right, mistakes(), praise, tolerance)
+def wrong_answers(right: Callable, mistakes: dict, most: int) -> Iterator[tuple[str, Callable]]:
+    """Hints, and functions that make the mistakes: one at a time, then some options together."""
+    for hint, wrong in mistakes.items():
+        yield hint, wrong if callable(wrong) else functools.partial(right, **wrong)
+    options = [hint for hint, wrong in mistakes.items() if not callable(wrong)]
+    for count in range(2, most + 1):
+        for first, *others in itertools.combinations(options, count):
+            wrong = [mistakes[hint] for hint in (first, *others)]
+            together = functools.reduce(operator.or_, wrong)
+            if len(together) == sum(map(len, wrong)):  # none undoes another
+                more = f". After that, {len(others)} more to find"
+                yield first + more, functools.partial(right, **together)
 
 
 def shown(value: torch.Tensor) -> str:
@@ -143,14 +130,6 @@ def shown(value: torch.Tensor) -> str:
         return f"{value.item():.6g}"
     few = ", ".join(f"{number:.4g}" for number in value.flatten()[:6].tolist())
     return f"[{few}{', ...' if value.numel() > 6 else ''}]"
-
-
-def wrong_means(right: Callable, tokens: int, vocabulary: int) -> dict[Callable, str]:
-    """The mistakes of a mean over tokens that is a sum, or divided by too much."""
-    return {
-        lambda *case: tokens * right(*case): "it grows with the number of tokens: take the mean",
-        lambda *case: right(*case) / vocabulary: "it is divided by the vocabulary too: sum over it",
-    }
 
 
 def random_logits(*shape: int, seed: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from willows_kd.exercises import attempt, judge, judge_choices, not_yet, well_done
+from willows_kd.exercises import attempt, judge, not_yet, well_done
 from willows_kd.exercises.soft_labels import KL, kl_with, logit_cases
 from willows_kd.losses import hard_label_loss, mix
 
@@ -18,7 +18,7 @@ def check_shift(my_shift: Callable) -> bool:
     """
     positions = torch.arange(6).expand(2, 6)
     logits = positions[..., None].expand(2, 6, 5).float()
-    result, problem = attempt(my_shift, logits, positions)
+    result, problem = attempt(my_shift, (logits, positions))
     if problem:
         return not_yet(problem)
     try:
@@ -46,21 +46,6 @@ SHIFTED = {  # tokens by which a label lies after its prediction: the hint
 }
 
 
-MIXED = (
-    {
-        "right": None,
-        "other side": "alpha is on the wrong side: it weighs the hard labels",
-        "hard": "these are the hard labels alone, whatever alpha is",
-        "soft": "these are the soft labels alone, whatever alpha is",
-    },
-    {
-        "plain": None,
-        "softened": "the hard labels are softened; T belongs in the KL only",
-        "T²": "T² multiplies the hard labels too; only the KL needs it",
-    },
-)
-
-
 def check_loss(my_loss: Callable) -> bool:
     """Check `my_loss(z_s, z_t, labels, temperature, alpha)`: the loss of distillation."""
     cases = []
@@ -68,15 +53,19 @@ def check_loss(my_loss: Callable) -> bool:
         labels = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(0))
         cases.append((z_s, z_t, labels, t, alpha))
 
-    def answer(side, hard_from, *choices_and_case) -> float:
-        *choices, z_s, z_t, labels, t, alpha = choices_and_case
-        hard = hard_label_loss(z_s.detach() / (t if hard_from == "softened" else 1), labels)
-        hard = hard * (t**2 if hard_from == "T²" else 1)
-        weight = {"right": alpha, "other side": 1 - alpha, "hard": 1, "soft": 0}[side]
-        return mix(hard, kl_with(*choices, z_s, z_t, t), weight).item()
+    def right(z_s, z_t, labels, t, alpha, weight=lambda a: a, divided=0, times=0, **of_kl):
+        hard = t**times * hard_label_loss(z_s.detach() / t**divided, labels)
+        return mix(hard, kl_with(z_s, z_t, t, **of_kl), weight(alpha))
 
+    mistakes = {
+        "alpha is on the wrong side: it weighs the hard labels": {"weight": lambda a: 1 - a},
+        "these are the hard labels alone, whatever alpha is": {"weight": lambda a: 1},
+        "these are the soft labels alone, whatever alpha is": {"weight": lambda a: 0},
+        "the hard labels are softened; T belongs in the KL only": {"divided": 1},
+        "T² multiplies the hard labels too; only the KL needs it": {"times": 2},
+    }
     praise = "alpha weighs the hard labels, T² the soft ones, both per token"
-    return judge_choices(my_loss, cases, (*MIXED, *KL), answer, praise)
+    return judge(my_loss, cases, right, mistakes | KL, praise)
 
 
 def check_steps(my_steps: Callable) -> bool:
@@ -86,10 +75,10 @@ def check_steps(my_steps: Callable) -> bool:
         return epochs * math.ceil(blocks / (size * times))
 
     mistakes = {
-        lambda b, s, t, e: right(b, s, t, 1): "that is one epoch; each sees all blocks again",
-        lambda b, s, t, e: e * (b // (s * t)): "the last step of an epoch is missing: round up",
-        lambda b, s, t, e: right(b, s, 1, e): "those are forward passes, not steps",
-        lambda b, s, t, e: right(e * b, s, t, 1): "round up in each epoch, then multiply",
+        "that is one epoch; each sees all blocks again": lambda b, s, t, e: right(b, s, t, 1),
+        "the last step of an epoch is missing: round up": lambda b, s, t, e: e * (b // (s * t)),
+        "those are forward passes, not steps": lambda b, s, t, e: right(b, s, 1, e),
+        "round up in each epoch, then multiply": lambda b, s, t, e: right(e * b, s, t, 1),
     }
     cases = [(31, 8, 3, 3), (48, 8, 1, 2), (5, 8, 1, 1)]
     praise = f"{right(*cases[0])} steps for {cases[0]}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from willows_kd.exercises import judge, random_logits, wrong_means
+from willows_kd.exercises import judge, random_logits
 from willows_kd.losses import cosine_distance
 
 
@@ -20,12 +20,13 @@ def check_cosine(my_cosine: Callable) -> bool:
 
     right = cosine_distance
     mistakes = {
-        lambda a, b, _: right(a, b): "the padding counts too: take the mean where mask is True",
-        lambda *case: right(*case) * case[2].double().mean(): "you divide by the padding, too",
-        lambda *case: right(*case) * case[2].sum(): "this is a sum over the tokens; take the mean",
-        lambda *case: 1 - right(*case): "this is the cosine itself: subtract it from 1",
-        lambda a, b, _: (1 - F.cosine_similarity(a, b, dim=1)).mean(): "the cosine runs over the "
-        "tokens; it compares vectors of the width: dim=-1",
+        "the padding counts too: take the mean where mask is True": lambda a, b, _: right(a, b),
+        "you divide by the padding, too": lambda *case: right(*case) * case[2].double().mean(),
+        "this is a sum over the tokens; take the mean": lambda *case: right(*case) * case[2].sum(),
+        "this is the cosine itself: subtract it from 1": lambda *case: 1 - right(*case),
+        "the cosine runs over the tokens; it compares vectors of the width: dim=-1": (
+            lambda a, b, _: (1 - F.cosine_similarity(a, b, dim=1)).mean()
+        ),
     }
     return judge(my_cosine, cases, right, mistakes, "directions are compared, and padding is not")
 
@@ -40,16 +41,18 @@ def check_units(my_units: Callable) -> bool:
         units = my_units(activations, keep)
         return None if units is None else torch.as_tensor(units).sort().values
 
-    def kept(score: Callable) -> Callable:
-        return lambda activations, keep: score(activations).topk(keep).indices.sort().values
+    def right(activations, keep, first=torch.abs, over=torch.mean, last=torch.clone):
+        return last(over(first(activations), (0, 1))).topk(keep).indices.sort().values
 
     mistakes = {
-        kept(lambda a: -a.abs().mean((0, 1))): "these are the units that do least; keep the others",
-        kept(lambda a: a.mean((0, 1))): "a large negative activation is passed on too: take .abs()",
-        kept(lambda a: a.mean((0, 1)).abs()): "positive and negative cancel: .abs() comes first",
-        kept(lambda a: a.abs().amax((0, 1))): "one outlier decides: take the mean, not the largest",
+        "these are the units that do least; keep the others": {"last": torch.neg},
+        "a large negative activation is passed on too: take .abs()": {"first": torch.clone},
+        "positive and negative cancel: .abs() comes first": {
+            "first": torch.clone,
+            "last": torch.abs,
+        },
+        "one outlier decides: take the mean, not the largest": {"over": torch.amax},
     }
-    right = kept(lambda a: a.abs().mean((0, 1)))
     praise = "the units that pass on most, over all tokens, are kept"
     return judge(in_order, [(activations, keep)], right, mistakes, praise)
 
@@ -59,24 +62,22 @@ def check_uld(my_uld: Callable) -> bool:
     sizes = (5, 9), (9, 6)
     cases = [(random_logits(4, a, seed=a), random_logits(4, b, seed=9 * b)) for a, b in sizes]
 
-    def downwards(p: torch.Tensor) -> torch.Tensor:
-        return p.sort(descending=True).values
-
-    def distance(z_s, z_t, of=torch.softmax, sort=downwards, end=None, power=1) -> torch.Tensor:
-        p, q = (sort(of(z, -1)) for z in (z_s, z_t))
-        width = max(p.shape[-1], q.shape[-1])
-        p, q = (F.pad(x, (0, width - x.shape[-1]))[:, :end] for x in (p, q))
+    def right(z_s, z_t, of=torch.softmax, falling=True, cut=max, power=1) -> torch.Tensor:
+        p, q = (of(z, -1) for z in (z_s, z_t))
+        if falling is not None:
+            p, q = (x.sort(descending=falling).values for x in (p, q))
+        width = cut(p.shape[-1], q.shape[-1])
+        p, q = (F.pad(x, (0, width - x.shape[-1])) for x in (p, q))
         return (p - q).abs().pow(power).sum(-1).mean()
 
     mistakes = {
-        lambda *z: distance(*z, sort=lambda p: p): "the probabilities are not sorted",
-        lambda *z: distance(*z, sort=lambda p: p.sort().values): "they rise, so that padding "
-        "meets the likeliest: sort downwards",
-        lambda *z: distance(*z, end=min(x.shape[-1] for x in z)): "the longer list is cut: "
-        "fill the shorter one with zeros",
-        lambda *z: distance(*z, of=lambda z, _: z): "you compare logits, not probabilities",
-        lambda *z: distance(*z, power=2): "differences are squared; take absolute values",
-        **wrong_means(distance, 4, 9),
+        "the probabilities are not sorted": {"falling": None},
+        "they rise, so that padding meets the likeliest: sort downwards": {"falling": False},
+        "the longer list is cut: fill the shorter one with zeros": {"cut": min},
+        "you compare logits, not probabilities": {"of": lambda z, _: z},
+        "differences are squared; take absolute values": {"power": 2},
+        "it grows with the number of tokens: take the mean": lambda *z: 4 * right(*z),
+        "it is divided by the vocabulary too: sum over it": lambda *z: right(*z) / 9,
     }
     praise = "it compares how sure both are, whatever the names of their tokens"
-    return judge(my_uld, cases, distance, mistakes, praise)
+    return judge(my_uld, cases, right, mistakes, praise)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from willows_kd.exercises import judge, random_logits, wrong_means
+from willows_kd.exercises import judge, random_logits
 from willows_kd.losses import forward_kl, reverse_kl, skewed_forward_kl, skewed_reverse_kl
 
 
@@ -17,12 +17,13 @@ def check_mask(my_mask: Callable) -> bool:
         return mask
 
     mistakes = {
-        lambda n, _: counted(n, n): "nothing counts; the predictions of written tokens do",
-        lambda n, _: counted(n, 0): "the openings count too; they were given, not written",
-        lambda n, prompt: counted(n, prompt - 1, prompt): "the tokens after the first "
-        "written one were written too",
-        counted: "the first written token is left out: position prompt - 1 predicts it",
-        lambda n, prompt: counted(n + 1, prompt): "The first token is not predicted: drop it",
+        "nothing counts; the predictions of written tokens do": lambda n, _: counted(n, n),
+        "the openings count too; they were given, not written": lambda n, _: counted(n, 0),
+        "the tokens after the first written one were written too": (
+            lambda n, prompt: counted(n, prompt - 1, prompt)
+        ),
+        "the first written token is left out: position prompt - 1 predicts it": counted,
+        "The first token is not predicted: drop it": lambda n, prompt: counted(n + 1, prompt),
     }
     praise = "what the student wrote counts, from its first token on, and nothing else"
     cases = [(12, 4), (9, 1)]
@@ -40,15 +41,16 @@ def check_skewed_kl(my_skewed_kl: Callable) -> bool:
         return skewed_forward_kl(z_s, z_t, skew=skew)
 
     mistakes = {
-        lambda z_s, z_t, _: forward_kl(z_s, z_t): "this is the forward KL, without any skew",
-        lambda z_s, z_t, skew: right(
-            z_s, z_t, 1 - skew
-        ): "the shares are swapped: skew is the share of p",
-        lambda z_s, z_t, skew: forward_kl(skew * z_t + (1 - skew) * z_s, z_t): "you mix the "
-        "logits; the mix is one of probabilities",
-        lambda z_s, z_t, skew: skewed_reverse_kl(z_s, z_t, skew=skew): "this is the skewed "
-        "reverse KL: the student's distribution comes first",
-        **wrong_means(right, 20, 7),
+        "this is the forward KL, without any skew": lambda s, t, _: forward_kl(s, t),
+        "the shares are swapped: skew is the share of p": lambda s, t, a: right(s, t, 1 - a),
+        "you mix the logits; the mix is one of probabilities": (
+            lambda s, t, a: forward_kl(a * t + (1 - a) * s, t)
+        ),
+        "this is the skewed reverse KL: the student's distribution comes first": (
+            lambda s, t, a: skewed_reverse_kl(s, t, skew=a)
+        ),
+        "it grows with the number of tokens: take the mean": lambda *case: 20 * right(*case),
+        "it is divided by the vocabulary too: sum over it": lambda *case: right(*case) / 7,
     }
     praise = "finite even where the student gives a token no probability at all"
     return judge(my_skewed_kl, cases, right, mistakes, praise)
@@ -80,11 +82,11 @@ def check_reward_loss(my_reward_loss: Callable) -> bool:
         return torch.zeros(4) if found is None else found
 
     mistakes = {
-        lambda: 0 * reverse: "the gradient is 0 on average. The mean of log q - log p is a good "
-        "value, and teaches nothing: detach it, and multiply it with log q",
-        lambda: forward: "this is the forward KL's gradient, as of k3: not the reverse KL's",
-        lambda: -reverse: "the sign is wrong: a step down this gradient goes away from the teacher",
-        lambda: len(drawn) * reverse: "it grows with the number of tokens: take the mean",
+        "the gradient is 0 on average. The mean of log q - log p is a good value, and teaches "
+        "nothing: detach it, and multiply it with log q": lambda: 0 * reverse,
+        "this is the forward KL's gradient, as of k3: not the reverse KL's": lambda: forward,
+        "the sign is wrong: a step down this gradient goes away from the teacher": lambda: -reverse,
+        "it grows with the number of tokens: take the mean": lambda: len(drawn) * reverse,
     }
     praise = "the policy gradient: on average the reverse KL's, from drawn tokens alone"
     return judge(gradient, [()], lambda: reverse, mistakes, praise)

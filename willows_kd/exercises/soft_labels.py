@@ -5,67 +5,46 @@ from collections.abc import Callable
 
 import torch
 
-from willows_kd.exercises import (
-    attempt_number,
-    judge_choices,
-    not_yet,
-    random_logits,
-    shown,
-    well_done,
-)
+from willows_kd.exercises import attempt_number, judge, not_yet, random_logits, shown, well_done
 from willows_kd.losses import entropy, forward_kl, hard_label_loss, soften
 
-KL = (
-    {
-        -1: None,
-        1: "your softmax runs over dim=1, which is time; dim=-1 is the vocabulary",
-        0: "your softmax runs over dim=0, which is the batch; dim=-1 is the vocabulary",
+KL = {  # the hint: what goes wrong in `kl_with`
+    "your softmax runs over dim=1, which is time; dim=-1 is the vocabulary": {"dim": 1},
+    "your softmax runs over dim=0, which is the batch; dim=-1 is the vocabulary": {"dim": 0},
+    "your loss is not 0 when the student equals the teacher: it is the cross-entropy with the "
+    "soft labels. Sum p · (log p - log q)": {"first": 0},
+    "F.kl_div was given the student's probabilities; it wants their logarithms": {
+        "last": torch.exp
     },
-    {
-        "kl": None,
-        "cross-entropy": "your loss is not 0 when the student equals the teacher: it is the "
-        "cross-entropy with the soft labels. Sum p · (log p - log q)",
-        "not a log": "F.kl_div was given the student's probabilities; it wants their logarithms",
-        "not finite": "you return nan. A target that is a logarithm needs log_target=True",
+    "you return nan. A target that is a logarithm needs log_target=True": {"first": math.nan},
+    "this is reverse KL. F.kl_div takes the student first, the teacher as target": {"swap": True},
+    "only the teacher is softened. Divide the student's logits by T as well": {"soft": "teacher"},
+    "only the student is softened. Divide the teacher's logits by T as well": {"soft": "student"},
+    "your softmax knows no temperature. Divide both logits by T first": {"soft": "neither"},
+    "the KL grows with the length of the text, as by reduction='batchmean'. Sum over the "
+    "vocabulary, then take the mean over all tokens": {"over": "batch"},
+    "the KL shrinks as the vocabulary grows, as by reduction='mean'. Sum over the vocabulary, "
+    "then take the mean over all tokens": {"over": "all"},
+    "the KL grows with the number of tokens. Take the mean over them": {"over": "nothing"},
+    "the gradient shrinks as T grows: T² is missing. Multiply the KL by temperature**2": {
+        "power": 0
     },
-    {
-        "forward": None,
-        "reverse": "this is reverse KL. F.kl_div takes the student first, the teacher as target",
-    },
-    {
-        "both": None,
-        "teacher": "only the teacher is softened. Divide the student's logits by T as well",
-        "student": "only the student is softened. Divide the teacher's logits by T as well",
-        "neither": "your softmax knows no temperature. Divide both logits by T first",
-    },
-    {
-        "tokens": None,
-        "batch": "the KL grows with the length of the text, as by reduction='batchmean'. Sum over "
-        "the vocabulary, then take the mean over all tokens",
-        "all": "the KL shrinks as the vocabulary grows, as by reduction='mean'. Sum over the "
-        "vocabulary, then take the mean over all tokens",
-        "nothing": "the KL grows with the number of tokens. Take the mean over them",
-    },
-    {
-        2: None,
-        0: "the gradient shrinks as T grows: T² is missing. Multiply the KL by temperature**2",
-        1: "the gradient still shrinks as T grows: your factor is T, not temperature**2",
-    },
-)
+    "the gradient still shrinks as T grows: your factor is T, not temperature**2": {"power": 1},
+}
 
 
-def kl_with(axis, form, order, softened, divided, factor, z_s, z_t, t) -> torch.Tensor:
-    """The loss that comes out with these choices; the right ones are the first of each."""
-    batch, time, _ = z_s.shape
-    z_s = z_s.detach() / (t if softened in ("both", "student") else 1)
-    z_t = z_t / (t if softened in ("both", "teacher") else 1)
-    log_q, log_p = z_s.log_softmax(axis), z_t.log_softmax(axis)
-    if order == "reverse":
+def kl_with(
+    z_s, z_t, t, dim=-1, first=1, last=torch.clone, swap=False, soft="both", over="tokens", power=2
+) -> torch.Tensor:
+    """The mean of sum p (first · log p - last(log q)), times T^power; the defaults are right."""
+    z_s = z_s.detach() / (t if soft in ("both", "student") else 1)
+    z_t = z_t / (t if soft in ("both", "teacher") else 1)
+    log_q, log_p = z_s.log_softmax(dim), z_t.log_softmax(dim)
+    if swap:
         log_p, log_q = log_q, log_p
-    first = {"cross-entropy": 0, "not finite": math.nan}.get(form, log_p)
-    second = log_q.exp() if form == "not a log" else log_q
+    batch, time, _ = z_s.shape
     parts = {"tokens": batch * time, "batch": batch, "all": z_s.numel(), "nothing": 1}
-    return (log_p.exp() * (first - second)).sum() * t**factor / parts[divided]
+    return (log_p.exp() * (first * log_p - last(log_q))).sum() * t**power / parts[over]
 
 
 def logit_cases() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
@@ -78,7 +57,7 @@ def logit_cases() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
 
 def check_forward_kl(my_kl: Callable) -> bool:
     """Check `my_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
-    if not judge_choices(my_kl, logit_cases(), KL, kl_with, "the same value as kd.forward_kl"):
+    if not judge(my_kl, logit_cases(), kl_with, KL, "the same value as kd.forward_kl"):
         return False
     z_s, z_t, t = logit_cases()[0]
     loss = my_kl(z_s, z_t.clone(), t)
@@ -125,27 +104,6 @@ def check_find_temperature(my_temperature: Callable) -> bool:
     return not_yet(next(hint for hint, fits in hints.items() if fits))
 
 
-SAY = (
-    {
-        "right": None,
-        "other side": "that is 1 - alpha: yours gives the larger gradient the larger say",
-        "ratio": "that is soft / hard, a ratio. Solve alpha · hard = (1 - alpha) · soft for alpha",
-        "half": "equal weights are not an equal say: the gradients differ in size",
-    },
-    {
-        "norms": None,
-        "losses": "you compare the losses. Compare the norms of their gradients",
-        "squares": "you compare squared norms; gradients add up as vectors do",
-    },
-    {
-        "right": None,
-        "without T²": "T² is missing from the soft labels. kd.forward_kl has it",
-        "T² twice": "T² is there twice: kd.forward_kl has it already",
-        "T = 1": "the soft labels are not softened. Give kd.forward_kl the temperature",
-    },
-)
-
-
 def check_equal_say(my_alpha: Callable) -> bool:
     """Check `my_alpha(student_logits, teacher_logits, labels, temperature)`.
 
@@ -156,18 +114,27 @@ def check_equal_say(my_alpha: Callable) -> bool:
     for seed, (z_s, z_t, t) in enumerate(logit_cases()):
         labels = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(seed))
         cases.append((z_s.detach(), z_t, labels, t))
-    return judge_choices(my_alpha, cases, SAY, equal_say, "hard and soft labels pull equally hard")
 
+    def right(z_s, z_t, labels, t, say=lambda a, b: b / (a + b), of="norms", at=float, power=0):
+        z_s = z_s.clone().requires_grad_()
+        losses = hard_label_loss(z_s, labels), forward_kl(z_s, z_t, at(t)) * t**power
+        norms = [torch.autograd.grad(loss, z_s)[0].norm() for loss in losses]
+        return say(*{"norms": norms, "losses": losses, "squares": [n**2 for n in norms]}[of])
 
-def equal_say(say, compared, soft_from, z_s, z_t, labels, t) -> float:
-    """The alpha that comes out with these choices; the right ones are the first of each."""
-    z_s = z_s.clone().requires_grad_()
-    hard = hard_label_loss(z_s, labels)
-    soft = forward_kl(z_s, z_t, 1.0 if soft_from == "T = 1" else t)
-    soft = soft * t ** {"without T²": -2, "T² twice": 2}.get(soft_from, 0)
-    a, b = (torch.autograd.grad(loss, z_s)[0].norm().item() for loss in (hard, soft))
-    if compared == "losses":
-        a, b = hard.item(), soft.item()
-    if compared == "squares":
-        a, b = a**2, b**2
-    return {"right": b / (a + b), "other side": a / (a + b), "ratio": b / a, "half": 0.5}[say]
+    mistakes = {
+        "that is 1 - alpha: yours gives the larger gradient the larger say": {
+            "say": lambda a, b: a / (a + b)
+        },
+        "that is soft / hard, a ratio. Solve alpha · hard = (1 - alpha) · soft for alpha": {
+            "say": lambda a, b: b / a
+        },
+        "equal weights are not an equal say: the gradients differ in size": lambda *_: 0.5,
+        "you compare the losses. Compare the norms of their gradients": {"of": "losses"},
+        "you compare squared norms; gradients add up as vectors do": {"of": "squares"},
+        "T² is missing from the soft labels. kd.forward_kl has it": {"power": -2},
+        "T² is there twice: kd.forward_kl has it already": {"power": 2},
+        "the soft labels are not softened. Give kd.forward_kl the temperature": {
+            "at": lambda t: 1.0
+        },
+    }
+    return judge(my_alpha, cases, right, mistakes, "hard and soft labels pull equally hard")

@@ -14,25 +14,22 @@ def check_rounding(my_rounding: Callable) -> bool:
         channels = torch.arange(1, shape[0] + 1)[:, None]  # of different size
         cases.append((random_logits(*shape, seed=bits) * channels, bits))
 
-    def right(w, bits, most=lambda b: 2 ** (b - 1) - 1, dim=1, size=torch.abs, near=torch.round):
+    def right(
+        w, bits, most=lambda b: 2 ** (b - 1) - 1, dim=1, size=torch.abs, near=torch.round, unit=None
+    ) -> torch.Tensor:
         scale = size(w).amax(dim, keepdim=True) / most(bits)
-        return near(w / scale) * scale
-
-    def integers(w, bits):
-        return right(w, bits) / w.abs().amax(1, keepdim=True) * (2 ** (bits - 1) - 1)
+        return near(w / scale) * (scale if unit is None else unit)
 
     mistakes = {
-        lambda w, _: w: "nothing is rounded yet",
-        integers: "these are the integers; multiply them by their scale",
-        lambda *case: right(*case, dim=(0, 1)): "there is one scale for all rows; each has its own",
-        lambda *case: right(*case, dim=0): "there is a scale for each column; each row has its own",
-        lambda *case: right(*case, size=torch.clone): "the scale is that of the largest "
-        "*size*: take .abs() first",
-        lambda *case: right(*case, near=torch.trunc): "you cut off what is behind the point",
-        lambda *case: right(*case, near=torch.floor): "you round down; take the nearest integer",
-        lambda *case: right(*case, most=lambda b: 2 ** (b - 1)): "signed bits "
-        "reach 2^(bits - 1) - 1, not one more",
-        lambda *case: right(*case, most=lambda b: 2**b - 1): "twice as far as signed bits reach",
+        "nothing is rounded yet": {"near": torch.clone},
+        "these are the integers; multiply them by their scale": {"unit": 1},
+        "there is one scale for all rows; each has its own": {"dim": (0, 1)},
+        "there is a scale for each column; each row has its own": {"dim": 0},
+        "the scale is that of the largest *size*: take .abs() first": {"size": torch.clone},
+        "you cut off what is behind the point": {"near": torch.trunc},
+        "you round down; take the nearest integer": {"near": torch.floor},
+        "signed bits reach 2^(bits - 1) - 1, not one more": {"most": lambda b: 2 ** (b - 1)},
+        "twice as far as signed bits reach": {"most": lambda b: 2**b - 1},
     }
     praise = "each row has its own scale, and none of its integers is out of reach"
     return judge(my_rounding, cases, right, mistakes, praise)
@@ -53,17 +50,18 @@ def check_emitted(my_emitted: Callable) -> bool:
             told += "u is below min(1, p/q), so that this token is certain"
             return not_yet(problem or told)
 
-    def residual(p, q, *_, of=lambda p, q: (p - q).clamp(min=0)):
-        return of(p, q) / of(p, q).sum()
+    def residual(p, q, *_):
+        return (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
 
     mistakes = {
-        lambda p, *_: p: "if the token is rejected, the next is drawn from max(0, p - q) and not "
-        "from p: what the draft has brought already must not be brought again",
-        lambda p, q, *_: (p - q).clamp(min=0): "max(0, p - q) does not sum to 1 yet",
-        lambda p, q, *_: residual(q, p): "max(0, q - p) is what the draft has too much of",
-        lambda p, q, token, _: certain[token]: "a rejected token is replaced by another one",
-        lambda p, q, *_: residual(p, q, of=lambda p, q: (p - q).abs()): "take absolute values "
-        "nowhere: where q is larger, nothing is missing",
+        "if the token is rejected, the next is drawn from max(0, p - q) and not from p: what the "
+        "draft has brought already must not be brought again": lambda p, *_: p,
+        "max(0, p - q) does not sum to 1 yet": lambda p, q, *_: (p - q).clamp(min=0),
+        "max(0, q - p) is what the draft has too much of": lambda p, q, *_: residual(q, p),
+        "a rejected token is replaced by another one": lambda p, q, token, _: certain[token],
+        "take absolute values nowhere: where q is larger, nothing is missing": (
+            lambda p, q, *_: (p - q).abs() / (p - q).abs().sum()
+        ),
     }
     praise = "whatever the draft was, the text is the teacher's"
     return judge(my_emitted, [(p, q, 1, 0.7)], residual, mistakes, praise)
@@ -76,12 +74,12 @@ def check_tokens(my_tokens: Callable) -> bool:
         return sum(a**i for i in range(k + 1))
 
     mistakes = {
-        lambda a, k: right(a, k) - 1: "one token of the teacher's comes with every pass",
-        lambda a, k: right(a, k - 1): "the end is one term too early: the last is a**k",
-        lambda a, k: k * a + 1: "a token counts only if all before it were accepted",
-        lambda a, k: k * a: "the teacher's own token is missing, and not all drafted ones count",
-        lambda a, k: 1 / (1 - a): "this is endless drafting; k tokens are drafted, then it ends",
-        lambda a, k: a**k: "this is the chance that all are accepted",
+        "one token of the teacher's comes with every pass": lambda a, k: right(a, k) - 1,
+        "the end is one term too early: the last is a**k": lambda a, k: right(a, k - 1),
+        "a token counts only if all before it were accepted": lambda a, k: k * a + 1,
+        "the teacher's own token is missing, and not all drafted ones count": lambda a, k: k * a,
+        "this is endless drafting; k tokens are drafted, then it ends": lambda a, k: 1 / (1 - a),
+        "this is the chance that all are accepted": lambda a, k: a**k,
     }
     cases = [(0.5, 1), (0.8, 4), (0.3, 6)]
     praise = "the later a drafted token, the less it brings"
