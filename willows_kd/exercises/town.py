@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import one_hot
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from willows_kd.corpus import Blocks
@@ -33,11 +32,11 @@ class Town:
         distance = torch.full((1, 1), ANSWER)
         while distance.max() >= ANSWER:
             self.free = torch.randperm(CELLS, generator=generator)[WALLS:].sort().values
-            self.after, steps = cells_after(self.free), steps_between(self.free)
+            self.after = cells_after(self.free)
+            steps = steps_between(self.after)
             distance = steps[self.free][:, self.free]
-        shorter = steps[self.after[:, :4]] < steps[:, None]  # (cells, moves, goals)
-        arrived = torch.eye(CELLS, dtype=torch.bool)[:, None]
-        self.best = torch.cat([shorter, arrived], dim=1).transpose(1, 2)
+        self.best = (steps[self.after] < steps[:, None]).transpose(1, 2)
+        self.best[:, :, 4] = torch.eye(CELLS, dtype=torch.bool)
         pairs = torch.cartesian_prod(self.free, self.free)
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         start, goal = pairs[torch.randperm(len(pairs), generator=generator)].T
@@ -50,9 +49,8 @@ class Town:
         visited = [cell]
         for token in texts[:, PROMPT:].T:
             going = going & (token != STOP)
-            is_move = going & (token >= UP) & (token < STOP)
-            moved = self.after[cell, (token - UP).clamp(0, 4)]
-            cell = torch.where(is_move, moved, cell)
+            moves = going & (token >= UP) & (token < STOP)
+            cell = self.after[cell, torch.where(moves, token, STOP) - UP]
             visited.append(cell)
         return torch.stack(visited, dim=1)
 
@@ -71,7 +69,7 @@ class Town:
         stopped = torch.zeros(len(prompts), dtype=torch.bool)
         tokens, labels = [prompts], []
         for _ in range(ANSWER):
-            best = torch.where(stopped[:, None], one_hot(torch.tensor(4), 5), self.best[cell, goal])
+            best = self.best[cell, goal]
             labels.append(best / best.sum(dim=1, keepdim=True))
             move = torch.multinomial(labels[-1], 1, generator=generator)[:, 0]
             odd = torch.rand(len(prompts), generator=generator) < noise
@@ -95,21 +93,17 @@ class Town:
 
 def cells_after(free: torch.Tensor) -> torch.Tensor:
     """The cell after each move from each cell, shape (cells, moves)."""
-    cells, open_ = torch.arange(CELLS), torch.zeros(CELLS, dtype=torch.bool)
-    open_[free] = True
-    after = cells[:, None].repeat(1, len(MOVES))
-    for move, (down, right) in enumerate(MOVES):
-        row, column = cells // SIDE + down, cells % SIDE + right
-        inside = (row >= 0) & (row < SIDE) & (column >= 0) & (column < SIDE)
-        there = (row * SIDE + column).clamp(0, CELLS - 1)
-        after[:, move] = torch.where(inside & open_[there], there, cells)
-    return after
+    cells = {divmod(cell, SIDE): cell for cell in free.tolist()}
+    after = [
+        [cells.get((cell // SIDE + down, cell % SIDE + right), cell) for down, right in MOVES]
+        for cell in range(CELLS)
+    ]
+    return torch.tensor(after)
 
 
-def steps_between(free: torch.Tensor) -> torch.Tensor:
+def steps_between(after: torch.Tensor) -> torch.Tensor:
     """The length of a shortest way from each cell to each, shape (cells, cells)."""
-    after, steps = cells_after(free), torch.full((CELLS, CELLS), CELLS)
-    steps.fill_diagonal_(0)
+    steps = torch.full((CELLS, CELLS), CELLS).fill_diagonal_(0)
     for _ in range(CELLS):
         steps = torch.minimum(steps, steps[after].amin(dim=1) + 1)
     return steps
