@@ -18,28 +18,16 @@ from willows_kd.models import eval_mode
 
 
 def explore_figure(draw: Callable, **controls):
-    """Sliders above the figure that a function draws for their values.
-
-    Args:
-        draw: takes the controls' values by name and returns a figure.
-        controls: for each name (start, lowest, highest, step), all of them whole numbers or
-            not, or a list to choose from.
-    """
-    widgets = {name: control(name.replace("_", " "), values) for name, values in controls.items()}
-    out = ipywidgets.interactive_output(lambda **chosen: display(draw(**chosen)), widgets)
-    return ipywidgets.VBox([*widgets.values(), out])
+    """Controls above the figure that a function draws for their values, each by its name."""
+    out = ipywidgets.interactive_output(lambda **chosen: display(draw(**chosen)), controls)
+    return ipywidgets.VBox([*controls.values(), out])
 
 
-def control(name: str, values):
-    """A slider for (start, lowest, highest, step), or a menu for a list."""
-    if isinstance(values, list):
-        wide = {"layout": {"width": "100%"}, "description": name}
-        return ipywidgets.Dropdown(options=values, **wide)
-    whole = all(isinstance(value, int) for value in values)
-    slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-    start, low, high, step = values
+def slider(name: str, start, low, high, step):
+    """A slider, of whole numbers if its step is one; it counts when it is let go."""
+    kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
     look = {"description": name, "continuous_update": False}
-    return slider(start, min=low, max=high, step=step, **look)
+    return kind(start, min=low, max=high, step=step, **look)
 
 
 def explore_temperature(model, tokenizer, prompts: list[str], temperature: float = 1.0):
@@ -59,8 +47,13 @@ def explore_temperature(model, tokenizer, prompts: list[str], temperature: float
             form=".3f",
         )
 
-    start = float(temperature)
-    return explore_figure(draw, after=prompts, T=(start, min(0.5, start), max(8.0, start), 0.25))
+    wide = {"layout": {"width": "100%"}, "description": "after"}
+    low, high = min(0.5, temperature), max(8.0, temperature)
+    return explore_figure(
+        draw,
+        after=ipywidgets.Dropdown(options=prompts, **wide),
+        T=slider("T", temperature, low, high, 0.25),
+    )
 
 
 def explore_tokens(teacher, student, tokenizer, text: str):
@@ -77,7 +70,7 @@ def explore_tokens(teacher, student, tokenizer, text: str):
         table = token_table(here, tokenizer)
         return plot_bars(table, title=title, xlabel="probability", form=".3f")
 
-    return explore_figure(draw, token=(1, 1, ids.shape[1] - 1, 1))
+    return explore_figure(draw, token=slider("token", 1, 1, ids.shape[1] - 1, 1))
 
 
 def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens: int = 40):
@@ -87,7 +80,7 @@ def prompt_box(models: dict, tokenizer, prompt: str = "The Mole", max_new_tokens
     """
     field = ipywidgets.Text(prompt, continuous_update=False, layout={"width": "100%"})
     button = ipywidgets.Button(description="Write", button_style="primary")
-    seed = control("seed", (0, 0, 20, 1))
+    seed = slider("seed", 0, 0, 20, 1)
     out = {name: ipywidgets.HTML() for name in models}
 
     def write(_change=None):

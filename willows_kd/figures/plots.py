@@ -43,9 +43,7 @@ def plot_bars(values, *, title: str, xlabel: str, form: str = ".3g", stacked=Fal
                     ax.text(value, row, f" {value:{form}} ", **look)
         name_rows(ax, frame.index)
         ax.margins(x=0.14)
-        ax.set_xlabel(xlabel)
-        if len(frame.columns) > 1:
-            fig.legend(loc="outside lower center", ncols=3)
+        finish(ax, xlabel, columns=3)
     return fig
 
 
@@ -73,9 +71,8 @@ def plot_dots(
             ax.axvline(value, color=QUIET, linewidth=1, linestyle="--", marker="")
             ax.text(value, -0.85, f" {name}, {value:{form}}", color=QUIET, va="center")
         name_rows(ax, frame.index, above=1.2)
-        ax.set_xlabel(xlabel)
         ax.margins(x=0.15)
-        scale(ax, "x" if log else "")
+        finish(ax, xlabel, log="x" if log else "")
     return fig
 
 
@@ -101,12 +98,9 @@ def plot_lines(
         for i, (name, value) in enumerate((levels or {}).items()):
             look = {"color": QUIET, "linewidth": 1.5, "linestyle": LINES[i % 5], "marker": ""}
             ax.axhline(value, label=f"{name}, {value:,.4g}", **look)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        scale(ax, log)
+        finish(ax, xlabel, ylabel, log)
         if "x" in log and len(frame) < 10:
             ax.xaxis.set_major_locator(FixedLocator(frame.index))
-        if len(frame.columns) + len(levels or {}) > 1:
-            fig.legend(loc="outside lower center", ncols=2)
     return fig
 
 
@@ -128,11 +122,8 @@ def plot_scatter(
             for x, y, *note in group:
                 beside = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 9}
                 ax.annotate(f"{note[0] if note else ''}", (x, y), color=COLOURS[i % 5], **beside)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.margins(0.12)
-        scale(ax, log)
-        if len(points) > 1:
-            fig.legend(loc="outside lower center", ncols=2)
+        finish(ax, xlabel, ylabel, log)
     return fig
 
 
@@ -250,8 +241,12 @@ def name_rows(ax, names: Sequence[str], above: float = 0.5) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def scale(ax, log: str) -> None:
-    """Make the axes that are named in `log` logarithmic, with plain numbers, and few."""
+def finish(ax, xlabel: str, ylabel: str = "", log: str = "", columns: int = 2) -> None:
+    """Name the axes, and the colours if there are several below them, in so many columns.
+
+    The axes that are named in `log` become logarithmic, with plain numbers, and few.
+    """
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     for letter in log:
         ax.set(**{f"{letter}scale": "log"})
         axis = getattr(ax, f"{letter}axis")
@@ -261,6 +256,8 @@ def scale(ax, log: str) -> None:
         axis.set_major_locator(MaxNLocator(6) if decades < 1 else steps)
         axis.set_major_formatter("{x:,.10g}")
         axis.set_minor_locator(NullLocator())
+    if len(ax.get_legend_handles_labels()[0]) > 1:
+        ax.figure.legend(loc="outside lower center", ncols=columns)
 
 
 def wrap_words(tokens: Sequence[str], columns: int) -> list[tuple[int, int, str]]:
