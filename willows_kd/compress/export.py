@@ -37,12 +37,13 @@ from willows_kd.models import (
 )
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
-# GPT-2's settings that llama.cpp takes for granted
+# what llama.cpp takes for granted: GPT-2's settings, and how its tokenizer splits a text
 OF_LLAMA_CPP = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
 }
+SPLIT_BY_LLAMA_CPP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool = False) -> dict:
@@ -119,9 +120,8 @@ def write_onnx(model, tokenizer, file: Path) -> dict[str, float]:
     """Write a model with its config and tokenizer; returns how far it is from PyTorch's."""
     for part in (model.config, model.generation_config, tokenizer):
         part.save_pretrained(file.parent)
-    text = own_text(model)
-    export_with_cache(model, text, file)
-    found = compare_logits(model, load_onnx(file.parent)[0], text)
+    export_with_cache(model, file)
+    found = compare_logits(model, file.parent)
     off = found["difference"]
     require(off <= TOLERANCE, f"its logits differ by {off:.2g} of the largest from PyTorch's")
     return found
@@ -146,15 +146,8 @@ def write_int8(model, tokenizer, file: Path) -> dict[str, float]:
     eight_bits = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
     for tensor in onnx.load(file).graph.initializer:
         sizes[tensor.data_type in eight_bits] += math.prod(tensor.dims)
-    found = compare_logits(model, load_onnx(file.parent)[0], own_text(model))
-    return found | {"int8_share": sizes[True] / sum(sizes.values())}
-
-
-def own_text(model) -> torch.Tensor:
-    """Two texts that a model writes, of 32 tokens at most: what a proof should be about."""
-    length = min(32, max_positions(model.config) or 32)
-    first = torch.full((2, 1), model.config.bos_token_id or 0)
-    return torch.cat([first, sample_continuations(model, first, length - 1)], dim=1)
+    share = sizes[True] / sum(sizes.values())
+    return compare_logits(model, file.parent) | {"int8_share": share}
 
 
 class WithCache(nn.Module):
@@ -178,19 +171,20 @@ def keys_and_values(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @torch.no_grad()
-def export_with_cache(model, ids: torch.Tensor, file: Path) -> None:
+def export_with_cache(model, file: Path) -> None:
     """Write a model to ONNX for any number of texts, of new tokens and of cached ones.
 
     Inputs are `input_ids` and for each layer `past_key_values.0.key` and `.value`; outputs
     are `logits` and `present.0.key` and so on.
     """
+    ids = torch.ones(2, 8, dtype=torch.long)  # any, 5 cached and 3 new ones
     past = keys_and_values(model(ids[:, :5], use_cache=True)[CACHE])
     batch, tokens, cached = (torch.export.Dim(name) for name in ("batch", "tokens", "cached"))
     each = {0: batch, 2: cached}
     layers = [f"{i}.{what}" for i in range(len(past)) for what in ("key", "value")]
     program = torch.onnx.export(
         WithCache(model),
-        (ids[:, 5:8], past),
+        (ids[:, 5:], past),
         dynamo=True,
         verbose=False,
         dynamic_shapes=({0: batch, 1: tokens}, [(each, each) for _ in past]),
@@ -203,12 +197,18 @@ def export_with_cache(model, ids: torch.Tensor, file: Path) -> None:
 
 
 @torch.no_grad()
-def compare_logits(model, exported, ids: torch.Tensor) -> dict[str, float]:
-    """How far an exported model is from PyTorch's: a prompt, some tokens, one, with the cache."""
-    wanted = model(ids, use_cache=False).logits
-    half = ids.shape[1] // 2
+def compare_logits(model, directory: Path) -> dict[str, float]:
+    """How far an exported model is from PyTorch's, on two texts of at most 32 tokens of its own.
+
+    It reads a prompt, some tokens and one, with the cache.
+    """
+    length = min(32, max_positions(model.config) or 32)
+    first = torch.full((2, 1), model.config.bos_token_id or 0)
+    ids = torch.cat([first, sample_continuations(model, first, length - 1)], dim=1)
+    exported, wanted = load_onnx(directory)[0], model(ids, use_cache=False).logits
+    half = length // 2
     cache, parts = None, []
-    for part in ids.split([half, ids.shape[1] - half - 1, 1], dim=1):
+    for part in ids.split([half, length - half - 1, 1], dim=1):
         out = exported(part, **{CACHE: cache})
         cache = out[CACHE]
         parts.append(out.logits)
@@ -319,13 +319,10 @@ def check_llama_cpp(config, tokenizer: dict) -> None:
     for name, taken in OF_LLAMA_CPP.items():
         value = getattr(config, name)
         require(value in taken, f"{name} is {value!r}; llama.cpp takes it to be {taken[0]!r}")
-    split = tokenizer["pre_tokenizer"] or {}
-    as_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True)
-    as_gpt2 = as_gpt2 and not split["add_prefix_space"] and tokenizer["normalizer"] is None
-    require(
-        as_gpt2 and tokenizer["model"]["type"] == "BPE",
-        "its tokenizer does not split text as GPT-2's does",
-    )
+    split = {"use_regex": True} | (tokenizer["pre_tokenizer"] or {})
+    as_gpt2 = SPLIT_BY_LLAMA_CPP.items() <= split.items() and tokenizer["normalizer"] is None
+    as_gpt2 = as_gpt2 and tokenizer["model"]["type"] == "BPE"
+    require(as_gpt2, "its tokenizer does not split text as GPT-2's does")
 
 
 def gguf_weights(model) -> dict:
