@@ -9,7 +9,7 @@ import torch
 
 import willows_kd as kd
 from willows_kd.scale import teacher_cache
-from willows_kd.scale.teacher_cache import CacheSpec, TeacherCache, blocks_to_cache
+from willows_kd.scale.teacher_cache import TeacherCache, blocks_to_cache
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def train(teacher, blocks, student, loss=None, **changes):
 
 
 def tokens_of(blocks, teacher) -> int:
-    return sum(part.numel() for part in blocks_to_cache(blocks, teacher, CacheSpec()))
+    return sum(part.numel() for part in blocks_to_cache(blocks, teacher, None))
 
 
 def files(folder):
@@ -132,7 +132,7 @@ def test_it_knows_the_windows_and_the_masked_blocks_that_a_student_is_evaluated_
         train(cache, blocks, make_gpt2(layers=1, n_positions=32))
 
 
-@pytest.mark.parametrize(("vocabulary", "nbytes"), [(200, 1), (65_536, 2), (65_537, 4)])
+@pytest.mark.parametrize(("vocabulary", "nbytes"), [(65_536, 2), (65_537, 4)])
 def test_a_sampled_token_takes_the_fewest_bytes_that_hold_it(
     make_gpt2, blocks, folder, vocabulary, nbytes
 ):
@@ -248,7 +248,7 @@ def test_what_allows_no_cache_is_refused(teacher, blocks, folder, make_gpt2):
     for said, model, how in (
         ("top_k is 4096; it must be a whole number from 1 to 4095", teacher, {"top_k": 4096}),
         ("samples is 0; it must be a whole number from 1", teacher, {"samples": 0}),
-        ("samples=5.: give only one of them", teacher, {"samples": 5, "top_k": 5}),
+        ("top_k and samples are 5 and 5; give only one", teacher, {"samples": 5, "top_k": 5}),
         ("predicts no tokens; load it with AutoModelFor", teacher.base_model, {"top_k": 3}),
         ("blocks have 32 tokens, the teacher takes at most 16", make_gpt2(n_positions=16), {}),
     ):

@@ -5,6 +5,7 @@ numbers: the code that will train runs, and operations and bytes are counted as 
 """
 
 import copy
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from willows_kd.distillation import (
 from willows_kd.errors import is_integer, require, type_name
 from willows_kd.models import load_config, quiet_transformers
 from willows_kd.scale.linear_head import has_linear_head
-from willows_kd.scale.teacher_cache import CacheSpec, blocks_to_cache, bytes_per_token
+from willows_kd.scale.teacher_cache import blocks_to_cache, cache_bytes, outputs
 from willows_kd.students import config_of_layers, depth_of, layers_to_keep
 
 ATEN = torch.ops.aten
@@ -151,8 +152,9 @@ def plan(
         rate = sum(passes.values()) / step_seconds(*real, ids, config, loss)
     cached = None
     if linear and asks_teacher(config):
-        stored = sum(part.numel() for part in blocks_to_cache(blocks, teacher, CacheSpec()))
-        cached = bytes_per_token(teacher, CacheSpec()) * stored
+        parts = blocks_to_cache(blocks, teacher, samples=None)
+        with mode:
+            cached = cache_bytes(parts, functools.partial(outputs, teacher, None, None))
     return Plan(
         parameters={
             name: sum(p.numel() for p in model.parameters())

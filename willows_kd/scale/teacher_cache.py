@@ -8,11 +8,12 @@ tokens only, or tokens drawn from the teacher's distribution.
 It lies in shards, files of a few blocks each, so that a run that is stopped goes on after the last.
 """
 
+import functools
 import hashlib
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -23,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, is_integer, require, type_name
-from willows_kd.evaluation import LONGEST_WINDOW, window_length, windows
+from willows_kd.evaluation import LONGEST_WINDOW, check_blocks, window_length, windows
 from willows_kd.files import (
     cache_folder,
     load_tensors,
@@ -32,25 +33,10 @@ from willows_kd.files import (
     write_errors,
 )
 from willows_kd.losses import forward_kl
-from willows_kd.models import (
-    check_positions,
-    distributed_state,
-    eval_mode,
-    fingerprint,
-    hidden_states,
-    max_positions,
-    require_model,
-)
+from willows_kd.models import eval_mode, fingerprint, max_positions
 from willows_kd.scale.linear_head import has_linear_head
 
 SHARD = 32  # blocks in a file
-
-
-class CacheSpec(NamedTuple):
-    """What is kept of a teacher: hidden states, or the k likeliest tokens, or k drawn ones."""
-
-    top_k: int | None = None
-    samples: int | None = None
 
 
 def cache_teacher(
@@ -86,19 +72,19 @@ def cache_teacher(
     Raises:
         InputError: an argument does not fit this teacher.
     """
-    spec = CacheSpec(top_k, samples)
-    validate_inputs(teacher, blocks, spec)
-    parts = blocks_to_cache(blocks, teacher, spec)
+    validate_inputs(teacher, blocks, top_k, samples)
+    parts = blocks_to_cache(blocks, teacher, samples)
     folder = Path(folder) if folder else cache_folder() / "teachers"
     weights = fingerprint(teacher)
-    place = folder / digest(weights, parts, spec)
+    place = folder / digest(weights, parts, top_k, samples)
+    ask = functools.partial(outputs, teacher, top_k, samples)
     try:
-        shards = load_or_build(place, teacher, parts, spec)
+        shards = load_or_build(place, parts, ask)
     except WriteError as error:
         warnings.warn(f"no cache, the teacher is asked each time: {error}", stacklevel=2)
         return teacher
-    cache = TeacherCache(teacher, parts, shards, spec)
-    exact = spec == CacheSpec()
+    cache = TeacherCache(teacher, parts, shards, top_k, samples)
+    exact = not (top_k or samples)
     cache.fingerprint = weights if exact else place.name  # a run may go on with it or the teacher
     if not exact:
         print_cache_error(teacher, cache, parts)
@@ -114,16 +100,21 @@ class TeacherCache(nn.Module):
         top_k, samples: the arguments of `cache_teacher`. If `samples` is not None, only the
             forward KL at T = 1 can use the answers, and only for training blocks.
         fingerprint: the teacher's if the answers are exact, else the cache's own.
+        nbytes: of all answers.
     """
 
-    def __init__(self, teacher, parts: list[torch.Tensor], shards: list[dict], spec: CacheSpec):
+    def __init__(self, teacher, parts: list[torch.Tensor], shards: list[dict], top_k, samples):
         """Stand in for a teacher with its outputs for some blocks, part by part."""
         super().__init__()
-        self.config, self.top_k, self.samples = teacher.config, spec.top_k, spec.samples
-        self.training_blocks_only = spec.samples is not None
+        self.config, self.top_k, self.samples = teacher.config, top_k, samples
+        self.training_blocks_only = samples is not None
         self.head = teacher.get_output_embeddings()
-        self.base_model = CachedHiddenStates(parts, shards, self.head.weight.dtype)
         self.nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        self.rows = {
+            block.tobytes(): (shard, row)
+            for shard, part in zip(shards, parts, strict=True)
+            for row, block in enumerate(part.numpy())
+        }
 
     @property
     def device(self) -> torch.device:
@@ -162,100 +153,87 @@ class TeacherCache(nn.Module):
             InputError: a block is not among those that the cache was made for.
         """
         if self.samples:
-            drawn = self.base_model.read("samples", ids, torch.long)
+            drawn = self.read("samples", ids).long()
             counts = torch.zeros(*ids.shape, self.config.vocab_size, device=ids.device)
             counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
             return CausalLMOutput(logits=counts.div_(self.samples).log_())
         if not self.top_k:
             hidden = self.base_model(ids).last_hidden_state
             return CausalLMOutput(logits=self.head(hidden), hidden_states=(hidden,))
-        tokens = self.base_model.read("tokens", ids, torch.long)
-        values = self.base_model.read("values", ids, torch.float32)
+        tokens, values = self.read("tokens", ids).long(), self.read("values", ids)
         others = self.config.vocab_size - self.top_k
         rest = -torch.expm1(values.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7))
         logits = (rest / others).log().expand(*values.shape[:-1], self.config.vocab_size)
         return CausalLMOutput(logits=logits.scatter(-1, tokens, values))
 
-
-class CachedHiddenStates(nn.Module):
-    """Looks up the rows of a block by its token ids."""
-
-    def __init__(self, parts: list[torch.Tensor], shards: list[dict], dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-        self.shards = shards
-        self.rows = {
-            block.tobytes(): (shard, row)
-            for shard, part in enumerate(parts)
-            for row, block in enumerate(part.numpy())
-        }
-
-    def forward(self, ids: torch.Tensor, **_) -> BaseModelOutput:
+    def base_model(self, ids: torch.Tensor, **_) -> BaseModelOutput:
         """Final hidden states, shape (blocks, block_size, width), in the teacher's dtype."""
-        return BaseModelOutput(last_hidden_state=self.read("hidden", ids, self.dtype))
+        hidden = self.read("hidden", ids).to(self.head.weight.dtype)
+        return BaseModelOutput(last_hidden_state=hidden)
 
-    def read(self, name: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def read(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """What is kept under a name for some blocks, on their device."""
         try:
-            rows = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
+            found = [self.rows[block.tobytes()] for block in ids.cpu().numpy()]
         except KeyError:
             raise InputError(
                 "the teacher's cache was made for other blocks, with samples for those of training "
                 "only; make it again with cache_teacher, or ask the teacher itself"
             ) from None
-        found = [self.shards[shard][name][row].to(dtype) for shard, row in rows]
-        return torch.stack(found).to(ids.device)
+        return torch.stack([shard[name][row] for shard, row in found]).to(ids.device)
 
 
-def validate_inputs(teacher, blocks: Blocks, spec: CacheSpec) -> None:
+def validate_inputs(teacher, blocks: Blocks, top_k: int | None, samples: int | None) -> None:
     """Refuse arguments that allow no cache."""
-    require_model(teacher, "teacher")
     require(isinstance(blocks, Blocks), f"blocks are {type_name(blocks)}; give what pack returns")
-    check_positions(teacher, blocks.train, "teacher")
+    check_blocks(teacher, blocks.train, "teacher")
+    check_blocks(teacher, blocks.validation, "teacher")
     require(
         not any(hasattr(weight, "full_tensor") for weight in teacher.parameters()),
         "the teacher is sharded, and answers only if all processes ask at once, while a cache is "
         "made by each on its own; give distill the teacher itself",
     )
-    known = teacher.config.vocab_size
-    require(None in spec, f"{spec}: give only one of them")
-    for name, value in spec._asdict().items():
+    known, given = teacher.config.vocab_size, {"top_k": top_k, "samples": samples}
+    require(None in given.values(), f"top_k and samples are {top_k} and {samples}; give only one")
+    for name, value in given.items():
         whole = value is None or is_integer(value) and value < known
         require(whole, f"{name} is {value!r}; it must be a whole number from 1 to {known - 1}")
     require(
-        any(spec) or has_linear_head(teacher, blocks.train[:1].to(teacher.device)),
+        top_k or samples or has_linear_head(teacher, blocks.train[:1].to(teacher.device)),
         "this teacher's logits are more than its hidden states times its output weights; "
         "give top_k to keep log-probabilities instead, or samples to keep drawn tokens",
     )
 
 
-def blocks_to_cache(blocks: Blocks, teacher, spec: CacheSpec) -> list[torch.Tensor]:
+def blocks_to_cache(blocks: Blocks, teacher, samples: int | None) -> list[torch.Tensor]:
     """All that `distill` asks a teacher about, in parts of the size of a shard: training
     blocks, and the validation blocks as `evaluate` reads them.
 
     Samples are for training only: the KL to a few drawn tokens says little of a student.
     """
     asked = [blocks.train]
-    if "validation" in blocks.masks and not spec.samples:
+    if "validation" in blocks.masks and not samples:
         asked.append(blocks.validation)
-    elif not spec.samples:
+    elif not samples:
         length = window_length(blocks.validation, teacher)
         found = windows(blocks.validation, length, teacher.config.vocab_size)
         asked.append(torch.cat([window for window, _ in found]))
     return [part.contiguous() for each in asked for part in each.split(SHARD)]
 
 
-def digest(weights: str, parts: list[torch.Tensor], spec: CacheSpec) -> str:
+def digest(weights: str, parts: list[torch.Tensor], top_k, samples) -> str:
     """A name that changes with anything that the answers, or their files, depend on."""
     shapes = [tuple(part.shape) for part in parts]
-    made = hashlib.sha256(f"{weights} {spec.top_k} {spec.samples} {shapes}".encode())
+    made = hashlib.sha256(f"{weights} {top_k} {samples} {shapes}".encode())
     for part in parts:
         made.update(part.numpy().tobytes())
     return made.hexdigest()[:24]
 
 
-def load_or_build(place: Path, teacher, parts: list[torch.Tensor], spec: CacheSpec) -> list[dict]:
+def load_or_build(place: Path, parts: list[torch.Tensor], ask: Callable) -> list[dict]:
     """The shards of a cache, memory-mapped; those that are missing or damaged are made.
+
+    `ask(ids, seed)` gives what is kept of some blocks.
 
     Raises:
         WriteError: one cannot be written, or the disk has no room for all. Those that were
@@ -263,63 +241,59 @@ def load_or_build(place: Path, teacher, parts: list[torch.Tensor], spec: CacheSp
     """
     files = [place / f"{i:06d}.safetensors" for i in range(len(parts))]
     shards = [load_tensors(file) for file in files]
-    missing = [i for i, shard in enumerate(shards) if shard is None]
-    if missing:
-        size = bytes_per_token(teacher, spec) * sum(parts[i].numel() for i in missing) / 1e6
+    if None in shards:
         with write_errors(place):
             place.mkdir(parents=True, exist_ok=True)
-            room = shutil.disk_usage(place).free / 1e6
-            if size > room:
-                raise OSError(f"it takes {size:,.1f} MB, and {room:,.1f} MB are free")
-            speaks = distributed_state().is_local_main_process
-            if speaks:
-                where = str(place.parent).replace(str(Path.home()), "~", 1)
-                print(f"Caching the teacher's outputs: {size:,.1f} MB in {where}")
             with FileLock(place / "lock"):  # one process makes them while the others wait
-                for i in tqdm(missing, unit="shard", leave=False, disable=not speaks):
-                    if load_tensors(files[i]) is None:
-                        save_tensors(files[i], outputs(teacher, parts[i], spec, seed=i))
+                shards = [load_tensors(file) for file in files]
+                missing = [i for i, shard in enumerate(shards) if shard is None]
+                if missing:
+                    check_room(place.parent, cache_bytes([parts[i] for i in missing], ask))
+                for i in tqdm(missing, unit="shard", leave=False):
+                    save_tensors(files[i], ask(parts[i], seed=i))
                     shards[i] = load_tensors(files[i])
     remove_partial_writes(place, "*")  # by killed runs: all shards are there
     return shards
 
 
-def smallest_dtype(vocabulary: int) -> torch.dtype:
-    """The one of fewest bytes that holds a token id."""
-    dtypes = torch.uint8, torch.uint16, torch.int32
-    return next(dtype for dtype in dtypes if torch.iinfo(dtype).max >= vocabulary - 1)
+def check_room(folder: Path, size: int) -> None:
+    """Say what a cache takes, in bytes, and refuse it if the disk has no room."""
+    room = shutil.disk_usage(folder).free
+    if size > room:
+        raise OSError(f"it takes {size / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free")
+    where = str(folder).replace(str(Path.home()), "~", 1)
+    print(f"Caching the teacher's outputs: {size / 1e6:,.1f} MB in {where}")
 
 
-def bytes_per_token(teacher, spec: CacheSpec) -> int:
-    """The size of what is kept."""
-    if spec.samples:
-        return spec.samples * smallest_dtype(teacher.config.vocab_size).itemsize
-    number = torch.float32.itemsize
-    if spec.top_k:
-        return spec.top_k * (number + torch.int32.itemsize)
-    return teacher.get_output_embeddings().in_features * number
+def cache_bytes(parts: list[torch.Tensor], ask: Callable) -> int:
+    """What is kept of some blocks takes as much a token as what is kept of one block."""
+    one = ask(parts[0][:1]).values()
+    return (
+        sum(kept.nbytes for kept in one) * sum(part.numel() for part in parts) // parts[0].shape[1]
+    )
 
 
 @torch.no_grad()
-def outputs(teacher, ids: torch.Tensor, spec: CacheSpec, seed: int) -> dict[str, torch.Tensor]:
+def outputs(teacher, top_k, samples, ids: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
     """What is kept of a teacher's outputs for a shard of blocks."""
     generator = torch.Generator(teacher.device).manual_seed(seed)
     found = []
     with eval_mode(teacher):
         # as many at a time as in training, for the same rounding
         for part in ids.to(teacher.device).split(DistillConfig().blocks_per_pass(ids.shape[1])):
-            if not any(spec):
-                found.append({"hidden": hidden_states(teacher, part).float()})
+            if not (top_k or samples):
+                hidden = teacher.base_model(part, use_cache=False).last_hidden_state
+                found.append({"hidden": hidden.float()})
                 continue
             log_p = torch.log_softmax(teacher(part, use_cache=False).logits.float(), dim=-1)
-            if spec.top_k:
-                values, tokens = log_p.topk(spec.top_k, dim=-1)
+            if top_k:
+                values, tokens = log_p.topk(top_k, dim=-1)
                 found.append({"values": values, "tokens": tokens.int()})
             else:
                 p = log_p.exp_().flatten(0, -2)
-                drawn = p.multinomial(spec.samples, replacement=True, generator=generator)
-                drawn = drawn.to(smallest_dtype(p.shape[-1]))
-                found.append({"samples": drawn.view(*part.shape, -1)})
+                drawn = p.multinomial(samples, replacement=True, generator=generator)
+                dtype = torch.uint16 if p.shape[-1] <= 2**16 else torch.int32
+                found.append({"samples": drawn.to(dtype).view(*part.shape, -1)})
     return {name: torch.cat([each[name].cpu() for each in found]) for name in found[0]}
 
 
