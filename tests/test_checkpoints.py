@@ -160,7 +160,7 @@ def test_the_cache_stands_in_for_its_teacher(
     assert same(student, uninterrupted[1])
 
     rounded = kd.cache_teacher(teacher, blocks, top_k=3, folder=tmp_path / "cache")
-    with pytest.raises(kd.InputError, match="the teacher's weights or config differ"):
+    with pytest.raises(kd.InputError, match="the teacher's fingerprint was"):
         run(rounded, student, blocks, folder, resume=True)
 
 
@@ -175,10 +175,10 @@ def test_another_run_is_refused_by_what_differs(teacher, student, blocks, folder
     flipped = dataclasses.replace(blocks, train=blocks.train.flip(0))
     for changes, said in (
         ({"config": settings}, ": alpha was 0.3, is 0.0, seed was 0, is 1; resume with"),
-        ({"teacher": make_gpt2(seed=5)}, "the teacher's weights or config differ"),
-        ({"blocks": flipped}, "the text or its blocks"),
-        ({"student": make_gpt2(layers=1, seed=7)}, "the student's weights are neither"),
-        ({"student": make_gpt2(layers=2, seed=7)}, "the student's weights are neither"),
+        ({"teacher": make_gpt2(seed=5)}, ": the teacher's fingerprint was"),
+        ({"blocks": flipped}, ": the text's checksum was"),
+        ({"student": make_gpt2(layers=1, seed=7)}, ": the student's fingerprint was"),
+        ({"student": make_gpt2(layers=2, seed=7)}, ": the student's fingerprint was"),
     ):
         other = given | changes
         weights = copy.deepcopy(other["student"])
@@ -256,12 +256,12 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
                 else:  # a gradient that overflows, of a loss that does not
                     student.lm_head.weight.register_hook(lambda grad: grad * math.inf)
 
-    said = f"{spoiled.replace('_', ' ')} became .* at step 5; .* checkpoint: .*step_00000004"
+    said = f"{spoiled.replace('_', ' ')} became .* at step 5; "
     with pytest.raises(kd.InputError, match=said):
         run(teacher, student, blocks, folder, on_step=spoil)
     newest = Checkpoints(folder).newest()
     assert len(newest.history) == 4
-    weights = newest.tensors["student/transformer.wte.weight"]
+    weights = newest.tensors["transformer.wte.weight"]
     assert weights.isfinite().all()
     assert torch.equal(student.transformer.wte.weight, weights)  # the bad step was not taken
 

@@ -247,7 +247,7 @@ def choose_dtype(job: Job, checkpoints: Checkpoints, options) -> str:
     Several processes would have to agree on what is faster: they train in float32.
     """
     if options.resume and (found := checkpoints.newest()):
-        return found.run["settings"]["dtype"]
+        return found.run["dtype"]
     if models.distributed_state().num_processes > 1:
         return "float32"
     seconds = {dtype: step_seconds(job, dtype) for dtype in DTYPES}

@@ -7,7 +7,6 @@ random number follows from the seed and the step.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from willows_kd.config import DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, require
 from willows_kd.files import (
+    checksum,
     load_tensors,
     missing_folders,
     remove_empty,
@@ -35,7 +35,8 @@ from willows_kd.models import distributed_state, fingerprint
 KEPT = 2
 NAME, NAMES = "step_{:08d}.safetensors", "step_*.safetensors"
 LOCK = "lock"
-RECORD = "record"  # JSON as bytes: a tensor among the others, as a header has a size limit
+RECORD = "run/record"  # JSON as bytes: a tensor among the others, as a header has a size limit
+STUDENT = "the student's fingerprint"
 
 
 class Checkpoints:
@@ -113,20 +114,17 @@ class Checkpoints:
                     tqdm.write(f"⚠️ No checkpoint at step {len(history)}: {reason}")
                 self.last_time = time.monotonic()
 
-            try:
-                yield history, save
-            except InputError as error:
-                files = self.files()
-                last = f" (the last good checkpoint: {files[0]})" if files else ""
-                raise InputError(f"{error}{last}") from error
+            yield history, save
 
     def resume(self, student: nn.Module, optimizer, run: dict) -> list[dict]:
         """Restore student and optimiser from the newest checkpoint, if any; returns its history."""
         found, history, state = self.newest(), [], distributed_state()
         if found:
-            found.check(student, run)
-            run["student"] = found.run["student"]  # the weights that the run began with
-            history = found.restore(student, optimizer)
+            if found.holds(student):
+                run[STUDENT] = found.run[STUDENT]  # it is the run's own, further on
+            found.check(run)
+            found.restore(student, optimizer)
+            history = found.history
         steps = gather(torch.tensor([len(history)], device=state.device))
         shared = "differs between the machines; put it on a disk that they share"
         require(steps.min() == steps.max(), f"{self.folder} {shared}")
@@ -157,9 +155,8 @@ class Checkpoints:
             WriteError: it cannot be written. The earlier ones stay.
         """
         tensors = student_tensors(student)
-        for name, parameter in student.named_parameters():  # AdamW's moments and step counts
-            for field, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"adamw.{field}/{name}"] = value
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"adamw/{number}/{field}": value for field, value in state.items()}
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         record = json.dumps({"run": run, "history": history}).encode()
         tensors[RECORD] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
@@ -186,20 +183,13 @@ class Checkpoint:
         record = json.loads(self.tensors.pop(RECORD).numpy().tobytes())
         self.run, self.history = record["run"], record["history"]
 
-    def check(self, student: nn.Module, run: dict) -> None:
+    def check(self, run: dict) -> None:
         """Refuse to resume a run that differs from the checkpoint's."""
-        was = self.run["settings"]
         found = [
-            f"{name} was {was.get(name)!r}, is {value!r}"
-            for name, value in run["settings"].items()
-            if was.get(name) != value
+            f"{name} was {self.run.get(name)!r}, is {value!r}"
+            for name, value in run.items()
+            if self.run.get(name) != value
         ]
-        if run["teacher"] != self.run["teacher"]:
-            found.append("the teacher's weights or config differ from the checkpoint's")
-        if run["text"] != self.run["text"]:
-            found.append("the text or its blocks differ from the checkpoint's")
-        if run["student"] != self.run["student"] and not self.holds(student):
-            found.append("the student's weights are neither the run's first nor the checkpoint's")
         require(
             not found,
             f"cannot resume from {self.file}: {', '.join(found)}; "
@@ -217,37 +207,29 @@ class Checkpoint:
         for name, tensor in student_tensors(student).items():
             tensor.copy_(self.tensors[name])
 
-    def restore(self, student: nn.Module, optimizer) -> list[dict]:
-        """Give student and optimiser their saved state, in place; returns the history."""
+    def restore(self, student: nn.Module, optimizer) -> None:
+        """Give student and optimiser their saved state, in place."""
         self.load(student)
-        parameters = dict(student.named_parameters())
+        state: dict = {}
         for name, tensor in self.tensors.items():
-            prefix, _, parameter = name.partition("/")
-            if prefix.startswith("adamw."):
-                owner = parameters[parameter]
-                device = owner.device if tensor.ndim else "cpu"  # AdamW counts steps on the CPU
-                state = optimizer.state[owner]
-                state[prefix.removeprefix("adamw.")] = tensor.to(device, copy=True)
-        return list(self.history)
+            if name.startswith("adamw/"):
+                _, number, field = name.split("/")
+                state.setdefault(int(number), {})[field] = tensor.clone()  # no file's any more
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def describe(teacher, student, blocks: Blocks, config: DistillConfig) -> dict:
-    """What has to be the same for a run to be resumed."""
-    text = hashlib.sha256()
-    for part in (blocks.train, blocks.validation, *(blocks.masks[n] for n in sorted(blocks.masks))):
-        text.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
+    """What has to be the same for a run to be resumed, by its name in a message."""
+    masks = {f"mask of {name}": mask for name, mask in blocks.masks.items()}
+    text = {"training": blocks.train, "validation": blocks.validation} | masks
     return {
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),  # as they are read again
-        "teacher": getattr(teacher, "fingerprint", None) or fingerprint(teacher),
-        "text": text.hexdigest(),
-        "student": fingerprint(student),
+        **json.loads(json.dumps(dataclasses.asdict(config))),  # as they are read again
+        "the teacher's fingerprint": getattr(teacher, "fingerprint", None) or fingerprint(teacher),
+        "the text's checksum": checksum(text),
+        STUDENT: fingerprint(student),
     }
 
 
 def student_tensors(student: nn.Module) -> dict[str, torch.Tensor]:
     """A student's weights and buffers by name, tied ones once."""
-    return {
-        f"student/{name}": tensor
-        for found in (student.named_parameters(), student.named_buffers())
-        for name, tensor in found
-    }
+    return {**dict(student.named_parameters()), **dict(student.named_buffers())}

@@ -57,7 +57,7 @@ def chunked_distillation_loss(
         InputError: a value is out of its range, or the shapes do not fit together.
         RuntimeError: a second backward pass. Gradients are handed out once, to save memory.
     """
-    DistillConfig(temperature, alpha, divergence, beta, skew)  # for its checks
+    config = DistillConfig(temperature, alpha, divergence, beta, skew)  # which checks them
     check_labels(labels, student_hidden.shape[:-1])
     counted = ... if mask is None else mask.bool()
     if alpha < 1:
@@ -71,10 +71,9 @@ def chunked_distillation_loss(
     else:
         teacher_hidden = teacher_head = None
     student_hidden, labels = student_hidden[counted].flatten(0, -2), labels[counted].flatten()
-    objective = temperature, alpha, divergence, {"beta": beta, "skew": skew}
-    settings = *objective, chunk or max(1, CHUNK // len(student_head))
+    chunk = chunk or max(1, CHUNK // len(student_head))
     return LossWithGradients.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, settings
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, config, chunk
     )
 
 
@@ -82,9 +81,8 @@ class LossWithGradients(torch.autograd.Function):
     """Loss and gradients in one pass over the tokens; backward only hands them out."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, settings):
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, config, chunk):
         """The loss of tokens of shape (tokens,), and the gradients, kept for `backward`."""
-        *objective, chunk = settings
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         kinds = hidden.dtype, head.dtype
@@ -102,7 +100,7 @@ class LossWithGradients(torch.autograd.Function):
                 teacher_logits = None
                 if teacher_hidden is not None:
                     teacher_logits = at_least_float32(teacher_hidden[part] @ teacher_head.T)
-                sums += into_gradient(logits, teacher_logits, labels[part], objective, len(labels))
+                sums += into_gradient(logits, teacher_logits, labels[part], config, len(labels))
                 gradient = logits.to(hidden.dtype)
                 del logits, teacher_logits  # before the next ones are made
                 add_product(grad_hidden[part], gradient, head)
@@ -110,9 +108,8 @@ class LossWithGradients(torch.autograd.Function):
                 del gradient
         ctx.gradients = grad_hidden.to(kinds[0]), grad_head.to(kinds[1])
         soft, hard = sums / max(1, len(labels))
-        alpha = objective[1]
         ctx.mark_non_differentiable(soft, hard)
-        return alpha * hard + (1 - alpha) * soft, soft, hard
+        return config.alpha * hard + (1 - config.alpha) * soft, soft, hard
 
     @staticmethod
     def backward(ctx, grad_loss, _soft, _hard):
@@ -122,7 +119,7 @@ class LossWithGradients(torch.autograd.Function):
             raise RuntimeError(f"a second backward pass: {once}; compute the loss again")
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None
-        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *5 * [None]
 
 
 def equal_parts(tokens: int, most: int) -> list[slice]:
@@ -140,7 +137,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torch.Tensor:
+def into_gradient(logits, teacher_logits, labels, config, total: int) -> torch.Tensor:
     """Overwrite the student's logits, shape (tokens, vocabulary), with the loss's gradient.
 
     The loss is the mean over `total` tokens, of which these are some.
@@ -148,8 +145,8 @@ def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torc
     Returns:
         the sums over the tokens of the soft-label and the hard-label loss, shape (2,).
     """
-    temperature, alpha, divergence, parameters = objective
-    power = 1 if divergence == "total_variation" else 2  # of T, as in `losses`
+    temperature, alpha = config.temperature, config.alpha
+    power = 1 if config.divergence == "total_variation" else 2  # of T, as in `losses`
     sums = logits.new_zeros(2)
     rows = max(1, ROWS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for begin in range(0, len(logits), rows):
@@ -164,10 +161,11 @@ def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torc
         if alpha < 1:
             log_q = F.log_softmax(z / temperature, dim=-1)
             log_p = F.log_softmax(teacher_logits[begin : begin + rows] / temperature, dim=-1)
-            value, gradient = CLOSED_FORMS[divergence](log_q, log_p, **parameters)
+            closed_form = CLOSED_FORMS[config.divergence]
+            value, gradient = closed_form(log_q, log_p, beta=config.beta, skew=config.skew)
             sums[0] += temperature**power * value.sum()
             weight = (1 - alpha) * temperature ** (power - 1) / total
-            torch.mul(gradient(), weight, out=z)
+            torch.mul(gradient, weight, out=z)
             z += hard_gradient
         else:
             z.copy_(hard_gradient)
@@ -176,67 +174,58 @@ def into_gradient(logits, teacher_logits, labels, objective, total: int) -> torc
 
 # -- closed forms ----------------------------------------------------------------------
 # Each takes log q of the student and log p of the teacher, shapes (..., vocabulary), and returns
-# the divergence of each token, shape (...), and a function that returns its gradient with
-# respect to the softened logits z_s / T, shape (..., vocabulary).
+# the divergence of each token, shape (...), and its gradient with respect to the softened logits
+# z_s / T, shape (..., vocabulary).
+
+
+def mean_and_gradient(g, q):
+    """The mean of g under q, and q · (g - mean): the gradient of logits, from that of q."""
+    mean = (q * g).sum(dim=-1)
+    return mean, (g - mean[..., None]).mul_(q)
 
 
 def forward_kl(log_q, log_p, **_):
     """KL(p || q), and its gradient q - p."""
     p = log_p.exp()
-    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1), lambda: log_q.exp().sub_(p)
+    return (p * log_ratio(log_p, log_q, p)).sum(dim=-1), log_q.exp().sub_(p)
 
 
 def reverse_kl(log_q, log_p, **_):
     """KL(q || p), and its gradient q · (log(q/p) - KL(q || p))."""
     q = log_q.exp()
-    slope = log_ratio(log_q, log_p, q)
-    value = (q * slope).sum(dim=-1)
-    return value, lambda: (slope - value[..., None]).mul_(q)
+    return mean_and_gradient(log_ratio(log_q, log_p, q), q)
 
 
 def jensen_shannon(log_q, log_p, beta, **_):
     """The mix of two KLs to m; its gradient is (1 - beta) · q · (log(q/m) - KL(q || m))."""
     p, q = log_p.exp(), log_q.exp()
     log_m = log_mixture(log_p, log_q, beta)
-    slope = log_ratio(log_q, log_m, q)
-    from_p, from_q = (p * log_ratio(log_p, log_m, p)).sum(dim=-1), (q * slope).sum(dim=-1)
-    value = beta * from_p + (1 - beta) * from_q
-    return value, lambda: (slope - from_q[..., None]).mul_(q).mul_(1 - beta)
+    from_p = (p * log_ratio(log_p, log_m, p)).sum(dim=-1)
+    from_q, gradient = mean_and_gradient(log_ratio(log_q, log_m, q), q)
+    return beta * from_p + (1 - beta) * from_q, gradient.mul_(1 - beta)
 
 
 def skewed_forward_kl(log_q, log_p, skew, **_):
     """KL(p || m); its gradient is q · sum(w) - w, with w = (1 - skew) · p · q/m."""
     p, q = log_p.exp(), log_q.exp()
     log_m = log_mixture(log_p, log_q, skew)
-
-    def gradient():
-        weight = (log_q - log_m).exp_().mul_(p).mul_(1 - skew)
-        return (q * weight.sum(dim=-1, keepdim=True)).sub_(weight)
-
-    return (p * log_ratio(log_p, log_m, p)).sum(dim=-1), gradient
+    value = (p * log_ratio(log_p, log_m, p)).sum(dim=-1)
+    weight = (log_q - log_m).exp_().mul_(p).mul_(1 - skew)
+    return value, (q * weight.sum(dim=-1, keepdim=True)).sub_(weight)
 
 
 def skewed_reverse_kl(log_q, log_p, skew, **_):
     """KL(q || m); its gradient is q · (g - sum(q · g)), with g = log(q/m) - skew · q/m."""
     q = log_q.exp()
     slope = log_ratio(log_q, log_mixture(log_q, log_p, skew), q)
-
-    def gradient():
-        return centred(slope - skew * slope.exp(), q)
-
-    return (q * slope).sum(dim=-1), gradient
+    return (q * slope).sum(dim=-1), mean_and_gradient(slope - skew * slope.exp(), q)[1]
 
 
 def total_variation(log_q, log_p, **_):
     """Half the sum of |q - p|; its gradient is q · (g - sum(q · g)), g half the sign of q - p."""
     q = log_q.exp()
     gap = q - log_p.exp()
-    return gap.abs().sum(dim=-1) / 2, lambda: centred(gap.sign() / 2, q)
-
-
-def centred(slope: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """q · (g - sum(q · g)): the gradient of softened logits, from g, that of q."""
-    return (slope - (q * slope).sum(dim=-1, keepdim=True)).mul_(q)
+    return gap.abs().sum(dim=-1) / 2, mean_and_gradient(gap.sign() / 2, q)[1]
 
 
 CLOSED_FORMS: dict[str, Callable] = {
