@@ -35,7 +35,7 @@ from willows_kd.models import distributed_state, fingerprint
 KEPT = 2
 NAME, NAMES = "step_{:08d}.safetensors", "step_*.safetensors"
 LOCK = "lock"
-RECORD = "run/record"  # JSON as bytes: a tensor among the others, as a header has a size limit
+RECORD = "record"  # JSON as bytes: a tensor among the others, as a header has a size limit
 STUDENT = "the student's fingerprint"
 
 

@@ -140,6 +140,7 @@ def plan(
         student = config_of_layers(teacher.config, depth_of(teacher), kept)
     student = fake(student, mode, torch.float32)
     validate_inputs(teacher, student, blocks, config)
+    parts = blocks_to_cache(blocks, teacher, samples=None)
     with mode:
         at_once = min(config.blocks_per_pass(blocks.block_size), len(blocks.train))
         ids = torch.zeros(at_once, blocks.block_size, dtype=torch.long, device=student.device)
@@ -148,13 +149,10 @@ def plan(
         with train_mode(teacher, student, config):
             passes = count_flops(objective, teacher, ids, linear)
             memory = memory_parts(objective, teacher, ids)
+        kept = functools.partial(outputs, teacher, None, None)
+        cached = cache_bytes(parts, kept) if linear else None
     if rate is None:
         rate = sum(passes.values()) / step_seconds(*real, ids, config, loss)
-    cached = None
-    if linear and asks_teacher(config):
-        parts = blocks_to_cache(blocks, teacher, samples=None)
-        with mode:
-            cached = cache_bytes(parts, functools.partial(outputs, teacher, None, None))
     return Plan(
         parameters={
             name: sum(p.numel() for p in model.parameters())

@@ -267,10 +267,9 @@ def check_room(folder: Path, size: int) -> None:
 
 def cache_bytes(parts: list[torch.Tensor], ask: Callable) -> int:
     """What is kept of some blocks takes as much a token as what is kept of one block."""
-    one = ask(parts[0][:1]).values()
-    return (
-        sum(kept.nbytes for kept in one) * sum(part.numel() for part in parts) // parts[0].shape[1]
-    )
+    block = parts[0][:1]
+    size = sum(kept.nbytes for kept in ask(block).values())
+    return size * sum(part.numel() for part in parts) // block.numel()
 
 
 @torch.no_grad()
