@@ -9,7 +9,6 @@ import torch
 
 import willows_kd as kd
 from willows_kd.scale import teacher_cache
-from willows_kd.scale.teacher_cache import TeacherCache, blocks_to_cache
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def train(teacher, blocks, student, loss=None, **changes):
 
 
 def tokens_of(blocks, teacher) -> int:
-    return sum(part.numel() for part in blocks_to_cache(blocks, teacher, None))
+    return sum(part.numel() for part in teacher_cache.blocks_to_cache(blocks, teacher, None))
 
 
 def files(folder):
@@ -42,40 +41,72 @@ def files(folder):
 @pytest.mark.parametrize(
     ("dtype", "loss"), [(torch.float32, None), (torch.bfloat16, kd.ChunkedLoss)]
 )
-def test_the_student_is_the_same_to_the_bit_and_the_teacher_is_not_asked(
-    teacher, blocks, folder, make_gpt2, dtype, loss
+def test_it_is_found_again_and_gives_the_same_student_to_the_bit_without_the_teacher(
+    teacher, blocks, folder, make_gpt2, dtype, loss, capsys
 ):
     teacher.to(dtype)
     student = make_gpt2(layers=1, seed=1)
     how = {"temperature": 4.0, "alpha": 0.5, "hidden_weight": 0.5, "loss": loss}
     live, history = train(teacher, blocks, student, **how)
+    made = kd.cache_teacher(teacher, blocks, folder=folder)
+    assert made.nbytes == tokens_of(blocks, teacher) * teacher.config.n_embd * 4
+    assert f"outputs: {made.nbytes / 1e6:,.1f} MB in {folder}" in capsys.readouterr().out
+    asked = []
+    teacher.transformer.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
     cache = kd.cache_teacher(teacher, blocks, folder=folder)
-    teacher.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was asked"))
     cached, cached_history = train(cache, blocks, student, **how)
-    pairs = zip(live.state_dict().values(), cached.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert asked == [1, 1]  # to see that logits are hidden states times weights
+    assert capsys.readouterr().out == ""
+    assert kd.fingerprint(cached) == kd.fingerprint(live)
     for row, other in zip(history, cached_history, strict=True):
         assert row | {"seconds": 0} == other | {"seconds": 0}
     with pytest.raises(kd.InputError, match="made for other blocks"):
         cache(blocks.test[:1])
 
 
-def test_top_k_keeps_the_k_largest_and_the_rest_as_one_lump(teacher, blocks, folder):
-    k, vocabulary = 5, teacher.config.vocab_size
+def test_it_knows_the_windows_and_the_masked_blocks_that_a_student_is_evaluated_on(
+    teacher, blocks, folder, make_gpt2
+):
+    student = make_gpt2(layers=1, seed=1)
+    for masks in ({}, {"validation": torch.arange(32).expand(len(blocks.validation), -1) > 7}):
+        given = dataclasses.replace(blocks, masks=masks)
+        cache = kd.cache_teacher(teacher, given, folder=folder)
+        rows = [train(each, given, student, epochs=1)[1][-1] for each in (teacher, cache)]
+        assert rows[0]["validation_kl"] == rows[1]["validation_kl"] > 0
+    with pytest.raises(kd.InputError, match="student reads 32 tokens, .* windows of 64"):
+        train(cache, blocks, make_gpt2(layers=1, n_positions=32))
+
+
+# -- the likeliest tokens, or drawn ones -----------------------------------------------
+
+
+@pytest.mark.parametrize("possible", [None, 10], ids=["all", "few"])
+def test_top_k_keeps_the_k_largest_and_the_rest_as_one_lump(
+    teacher, blocks, folder, possible, capsys
+):
+    k, vocabulary = 20, teacher.config.vocab_size
+
+    def rule_out(_module, _given, output):
+        output.logits[..., possible:] = -torch.inf
+
+    if possible:
+        teacher.register_forward_hook(rule_out)
+        with pytest.raises(kd.InputError, match="give top_k"):
+            kd.cache_teacher(teacher, blocks, folder=folder)
     cache = kd.cache_teacher(teacher, blocks, top_k=k, folder=folder)
-    ids = blocks.train[:2]
+    assert cache.nbytes == tokens_of(blocks, teacher) * k * 8
+    ids = blocks.train[:8]
     with torch.no_grad():
-        p = teacher(ids).logits.softmax(-1)
-    q = cache(ids).logits.softmax(-1)
+        logits = teacher(ids).logits
+    error = kd.forward_kl(cache(ids).logits, logits).item()
+    said = f"160 bytes per token; the error is {error:.2g} nats per token (KL)"
+    assert said in capsys.readouterr().out
+    p, q = logits.softmax(-1), cache(ids).logits.softmax(-1)
     kept = p.topk(k).indices
     torch.testing.assert_close(q.gather(-1, kept), p.gather(-1, kept), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(q.sum(-1), torch.ones(q.shape[:2]))
     rest = (1 - p.gather(-1, kept).sum(-1)) / (vocabulary - k)
     torch.testing.assert_close(q.min(-1).values, rest, rtol=1e-3, atol=1e-8)
-    assert cache.nbytes == tokens_of(blocks, teacher) * k * 8
-
-
-# -- samples of its distribution -------------------------------------------------------
 
 
 def test_the_gradient_from_samples_is_on_average_that_from_the_teacher(teacher, blocks, folder):
@@ -102,70 +133,35 @@ def test_the_gradient_from_samples_is_on_average_that_from_the_teacher(teacher, 
     assert n * mean.square().sum().item() == pytest.approx(variance, rel=0.25)
 
 
+@pytest.mark.parametrize(("vocabulary", "nbytes"), [(65_536, 2), (65_537, 4)])
 def test_samples_are_small_the_same_each_time_and_of_the_training_blocks_only(
-    teacher, blocks, folder, tmp_path, capsys, make_gpt2
+    make_gpt2, blocks, folder, capsys, vocabulary, nbytes
+):
+    teacher = make_gpt2(vocab_size=vocabulary, n_embd=4, initializer_range=1.0)
+    blocks = dataclasses.replace(blocks, train=blocks.train[:3])
+    cache = kd.cache_teacher(teacher, blocks, samples=30, folder=folder)
+    assert cache.nbytes == blocks.train.numel() * 30 * nbytes
+    said = f"{30 * nbytes} bytes per token; 30 drawn at each position, right only on average"
+    assert said in capsys.readouterr().out
+    again = kd.cache_teacher(teacher, blocks, samples=30, folder=folder / "again")
+    logits = cache(blocks.train).logits
+    assert torch.equal(again(blocks.train).logits, logits)
+    assert logits.exp().sum(-1).numpy() == pytest.approx(1)
+    with torch.no_grad():  # every token that was drawn is one that the teacher knows
+        assert kd.forward_kl(teacher(blocks.train).logits, logits).isfinite()
+    with pytest.raises(kd.InputError, match="with samples for those of training only"):
+        cache(blocks.validation)
+
+
+def test_with_samples_a_student_is_evaluated_without_the_teacher(
+    teacher, blocks, folder, make_gpt2
 ):
     cache = kd.cache_teacher(teacher, blocks, samples=5, folder=folder)
-    assert cache.nbytes == blocks.train.numel() * 5 * 2
-    said = "10 bytes per token; 5 drawn at each position, right only on average"
-    assert said in capsys.readouterr().out
-    again = kd.cache_teacher(teacher, blocks, samples=5, folder=tmp_path / "again")
-    ids = blocks.train[3:5]
-    assert torch.equal(again(ids).logits, cache(ids).logits)
-    assert cache(ids).logits.exp().sum(-1).numpy() == pytest.approx(1)
-    with pytest.raises(kd.InputError, match="with samples for those of training only"):
-        kd.evaluate(kd.student_from_teacher(teacher), blocks.validation, teacher=cache)
-    _, history = train(cache, blocks, make_gpt2(layers=1), epochs=1)
+    _, history = train(cache, blocks, make_gpt2(layers=1, n_positions=32), epochs=1)
     assert history[-1]["validation_kl"] is None
 
 
-def test_it_knows_the_windows_and_the_masked_blocks_that_a_student_is_evaluated_on(
-    teacher, blocks, folder, make_gpt2
-):
-    student = make_gpt2(layers=1, seed=1)
-    for masks in ({}, {"validation": torch.arange(32).expand(len(blocks.validation), -1) > 7}):
-        given = dataclasses.replace(blocks, masks=masks)
-        cache = kd.cache_teacher(teacher, given, folder=folder)
-        rows = [train(each, given, student, epochs=1)[1][-1] for each in (teacher, cache)]
-        assert rows[0]["validation_kl"] == rows[1]["validation_kl"] > 0
-    with pytest.raises(kd.InputError, match="student reads 32 tokens, .* windows of 64"):
-        train(cache, blocks, make_gpt2(layers=1, n_positions=32))
-
-
-@pytest.mark.parametrize(("vocabulary", "nbytes"), [(65_536, 2), (65_537, 4)])
-def test_a_sampled_token_takes_the_fewest_bytes_that_hold_it(
-    make_gpt2, blocks, folder, vocabulary, nbytes
-):
-    teacher = make_gpt2(vocab_size=vocabulary, n_embd=4, initializer_range=1.0)
-    few = dataclasses.replace(blocks, train=blocks.train[:2] % vocabulary)
-    cache = kd.cache_teacher(teacher, few, samples=30, folder=folder)
-    assert cache.nbytes == few.train.numel() * 30 * nbytes
-    with torch.no_grad():
-        nats = kd.forward_kl(teacher(few.train).logits, cache(few.train).logits)
-    assert nats.isfinite()  # every token that was drawn is one that the teacher knows
-
-
-# -- kept, found again, never stale ----------------------------------------------------
-
-
-def test_it_is_found_again_without_asking_the_teacher(teacher, blocks, folder, capsys):
-    kd.cache_teacher(teacher, blocks, folder=folder)
-    said = capsys.readouterr().out
-    size = tokens_of(blocks, teacher) * teacher.config.n_embd * 4
-    assert f"{size / 1e6:,.1f} MB" in said
-    with torch.no_grad():
-        ids = blocks.train[:1]
-        wanted = teacher(ids).logits
-    teacher.transformer.register_forward_pre_hook(lambda _m, args: assert_one_block(args))
-    again = kd.cache_teacher(teacher, blocks, folder=folder)
-    assert isinstance(again, TeacherCache)
-    assert capsys.readouterr().out == ""
-    torch.testing.assert_close(again(ids).logits, wanted)
-
-
-def assert_one_block(args):
-    """Whether logits are hidden states times weights is seen by one block; no more is asked."""
-    assert len(args[0]) == 1
+# -- kept, never stale -----------------------------------------------------------------
 
 
 def test_another_question_gets_another_cache(teacher, blocks, folder):
@@ -187,20 +183,8 @@ def test_another_question_gets_another_cache(teacher, blocks, folder):
     assert len(list(folder.iterdir())) == len(asked)
 
 
-def test_a_damaged_shard_is_noticed_and_made_again_alone(teacher, blocks, folder, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "SHARD", 8)
-    kd.cache_teacher(teacher, blocks, folder=folder)
-    file = files(folder)[1]
-    whole = file.read_bytes()
-    before = {other: other.stat().st_mtime_ns for other in files(folder) if other != file}
-    file.write_bytes(whole[: len(whole) // 2])
-    kd.cache_teacher(teacher, blocks, folder=folder)
-    assert file.read_bytes() == whole
-    assert {other: other.stat().st_mtime_ns for other in before} == before
-
-
-def test_a_stopped_run_goes_on_where_it_stopped_with_the_same_bits(
-    teacher, blocks, folder, tmp_path, monkeypatch
+def test_a_stopped_run_goes_on_where_it_stopped_and_a_damaged_shard_alone_is_made_again(
+    teacher, blocks, folder, monkeypatch
 ):
     monkeypatch.setattr(teacher_cache, "SHARD", 8)
     kd.cache_teacher(teacher, blocks, folder=folder, samples=3)
@@ -212,15 +196,19 @@ def test_a_stopped_run_goes_on_where_it_stopped_with_the_same_bits(
         if len(passes) == 3 * 8:
             raise KeyboardInterrupt
 
-    again = tmp_path / "again"
+    again = folder / "again"
     teacher.transformer.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         kd.cache_teacher(teacher, blocks, folder=again, samples=3)
+    first, second = files(again)
     assert [file.read_bytes() for file in files(again)] == whole[:2]
-    (files(again)[0].parent / ".000002.safetensors.12345.partial").mkdir()  # half written
+    (first.parent / ".000002.safetensors.12345.partial").mkdir()  # half written
+    second.write_bytes(whole[1][: len(whole[1]) // 2])
+    made = first.stat().st_mtime_ns
     teacher.transformer._forward_pre_hooks.clear()
     kd.cache_teacher(teacher, blocks, folder=again, samples=3)
     assert [file.read_bytes() for file in files(again)] == whole
+    assert first.stat().st_mtime_ns == made
     assert not list(again.glob("*/.*"))
 
 
@@ -228,20 +216,15 @@ def test_a_stopped_run_goes_on_where_it_stopped_with_the_same_bits(
 def test_where_nothing_can_be_written_the_teacher_is_asked_and_a_warning_says_so(
     teacher, blocks, folder, monkeypatch, full
 ):
-    folder.mkdir(parents=True)
-    teacher.transformer.register_forward_pre_hook(lambda _m, args: assert_one_block(args))
     if full:
         no_room = shutil._ntuple_diskusage(2_000, 1_000, 1_000)
         monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda _: no_room)
     else:
-        folder = folder / "file"
         folder.write_text("in the way")
     said = "it takes 0.1 MB, and 0.0 MB are free" if full else "no cache, the teacher is asked"
     with pytest.warns(UserWarning, match=said):
         assert kd.cache_teacher(teacher, blocks, folder=folder) is teacher
-
-
-# -- what cannot be --------------------------------------------------------------------
+    assert not files(folder)
 
 
 def test_what_allows_no_cache_is_refused(teacher, blocks, folder, make_gpt2):
@@ -255,22 +238,3 @@ def test_what_allows_no_cache_is_refused(teacher, blocks, folder, make_gpt2):
         with pytest.raises(kd.InputError, match=said):
             kd.cache_teacher(model, blocks, folder=folder, **how)
     assert not folder.exists()
-
-
-def test_tokens_that_the_teacher_rules_out_get_no_probability(teacher, blocks, folder):
-    possible, k = 10, 20
-    forward = teacher.forward
-
-    def ruled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits[..., possible:] = -torch.inf
-        return output
-
-    teacher.forward = ruled
-    with pytest.raises(kd.InputError, match="give top_k"):
-        kd.cache_teacher(teacher, blocks, folder=folder)
-    cache = kd.cache_teacher(teacher, blocks, top_k=k, folder=folder)
-    ids = blocks.train[:2]
-    with torch.no_grad():
-        wanted = teacher(ids).logits.softmax(-1)
-    torch.testing.assert_close(cache(ids).logits.softmax(-1), wanted, rtol=1e-5, atol=1e-6)
