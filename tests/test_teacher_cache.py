@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import willows_kd as kd
+from willows_kd.files import cache_folder
 from willows_kd.scale import teacher_cache
 
 
@@ -164,7 +165,7 @@ def test_with_samples_a_student_is_evaluated_without_the_teacher(
 # -- kept, never stale -----------------------------------------------------------------
 
 
-def test_another_question_gets_another_cache(teacher, blocks, folder):
+def test_another_question_gets_another_cache(teacher, blocks):
     other = copy.deepcopy(teacher)
     other.transformer.h[0].attn.c_attn.bias.data[0] += 1e-3
     rebuilt = copy.deepcopy(teacher)
@@ -179,8 +180,8 @@ def test_another_question_gets_another_cache(teacher, blocks, folder):
         *((teacher, blocks, {"top_k": 3}), (teacher, blocks, {"samples": 3})),
     ]
     for model, text, how in asked + asked:
-        kd.cache_teacher(model, text, folder=folder, **how)
-    assert len(list(folder.iterdir())) == len(asked)
+        kd.cache_teacher(model, text, **how)
+    assert len(list((cache_folder() / "teachers").iterdir())) == len(asked)
 
 
 def test_a_stopped_run_goes_on_where_it_stopped_and_a_damaged_shard_alone_is_made_again(
