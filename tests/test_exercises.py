@@ -163,7 +163,6 @@ LOSS = [
     ),
     (lambda *a: my_loss(*a, kl=lambda *x: my_kl(*x, factor=0)), "T² is missing. Multiply the KL"),
     (lambda *a: my_loss(*a, kl=lambda *x: my_kl(*x, factor=0), side=-1), "alpha is on the wrong"),
-    (lambda s, t, labels, T, a: s[0, 0], "your result has shape (7,)"),
 ]
 
 STEPS = [
@@ -206,7 +205,6 @@ MASK = [
     (lambda length, prompt: (torch.arange(1, length) >= prompt).tolist(), "well done"),
     (lambda length, prompt: torch.arange(length) >= prompt, "The first token is not predicted"),
     (lambda length, prompt: torch.arange(1, length) > prompt, "first written token is left out"),
-    (lambda length, prompt: torch.arange(1, length) > prompt + 2, "on one example you return"),
 ]
 
 
@@ -248,7 +246,6 @@ UNITS = [
     (lambda a, keep: a.abs().mean((0, 1)).topk(keep).indices.tolist(), "well done"),
     (lambda a, keep: a.mean((0, 1)).topk(keep).indices, "is passed on too"),
     (lambda a, keep: a.abs().mean((0, 1)).topk(keep + 1).indices, "your result has shape (6,)"),
-    (lambda a, keep: range(keep), "on one example you return [0, 1"),
     (lambda a, keep: None, "returns nothing"),
 ]
 
@@ -275,12 +272,9 @@ def emitted(p, q, token, u, ratio=lambda p, q: p / q, left=lambda p, q: (p - q).
 
 EMITTED = [
     (emitted, "well done"),
-    (lambda *a: emitted(*a).tolist(), "well done"),
     (lambda *a: emitted(*a, left=lambda p, q: p), "and not from p"),
     (lambda *a: emitted(*a, ratio=lambda p, q: 1), "a rejected token is replaced"),
     (lambda *a: emitted(*a, ratio=lambda p, q: q / p), "the token is accepted"),
-    (lambda *a: emitted(*a, left=lambda p, q: q), "on one example you return"),
-    (lambda *a: emitted(*a)[None], "a tensor of shape (5,)"),
 ]
 
 TOKENS = [
@@ -298,7 +292,6 @@ ROUNDING = [
     (rounding, "well done"),
     (lambda w, bits: rounding(w.T, bits).T, "a scale for each column"),
     (lambda w, bits: rounding(w, 6), "on one example you return"),
-    (lambda w, bits: w[0], "a tensor of shape (6, 9)"),
 ]
 
 BYTES = [(lambda t, s: 4 * (t + s) + 3 * 4 * s, "well done")]

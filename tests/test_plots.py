@@ -202,8 +202,3 @@ def test_the_prompt_box_shows_that_it_writes(monkeypatch, teacher, tokenizer):
 )
 def test_a_continuation_is_set_off_from_its_prompt_and_says_what_was_cut(prompt, text, expected):
     assert expected in explorers.continuation(prompt, text)
-
-
-def test_an_error_of_the_users_is_one_line_in_a_notebook():
-    error = kd.InputError("temperature is -1; it must be a positive, finite number")
-    assert error._render_traceback_() == [f"InputError: {error}"]
