@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -11,20 +12,19 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
-ROOT = Path(__file__).parent
-STORY = ROOT / "willows_kd" / "assets" / "sample_story.txt"
 DEAD_END = "http://127.0.0.1:9"  # nothing listens on the discard port
+FOLDER = tempfile.TemporaryDirectory()  # removed when the process ends
 
-sys.path.append(str(ROOT / "tests"))
-from notebook_runs import FEW, dial  # noqa: E402
+sys.path.append(str(Path(__file__).parent / "tests"))
+from notebook_runs import FEW, dial, short_book  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks find the sample story, few blocks and no network; all cells run, but quickly."""
+    """Notebooks find a short book, few blocks and no network; all cells run, but quickly."""
     cells = [item.cell for item in items if getattr(item, "cell", None) is not None]
     if not cells:
         return
-    os.environ.setdefault("WILLOWS_KD_CORPUS", str(STORY))
+    os.environ.setdefault("WILLOWS_KD_CORPUS", str(short_book(Path(FOLDER.name))))
     os.environ.update(HF_HUB_OFFLINE="1", HTTPS_PROXY=DEAD_END, HTTP_PROXY=DEAD_END)
     os.environ["NO_PROXY"] = "localhost,127.0.0.1"  # this machine is no network
     for cell in cells:

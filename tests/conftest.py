@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from nbclient import NotebookClient
+from notebook_runs import short_book
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import willows_kd as kd
@@ -103,6 +105,20 @@ def model_dir(teacher, tokenizer, tmp_path):
     teacher.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run_notebook(tmp_path, monkeypatch):
+    """A function that runs a notebook in an empty folder, on the short book, without a network."""
+    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(short_book(tmp_path)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    here = {"kernel_name": "python3", "resources": {"metadata": {"path": str(tmp_path)}}}
+
+    def run(notebook, **settings):
+        NotebookClient(notebook, timeout=600, **here, **settings).execute()
+        return notebook
+
+    return run
 
 
 def shake(model, seed: int = 1):

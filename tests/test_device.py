@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
-from nbclient import NotebookClient
-from notebook_runs import NOTEBOOKS, SERIES, small
+from notebook_runs import SERIES, small
+from test_cli import shorten
 
 import willows_kd as kd
 from conftest import logits
 
 REAL = torch.cuda.is_available()
-SAMPLE_STORY = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
 # Each device has kernels of its own, which round in their own way. The teacher here is nearly
 # uniform and its student nearly the same, so a KL is a small difference of large numbers: float32
 # is then up to some 1e-4 from float64 by either route.
@@ -167,10 +166,11 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_gives_there_what_it_gives_on_the_cpu_and_moves_no_model(
-    name, gpu, make_gpt2, tokenizer, blocks, ids, tmp_path
+    name, gpu, make_gpt2, tokenizer, blocks, ids, tmp_path, monkeypatch
 ):
     if REAL and name in DRAWN:
         pytest.skip("a real device draws its own random numbers")
+    shorten(monkeypatch)  # each operation of the pretended GPU is slow
     found = []
     for device in (gpu, torch.device("cpu")):
         teacher = make_gpt2().to(device)
@@ -220,17 +220,11 @@ def test_an_export_leaves_the_model_where_it_was(gpu, make_gpt2, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(SAMPLE_STORY))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_notebook(path, run_notebook):
     notebook = small(path)
     if not REAL:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(PRETEND))
-    here = {"metadata": {"path": str(tmp_path)}}
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources=here, allow_errors=True
-    )
-    client.execute()
+    run_notebook(notebook, allow_errors=True)
     assert errors(notebook) == []
 
 

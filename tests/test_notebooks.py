@@ -6,10 +6,9 @@ import re
 import nbformat
 import pytest
 from check_notebooks import problems
-from nbclient import NotebookClient
-from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, stderr, twice
+from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, small, stderr, twice
 
-SAMPLE_STORY = NOTEBOOKS.parent / "willows_kd" / "assets" / "sample_story.txt"
+DIALLED = [path for path in SERIES if '"TEMPERATURE = ' in path.read_text(encoding="utf-8")]
 
 
 def test_notebooks_are_numbered_in_order_and_each_has_solutions():
@@ -67,10 +66,11 @@ def test_the_map_has_every_notebook():
 @pytest.mark.slow
 @pytest.mark.skipif("COLAB_PYTHON" in os.environ, reason="test_colab.py does the same there")
 @pytest.mark.parametrize("path", SERIES, ids=lambda path: path.stem)
-def test_cells_run_twice_hot_and_mixed(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("WILLOWS_KD_CORPUS", str(SAMPLE_STORY))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    here = {"metadata": {"path": str(tmp_path)}}
-    notebook = twice(path)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=here).execute()
-    assert stderr(notebook) == ""
+def test_cells_run_twice_hot_and_mixed(path, run_notebook):
+    assert stderr(run_notebook(twice(path))) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", DIALLED, ids=lambda path: path.stem)
+def test_a_notebook_runs_with_the_dial_low(path, run_notebook):
+    assert stderr(run_notebook(small(path, TEMPERATURE=0.5, ALPHA=1.0))) == ""
