@@ -16,7 +16,7 @@ DEAD_END = "http://127.0.0.1:9"  # nothing listens on the discard port
 FOLDER = tempfile.TemporaryDirectory()  # removed when the process ends
 
 sys.path.append(str(Path(__file__).parent / "tests"))
-from notebook_runs import FEW, dial, short_book  # noqa: E402
+from notebook_runs import FEW, QUICK, dial, short_book  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -28,5 +28,8 @@ def pytest_collection_modifyitems(items):
     os.environ.update(HF_HUB_OFFLINE="1", HTTPS_PROXY=DEAD_END, HTTP_PROXY=DEAD_END)
     os.environ["NO_PROXY"] = "localhost,127.0.0.1"  # this machine is no network
     for cell in cells:
-        if "parameters" in cell.metadata.get("tags", []):
+        tags = cell.metadata.get("tags", [])
+        if "set-up" in tags:
+            cell.source += QUICK
+        if "parameters" in tags:
             cell.source += f"\n{dial(cell.source, **FEW)}"

@@ -329,19 +329,12 @@ QUALITY = ["perplexity", "bits_per_byte", "calibration_error", "kl_to_teacher", 
 COSTS = ["parameters", "disk_mb", "memory_mb", "forward_ms", "token_ms"]
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Tables without the time that speed takes."""
-
+def test_a_model_is_one_row_compared_with_the_first(model, teacher, blocks, tokenizer, monkeypatch):
     def latency(models, ids):
         assert ids.shape == (1, 32)
         return dict.fromkeys(models, {"forward": 0.5, "per_token": 0.25})
 
     monkeypatch.setattr(evaluation, "latency", latency)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_model_is_one_row_compared_with_the_first(model, teacher, blocks, tokenizer):
     models, texts = {"teacher": teacher, "model": model}, {"a licence": blocks.train[:3]}
     table = kd.compare(models, blocks, tokenizer, texts)
     assert table.index.tolist() == ["teacher", "model"]
@@ -356,9 +349,7 @@ def test_a_model_is_one_row_compared_with_the_first(model, teacher, blocks, toke
     assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
     assert (row["forward_ms"], row["token_ms"]) == (500, 250)
     shown = kd.as_markdown(table).splitlines()
-    assert len(shown) == 2 + len(table.columns) and "|  " not in "".join(shown[1:]).replace(
-        " " * 4, ""
-    )
+    assert len(shown) == 2 + len(table.columns)
     assert shown[-1].split("|")[1].strip() == "perplexity on a licence"
 
 

@@ -33,7 +33,6 @@ from willows_kd.models import (
     BUNDLED_TEACHER,
     check_context,
     check_same_tokenizer,
-    common_vocabulary,
     load_tokenizer,
 )
 
@@ -226,28 +225,6 @@ def test_a_student_of_another_vocabulary_is_refused(tokenizer, model_dir, swap_w
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(kd.InputError, match=f"{len(tokenizer)} tokens.* {len(tokenizer) - 1}$"):
         kd.load_student(model_dir, tokenizer, "cpu")
-
-
-@pytest.mark.parametrize(("more", "also"), [(1, 0), (192, 64), (1, 300)])
-def test_heads_of_different_sizes_are_compared_over_the_common_tokens(
-    more, also, make_gpt2, tokenizer, blocks
-):
-    """As after adding a [PAD], or with heads padded to different multiples."""
-    known = len(tokenizer)
-    teacher = make_gpt2(1, vocab_size=known + more)
-    student = make_gpt2(1, seed=1, vocab_size=known + also)
-    common = known + min(more, also)
-    assert common_vocabulary(teacher, student) == common
-    ids = blocks.train[:4]
-    some = replace(blocks, train=ids, validation=ids)
-    said = f"predict {known + more} and {known + also} tokens: the loss is over the first {common}"
-    with pytest.warns(UserWarning, match=said):
-        rate = kd.DistillConfig(epochs=1, learning_rate=1e-9)
-        [row] = kd.distill(teacher, student, some, rate)
-    p, q = (logits(m, ids)[:, :-1, :common].log_softmax(-1) for m in (teacher, student))
-    expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert row["soft_loss"] == pytest.approx(expected, rel=1e-4)
-    assert row["validation_kl"] == pytest.approx(expected, rel=0.2)  # in windows
 
 
 def test_a_token_beyond_the_embeddings_is_refused_before_anything_is_done(teacher, blocks, padded):
