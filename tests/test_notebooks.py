@@ -33,20 +33,6 @@ def test_solutions_end_by_asserting_that_every_check_is_satisfied():
         assert re.search(r"^assert (done_1( and done_\d)*|all\(checks\))$", last, re.MULTILINE)
 
 
-def test_links_within_the_project_lead_somewhere():
-    pages = {path: path.read_text(encoding="utf-8") for path in NOTEBOOKS.glob("*.md")}
-    for path in SERIES + SOLUTIONS:
-        cells = nbformat.read(path, as_version=4).cells
-        pages[path] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    dead = [
-        (path.name, target)
-        for path, text in pages.items()
-        for target in re.findall(r"\]\(([^)#\s]+)", text)
-        if not target.startswith("http") and not (path.parent / target).exists()
-    ]
-    assert dead == []
-
-
 def test_each_paper_to_read_is_a_link():
     for path in SERIES:
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]

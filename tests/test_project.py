@@ -8,8 +8,9 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import nbformat
 import yaml
-from setuptools import find_namespace_packages
+from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS
 
 import willows_kd as kd
 
@@ -78,14 +79,6 @@ def test_what_the_package_imports_is_required():
     required |= {"peft"}  # optional: imported only if an adapter is loaded
     required |= {requirement.split(">=")[0] for requirement in GROUPS["export"]}  # or exported
     assert {name: outside(name) - required for name in FILES if outside(name) - required} == {}
-
-
-def test_every_folder_of_code_is_packaged():
-    folders = {file.parent.relative_to(ROOT) for file in FILES.values()}
-    found = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
-    packages = find_namespace_packages(str(ROOT), include=found["include"])
-    assert {".".join(folder.parts) for folder in folders} <= set(packages)
-    assert {name.split(".")[0] for name in packages} == {"willows_kd"}
 
 
 def test_all_that_ships_is_packaged():
@@ -183,12 +176,15 @@ def test_the_readme_begins_with_the_two_commands_that_work():
 
 
 def test_links_from_page_to_page_lead_somewhere():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-    links = [
-        (page, link)
-        for page in pages
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
-        if "://" not in link
+    markdown = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *NOTEBOOKS.glob("*.md")]
+    pages = {path: path.read_text(encoding="utf-8") for path in markdown}
+    for path in SERIES + SOLUTIONS:
+        cells = nbformat.read(path, as_version=4).cells
+        pages[path] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    dead = [
+        (path.name, link)
+        for path, text in pages.items()
+        for link in re.findall(r"\]\(([^)#\s]+)", text)
+        if "://" not in link and not (path.parent / link).exists()
     ]
-    assert links
-    assert [(page, link) for page, link in links if not (page.parent / link).exists()] == []
+    assert dead == []
