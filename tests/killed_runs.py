@@ -29,12 +29,12 @@ POINTS = {
     "a checkpoint has no name": ("before", os, "replace", "step_", 3),
     "older checkpoints are still there": ("after", os, "replace", "step_", 3),
     "an older checkpoint is removed": ("after", os, "unlink", "step_", 2),
-    "the output is half written": ("before", Path, "write_bytes", "history.csv", 1),
+    "the output is half written": ("before", Path, "write_text", "history.csv", 1),
     "the output is not on the disk": ("before", os, "fsync", "model.safetensors", 1),
-    "the earlier output stands aside": ("after", os, "rename", ".replaced", 1),
-    "the earlier output is to be put back": ("before", os, "rename", ".replaced", 1),
-    "the earlier output is put back": ("after", os, "rename", ".replaced", 1),
-    "the output is in its place": ("after", os, "rename", ".partial", 1),
+    "the earlier output stands aside": ("after", os, "rename", ".partial/old", 1),
+    "the earlier output is to be put back": ("before", os, "rename", ".partial/old", 1),
+    "the earlier output is put back": ("after", os, "rename", ".partial/old", 1),
+    "the output is in its place": ("after", os, "replace", "/.killed.", 1),
     "a checkpoint is cleared": ("after", os, "unlink", "step_", 1),
 }
 RANDOM_KILLS = 2

@@ -110,7 +110,7 @@ BAD_COMMANDS = [
     (DISTILL + "--checkpoint_minutes nan", "checkpoint minutes are nan; they must be at least 0"),
     (DISTILL + "--device meta", "device meta cannot be used here"),
     # models
-    (DISTILL + "--block_size 129", "block_size is 129; this model takes 2 to 128"),
+    (DISTILL + "--block_size 129", "block_size is 129; these models take 2 to 128"),
     (DISTILL + "--layers 5", "layers is 5; this teacher allows 1 to 4"),
     (DISTILL + "--layers 2 --student {narrow}", "leave out --student"),
     (DISTILL + "--init last", "'last' is none of auto, spaced, first, influence, contiguous"),
@@ -122,9 +122,8 @@ BAD_COMMANDS = [
     (DISTILL + "--dataset_path {place}/missing.txt", "missing.txt does not exist"),
     (DISTILL + "--dataset_path {place}/short.txt", "too short"),
     # where the student goes
-    (DISTILL + "--output_dir {place}/folder", "no distillation wrote"),
+    (DISTILL + "--output_dir {place}/folder", "holds other files; choose another"),
     (DISTILL + "--output_dir {place}/student --resume", "holds a student (20"),
-    (DISTILL + "--output_dir {place}/short.txt/below/student", "cannot be written"),
     (DISTILL + "--overwrite --output_dir {place}/short.txt", "is a file"),
     (DISTILL + "--overwrite --output_dir /", "root of a disk"),
     (DISTILL + "--overwrite --output_dir {teacher}", "would be replaced"),
@@ -137,7 +136,7 @@ BAD_COMMANDS = [
     ("generate {narrow} --top_k -1", "0 for all tokens"),
     ("compare {narrow}", "at least two models"),
     ("compare {narrow} {narrow}", "each once"),
-    ("compare {narrow} {teacher} --block_size 65", "this model takes 2 to 64"),
+    ("compare {narrow} {teacher} --block_size 65", "these models take 2 to 64"),
     ("export {narrow} --to pickle --output_dir {new}", "invalid choice: 'pickle'"),
     ("export {narrow} --to gguf --output_dir {place}/student", "holds a student"),
     ("export {narrow} --to gguf --output_dir {place}/folder", "add --overwrite"),

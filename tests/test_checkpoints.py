@@ -303,6 +303,7 @@ def test_a_lock_ends_with_an_error_and_leaves_all_other_files(tmp_path):
             pass  # the same folder, by another name
         assert (folder / LOCK).exists()
         raise ZeroDivisionError
+    (tmp_path / "new").rmdir()  # empty
     (tmp_path / ".step_00000001.safetensors.0123abcd.partial").mkdir()  # of a killed run
     with Checkpoints(tmp_path).locked():
         pass

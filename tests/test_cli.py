@@ -150,8 +150,9 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
         "🔍 Loading student model (half)...",
         f"📚 Loading dataset from: {place / 'text.txt'}",
         "⚙️ Tokenizing dataset...",
-        "✂️ The student keeps layers 0,3 of the teacher's 4 (spaced)",
-        "   Its perplexity before training:",
+        "✂️ Perplexity before training, if layers are chosen so:",
+        "   spaced",
+        "✂️ The student keeps layers 0,3 of the teacher's 4",
         f"⚠️ {UNTRAINED}",
         "🚀 Starting distillation training...",
         f"⚠️ Skipping empty input batch... ({SURPLUS} empty lines or rows)",
@@ -163,13 +164,13 @@ def test_a_good_run_says_what_it_does_in_order(good_run, place):
     ]
     assert good_run.code == 0
     for line, begin in zip(good_run.out, expected, strict=False):
-        assert re.sub(r"(?<=training:) [\d.,]+$", "", line) == begin
+        assert re.sub(r"(?<=spaced) [\d.,]+$", "", line) == begin
     assert len(averages) == 2
     end = good_run.out.index("Measured on the held-out test text of text,")
     head, *rows = good_run.out[len(expected) : end - 1]
     assert re.split("  +", head.strip()) == ROWS
     assert len(rows) > 5 and all(len(row) <= 80 for row in rows)
-    assert good_run.out[end + 1].startswith("with ")  # and on a busy machine a warning
+    assert re.fullmatch(r"on \d+ cores, device cpu, threads: \d+\.", good_run.out[end + 1])
 
 
 def test_an_output_directory_holds_the_model_and_how_it_was_made(good_run, place):
@@ -200,8 +201,8 @@ def test_the_model_card_holds_the_settings_and_the_table_that_was_shown(good_run
     card = (good_run.folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "- temperature: 1.0\n" in card
-    assert f"{UNTRAINED}.\n" in card
-    assert ", 2 epochs on " in card
+    assert f"- untrained_positions: {UNTRAINED}\n" in card
+    assert "- epochs_finished: 2\n" in card
     table = [line.split("|")[1:-1] for line in card.splitlines() if line.startswith("|")]
     assert [name.strip() for name in table[0][1:]] == ROWS
     lines = (re.split("  +", line.strip(), maxsplit=1) for line in good_run.out)
@@ -249,13 +250,16 @@ def test_the_text_may_be_written_by_the_models(distil, good_run, tmp_path, writt
 def test_options_are_used_and_written_down_and_auto_takes_the_faster_dtype(
     distil, tmp_path, monkeypatch, capsys
 ):
-    timed = commands.step_seconds
+    real = commands.distill
 
-    def step_seconds(job, dtype):
-        assert timed(job, dtype) > 0
-        return {"float32": 2.0, "bfloat16": 1.0}[dtype]
+    def timed(teacher, student, blocks, config, **more):
+        history = real(teacher, student, blocks, config, **more)
+        if "checkpoints" not in more:  # it is tried how fast a step is
+            for row in history:
+                row["seconds"] = {"float32": 2, "bfloat16": 1}[config.dtype] * row["step"] ** 2
+        return history
 
-    monkeypatch.setattr(commands, "step_seconds", step_seconds)
+    monkeypatch.setattr(commands, "distill", timed)
     changes = {"temperature": 3.5, "divergence": "jensen_shannon", "batch_size": 4, "seed": 3}
     changes |= {"alpha": 0.25, "block_size": 16, "gradient_checkpointing": True}
     options = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
@@ -295,10 +299,8 @@ def test_the_best_start_among_the_affordable_is_taken(make_gpt2, blocks, capsys)
     kept = commands.layers_of_student(SimpleNamespace(layers=2, init=None), teacher, blocks.train)
     table = kd.choose_layers(teacher, 2, blocks.train[::3])
     best, *others = table.drop("greedy").index  # which would read more than an epoch's blocks
-    said = capsys.readouterr().out
     assert kept == table["layers"][best]
-    assert f"of the teacher's 4 ({best})\n" in said
-    assert re.findall(r"(?:choices: |, )([a-z]+) [\d.]+", said) == others
+    assert re.findall(r"([a-z]+) [\d.]+", capsys.readouterr().out) == [best, *others]
 
 
 def test_a_teacher_with_gpt2s_vocabulary_asks_for_distilgpt2(place, tmp_path, capfd, monkeypatch):
@@ -527,11 +529,11 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint_and_resume_saves_th
 
 
 def test_what_killed_runs_left_is_tidied_up(distil, place, tmp_path):
-    shutil.copytree(place / "student", tmp_path / ".student.1.partial")
-    shutil.copytree(place / "student", tmp_path / ".student.1.replaced")  # between two renames
-    (tmp_path / ".students.1.partial").mkdir()  # another's
+    (tmp_path / ".students.12345678.partial").mkdir()  # another's
+    moved = tmp_path / ".student.12345678.partial" / "old"
+    shutil.copytree(place / "student", moved)  # killed between two renames
     assert distil("--dataset_path", "missing.txt") == 2
-    assert names(tmp_path) == {"student", ".students.1.partial"}
+    assert names(tmp_path) == {"student", ".students.12345678.partial"}
     assert names(tmp_path / "student") == {"distillation.json"}
 
 
@@ -569,10 +571,3 @@ def test_the_script_at_the_root_and_the_package_are_the_command(script, tmp_path
     done = process(*script, "--epochs", "0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: epochs is 0; it must be a whole number, at least 1\n"
-
-
-def test_a_student_whose_settings_are_damaged_is_not_replaced_unasked(place, tmp_path, capsys):
-    (tmp_path / "distillation.json").write_text("{")
-    command = ["export", str(place / "narrow"), "--to", "gguf", "--output_dir", str(tmp_path)]
-    assert run(command) == 2
-    assert "a student (of unknown settings)" in capsys.readouterr().err

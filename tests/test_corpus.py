@@ -94,18 +94,13 @@ LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
         ("One\nday.\n \t\nIt\nrained.", "One day.\n\nIt rained."),  # wrapped by hand
         ("  One  day\nit\train_ed.\n\nSo.", "One day it rain_ed.\n\nSo."),
         ("So:\n\n  One\n    Two,\n\nand sat\ndown.", "So:\n\nOne\nTwo,\n\nand sat down."),  # verse
-        ("One.\n\n[Illustration: A\n\nbed]\n\n * * *\n\nTwo {12}[Pg 13].", "One.\n\nTwo ."),
+        ("One.\n\n[Illustration: A\n\nbed]\n\n * * *\n\nTwo {12}.", "One.\n\nTwo ."),
         ("It was _very_ wet, _far\ntoo_ wet.\n\nSo.", "It was very wet, far too wet.\n\nSo."),
         (f"One.\n\n_{LONG_LINE}_\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo."),
         (
             "I. FOG\n\nSo.\n\nII. RAIN\n\nSo.",
             "I. FOG\n\nSo.\n\nII. RAIN\n\nSo.",
         ),
-        (
-            "---\ntitle: Fog\ntags:\n- wet\n---\n\nSo.\n\n---\n\nNo.",
-            "So.\n\n---\n\nNo.",
-        ),
-        ("---\n\nIt rained: so.\n\n---\n\nSo.", "---\n\nIt rained: so.\n\n---\n\nSo."),
     ],
 )
 def test_text_is_cleaned_and_is_one_text(raw, clean):
@@ -517,9 +512,13 @@ def test_a_first_token_that_a_template_writes_stands_once(tokenizer):
 @pytest.mark.parametrize(
     ("template", "messages", "problem"),
     [
-        (None, CHAT, "no chat template, which rows with messages need"),
-        ("{{ raise_exception('no\n system') }}", CHAT, "template refuses a row: no system"),
-        ("{{ messages | length }}", CHAT, "writes a chat otherwise once it is answered"),
+        (None, CHAT, "chat_template is not set"),
+        (
+            "{{ raise_exception('no\n system') }}",
+            CHAT,
+            r"template refuses a row \(no system\); .* give rows",
+        ),
+        ("{{ messages | length }}", CHAT, "rewrites a chat once it is answered; .* give rows"),
         (TEMPLATE, CHAT[:1], "has no answer"),
     ],
 )

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from willows_kd.errors import InputError, WriteError
 from willows_kd.files import (
     SETTINGS_FILE,
-    atomic_directory,
-    atomic_file,
+    atomic_write,
     cache_folder,
     check_output,
     checksum,
@@ -23,12 +22,13 @@ from willows_kd.files import (
 
 
 def write_file(path: Path, text: str) -> None:
-    with atomic_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text)
 
 
 def write_directory(path: Path, text: str) -> None:
-    with atomic_directory(path) as partial:
+    with atomic_write(path) as partial:
+        partial.mkdir()
         (partial / "a").write_text(text)
         (partial / "folder").mkdir()
 
@@ -38,93 +38,92 @@ def texts(folder: Path) -> list[str]:
     return [path.read_text() for path in folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("before", [[], ["old"]], ids=["new", "old"])
+@pytest.mark.parametrize("write", [write_file, write_directory])
 @pytest.mark.parametrize(
-    ("write", "call", "error"),
+    ("call", "error"),
     [
-        (write_file, "mkdir", OSError(28, "No space left on device")),
-        (write_file, "fsync", OSError(28, "No space left on device")),
-        (write_file, "replace", KeyboardInterrupt()),
-        (write_directory, "mkdir", KeyboardInterrupt()),
-        (write_directory, "fsync", OSError(28, "No space left on device")),
-        (write_directory, "rename", OSError(28, "No space left on device")),
+        ("mkdir", KeyboardInterrupt()),
+        ("fsync", OSError(28, "No space left on device")),
+        ("replace", OSError(28, "No space left on device")),
+        ("replace", KeyboardInterrupt()),
     ],
 )
-def test_a_write_that_fails_leaves_what_was_there(
-    before, write, call, error, tmp_path, monkeypatch
-):
-    path = tmp_path / "new" / "work"
-    for text in before:
-        write(path, text)
-    real, failures = getattr(os, call), [error]
+def test_a_write_that_fails_leaves_what_was_there(write, call, error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
 
-    def fail_once(*arguments):  # and then put back what was there
-        if failures and not str(arguments[-1]).endswith(".replaced"):  # that has been moved aside
-            raise failures.pop()
-        return real(*arguments)
-
-    monkeypatch.setattr(os, call, fail_once)
     expected = WriteError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected, match=getattr(error, "strerror", None)):
-        write(path, "half")
-    assert texts(tmp_path) == before
-    if write is write_directory and not before:
-        assert not path.parent.exists()  # which was made for it
-    write(path, "whole")
+    for before in ([], ["old"]):
+        for text in before:
+            write(tmp_path / "work", text)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(expected, match=getattr(error, "strerror", None)):
+                write(tmp_path / "work", "half")
+        assert texts(tmp_path) == before
+    write(tmp_path / "work", "whole")
     assert texts(tmp_path) == ["whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
 def test_the_error_is_one_line_that_names_the_place(tmp_path):
     (tmp_path / "file").touch()
-    for write in (write_file, write_directory):
-        with pytest.raises(WriteError, match="cannot be written: Not a directory") as raised:
-            write(tmp_path / "file" / "below", "")
-        assert str(raised.value).startswith(str(tmp_path / "file" / "below"))
-    lines = pytest.raises(WriteError, match="cannot be written: no such type$")
-    with lines, atomic_file(tmp_path / "weights"):
+    with pytest.raises(WriteError, match="file/below cannot be written: File exists$"):
+        write_file(tmp_path / "file" / "below", "")
+    lines = pytest.raises(WriteError, match="weights cannot be written: no such type$")
+    with lines, atomic_write(tmp_path / "weights"):
         raise SafetensorError("no such\n  type")
 
 
 @pytest.mark.parametrize("replaced_too", [False, True])
 def test_what_a_killed_process_left_is_restored_or_removed(replaced_too, tmp_path):
-    work, neighbour = tmp_path / "work[1]", tmp_path / ".work1.00ff.partial"
-    neighbour.mkdir()
-    for name in (".work[1].00ff.replaced", ".work[1].00ff.partial"):
-        write_directory(tmp_path / name, "old")
+    work, left = tmp_path / "work[1]", tmp_path / ".work[1].12345678.partial"
+    others = [tmp_path / f".{name}.12345678.partial" for name in ("work1", "work[1].more")]
+    for other in others:
+        other.mkdir()
+    write_directory(left / "old", "old")
+    write_directory(left / "new", "half")
     if replaced_too:
         write_directory(work, "new")
-    clean_up_interrupted_writes(work)
+    clean_up_interrupted_writes(tmp_path, "work[[]1]")
     assert (work / "a").read_text() == ("new" if replaced_too else "old")
-    assert sorted(tmp_path.iterdir()) == sorted([work, neighbour])
+    assert sorted(tmp_path.iterdir()) == sorted([work, *others])
 
 
 def test_the_directory_may_be_the_current_one(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
-    (tmp_path / ".work.00ff.partial").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    clean_up_interrupted_writes(Path("."))
     write_directory(Path("."), "new")
     assert list(tmp_path.iterdir()) == [tmp_path / "work"]
     assert texts(tmp_path) == ["new"]
 
 
-def test_an_output_directory_is_new_empty_ours_or_to_be_replaced(tmp_path, monkeypatch):
+def test_an_output_directory_is_new_or_empty_or_to_be_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file, theirs, ours = Path("file"), Path("theirs"), Path("ours")
-    file.touch()
-    for folder, name in ((theirs, "notes"), (ours, SETTINGS_FILE)):
-        folder.mkdir()
-        (folder / name).touch()
+    for name, text in {"theirs/notes": "", f"ours/{SETTINGS_FILE}": '{"temperature": 2}'}.items():
+        Path(name).parent.mkdir()
+        Path(name).write_text(text)
+    Path("file").touch()
     Path("empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    for good in ("new", "new/below", "empty", "ours"):
+    for good in ("new", "new/below", "empty"):
         check_output(good)
-    check_output(theirs, overwrite=True)
-    refused = [(file, "is a file"), ("/", "the root of a disk"), (theirs, "no distillation wrote")]
-    for directory, said in [*refused, (file / "new", "cannot be written: Not a directory")]:
+    check_output("theirs", overwrite=True)
+    for directory, said in {
+        "file": "is a file",
+        "/": "the root of a disk",
+        "theirs": "theirs holds other files; .*add --overwrite",
+        "ours": r"ours holds a student \(20\d\d-\d\d-\d\d \d\d:\d\d, T = 2, epochs: unknown\)",
+        "file/new": "cannot be written: Not a directory",
+        "Sch\udcc3ler": "cannot be written: .*surrogates",  # a byte that is no UTF-8
+    }.items():
         with pytest.raises(InputError, match=said):
             check_output(directory)
     assert sorted(tmp_path.rglob("*")) == before
+    for damaged in ("", "{", "[1]"):
+        Path("ours", SETTINGS_FILE).write_text(damaged)
+        with pytest.raises(InputError, match="a student .*, T = unknown"):
+            check_output("ours")
 
 
 def test_tensors_are_read_as_they_were_written_and_damaged_ones_not_at_all(tmp_path):

@@ -66,7 +66,7 @@ def test_the_book_is_kept_without_its_licence_and_not_fetched_again(site):
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        (HTML, "not the twelve chapters"),
+        (HTML, "is HTML"),
         (book_of(WILLOWS_TITLES[1:]).encode(), "not the twelve chapters"),
         (BODY[: BODY.index(END.encode())], "not the twelve chapters"),  # without its last pages
         (BODY + bytes(texts.SIZE_LIMIT), "more than"),

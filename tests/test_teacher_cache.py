@@ -203,7 +203,7 @@ def test_a_stopped_run_goes_on_where_it_stopped_and_a_damaged_shard_alone_is_mad
         kd.cache_teacher(teacher, blocks, folder=again, samples=3)
     first, second = files(again)
     assert [file.read_bytes() for file in files(again)] == whole[:2]
-    (first.parent / ".000002.safetensors.12345.partial").mkdir()  # half written
+    (first.parent / ".000002.safetensors.12345678.partial").mkdir()  # half written
     second.write_bytes(whole[1][: len(whole[1]) // 2])
     made = first.stat().st_mtime_ns
     teacher.transformer._forward_pre_hooks.clear()

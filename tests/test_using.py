@@ -63,7 +63,7 @@ def test_compare_prints_the_table(compare, capsys):
     assert head.split() == ["large", "small"]
     from_itself, from_large = rows["KL from the teacher (nats per token)"].split()
     assert from_itself == "0.000" and float(from_large) > 0
-    assert "\nMeasured on the held-out test text of text,\nwith " in said.out
+    assert "\nMeasured on the held-out test text of text,\non " in said.out
     assert "Traceback" not in said.err
 
 

@@ -5,6 +5,7 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,9 @@ def split(corpus: Corpus) -> Splits:
         validation, test = max(0, len(texts) - 2 * tenth), len(texts) - tenth
         return Splits(texts[:validation], texts[validation:test], texts[test:])
     whole = BETWEEN_TEXTS.join(texts)
-    validation, test = (place_of(whole, share) for share in (0.8, 0.9))
-    parts = (whole[:validation], whole[validation:test], whole[test:])
-    stripped = ([text.strip() for text in part.split(BETWEEN_TEXTS)] for part in parts)
-    return Splits(*([text for text in part if text] for part in stripped))
+    ends = [0, place_of(whole, 0.8), place_of(whole, 0.9), len(whole)]
+    parts = (whole[start:end].split(BETWEEN_TEXTS) for start, end in pairwise(ends))
+    return Splits(*([text.strip() for text in part if text.strip()] for part in parts))
 
 
 def place_of(text: str, share: float) -> int:
@@ -223,6 +223,8 @@ def encode(text: str, tokenizer) -> list[int]:
 
 # -- chats -----------------------------------------------------------------------------
 
+NO_CHATS = "take the tokenizer of a model for chats, or give rows with prompt and completion"
+
 
 def tokenize_chats(
     rows: Iterable[dict], tokenizer, width: int
@@ -253,11 +255,6 @@ def turns_of(row: dict, tokenizer) -> list[tuple[str, bool]]:
     if "messages" not in row:
         answer = row["completion"] + (tokenizer.eos_token or "")
         return [(row["prompt"] or "", False), (answer, True)]
-    require(
-        tokenizer.chat_template is not None,
-        "the tokenizer has no chat template, which rows with messages need; take that of a model "
-        "for chats, or give rows with prompt and completion",
-    )
     # a table has every key in every row
     messages = [{k: v for k, v in m.items() if v is not None} for m in row["messages"]]
     pieces, seen = [], ""
@@ -267,8 +264,7 @@ def turns_of(row: dict, tokenizer) -> list[tuple[str, bool]]:
             answered = form(messages[: number + 1], tokenizer).rstrip()
             require(
                 asked.startswith(seen) and answered.startswith(asked),
-                "the tokenizer's chat template writes a chat otherwise once it is answered; give "
-                "rows with prompt and completion",
+                f"the tokenizer's chat template rewrites a chat once it is answered; {NO_CHATS}",
             )
             pieces += [(asked[len(seen) :], False), (answered[len(asked) :], True)]
             seen = answered
@@ -281,5 +277,5 @@ def form(messages: list[dict], tokenizer, **settings) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # what a template raises is its author's choice
-        refused = f"the tokenizer's chat template refuses a row: {one_line(error)}"
+        refused = f"the tokenizer's chat template refuses a row ({one_line(error)}); {NO_CHATS}"
         raise InputError(refused) from error

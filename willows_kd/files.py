@@ -1,22 +1,22 @@
-"""Files that a crash or a full disk cannot spoil: each is written whole or not at all."""
+"""Files and directories that a crash or a full disk cannot spoil: written whole or not at all."""
 
 import contextlib
-import glob
+import json
 import os
 import shutil
 import tempfile
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from willows_kd.errors import InputError, WriteError, one_line, require
+from willows_kd.errors import WriteError, one_line, require
 
-SETTINGS_FILE = "distillation.json"  # marks an output directory as ours
+SETTINGS_FILE = "distillation.json"  # in an output directory: how its student was made
 
 
 def cache_folder() -> Path:
@@ -25,60 +25,47 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to; the file replaces `path` once it is complete on the disk.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a path for a new file or directory; it replaces `path` once it is complete on the disk.
 
     Raises:
-        WriteError: it cannot be written. An earlier file of that name stays.
+        WriteError: it cannot be written. What was at `path` stays.
     """
-    partial = temporary_name(path, "partial")  # a folder, for what the writer may put beside it
+    path = path.resolve()
     with write_errors(path):
-        try:
-            partial.mkdir(parents=True)
-            yield partial / path.name
-            flush_to_disk(partial / path.name)
-            os.replace(partial / path.name, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            ".partial", f".{path.name}.", path.parent, ignore_cleanup_errors=True
+        ) as work:
+            new, old = Path(work) / "new", Path(work) / "old"
+            yield new
+            for file in filter(Path.is_file, (new, *new.rglob("*"))):
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+            try:
+                if path.is_dir():  # in whose place nothing can be put
+                    os.rename(path, old)
+                os.replace(new, path)
+            finally:
+                put_back(old, path)
 
 
-@contextlib.contextmanager
-def atomic_directory(directory: Path) -> Iterator[Path]:
-    """Give a new directory to fill; it replaces `directory` once it is complete on the disk.
+def put_back(old: Path, path: Path) -> None:
+    """Move what had been moved aside to its place again, if nothing new is there."""
+    if old.exists() and not path.exists():
+        os.rename(old, path)
 
-    Raises:
-        WriteError: it cannot be written. An earlier directory of that name stays.
+
+def clean_up_interrupted_writes(folder: Path, names: str = "*") -> None:
+    """Put back what killed processes had moved aside, and remove what they had not finished.
+
+    Args:
+        folder: where they wrote.
+        names: a pattern of the files and directories that no other process may be writing.
     """
-    directory = directory.resolve()
-    partial, replaced = (temporary_name(directory, end) for end in ("partial", "replaced"))
-    created = missing_folders(directory.parent)
-    with write_errors(directory):
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            for file in partial.rglob("*"):
-                flush_to_disk(file)
-            if directory.exists():
-                os.rename(directory, replaced)
-            os.rename(partial, directory)
-        finally:
-            if replaced.exists() and not directory.exists():
-                os.rename(replaced, directory)
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
-            remove_empty(created)
-
-
-def temporary_name(path: Path, ending: str) -> Path:
-    """A hidden name beside a path that no other process uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{ending}")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Return only when a file's bytes are on the disk and no longer in a buffer."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+    for work in folder.glob(f".{names}.????????.partial"):
+        put_back(work / "old", folder / work.name[1:].rsplit(".", 2)[0])
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -86,66 +73,38 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn the error of a failed write into a `WriteError`, one line long."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, UnicodeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
-def missing_folders(folder: Path) -> list[Path]:
-    """A folder and those around it, as far as they do not exist yet, innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Remove those folders that hold nothing."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def clean_up_interrupted_writes(directory: Path) -> None:
-    """Restore a directory that a killed process had moved aside, and remove its partial ones.
-
-    Call it only if no other process may be writing that directory.
-    """
-    directory = directory.resolve()
-    name = glob.escape(directory.name)
-    for replaced in directory.parent.glob(f".{name}.*.replaced"):
-        if not directory.exists():
-            os.rename(replaced, directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-    remove_partial_writes(directory.parent, name)
-
-
-def remove_partial_writes(folder: Path, names: str) -> None:
-    """Remove what killed processes left of files or directories whose names match a pattern."""
-    for partial in folder.glob(f".{names}.*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def check_output(directory: str | Path, overwrite: bool = False) -> None:
-    """Refuse an output directory that is a file, cannot be written or holds other files."""
+    """Refuse an output directory that is a file, holds anything or cannot be written."""
     directory = Path(directory)
     is_file = directory.exists() and not directory.is_dir()
     require(not is_file, f"{directory} is a file; give a directory to write to")
-    is_root = directory.resolve() == Path(directory.resolve().anchor)
-    require(not is_root, f"{directory} is the root of a disk; give a directory below it")
-    try:
-        str(directory.resolve()).encode()
-    except UnicodeEncodeError:  # some libraries cannot write there
-        unread = "has letters that this locale does not know; set the variable PYTHONUTF8=1"
-        raise InputError(f"{ascii(str(directory))} {unread}") from None
-    taken = directory.is_dir() and any(directory.iterdir())
-    require(
-        not taken or overwrite or (directory / SETTINGS_FILE).exists(),
-        f"{directory} holds files that no distillation wrote; "
-        "choose another directory, or add --overwrite to replace it",
-    )
+    is_below = directory.resolve().name
+    require(is_below, f"{directory} is the root of a disk; give a directory below it")
+    held = "" if overwrite else what_it_holds(directory)
+    choice = "choose another directory, or add --overwrite to replace it"
+    require(not held, f"{directory} holds {held}; {choice}")
     parent = next(path for path in directory.absolute().parents if path.exists())
-    try:
+    with write_errors(directory):
+        str(directory.resolve()).encode()  # as libraries written in Rust do
         tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
+
+
+def what_it_holds(directory: Path) -> str:
+    """What is in a directory: a student, when and how it was made, or other files; or nothing."""
+    settings = directory / SETTINGS_FILE
+    if settings.exists():
+        made: dict = {}
+        with contextlib.suppress(ValueError, TypeError):  # of a file that is damaged
+            made = dict(json.loads(settings.read_text(encoding="utf-8")))
+        when = f"{datetime.fromtimestamp(settings.stat().st_mtime):%Y-%m-%d %H:%M}"
+        how = [made.get(name, "unknown") for name in ("temperature", "epochs_finished")]
+        return f"a student ({when}, T = {how[0]}, epochs: {how[1]})"
+    return "other files" if directory.is_dir() and any(directory.iterdir()) else ""
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping = {}) -> None:
@@ -154,7 +113,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping
     Raises:
         WriteError: it cannot be written. An earlier file of that name stays.
     """
-    with atomic_file(path) as partial:
+    with atomic_write(path) as partial:
         told = {name: str(value) for name, value in metadata.items()}
         save_file(tensors, partial, told | {"crc32": str(checksum(tensors))})
 

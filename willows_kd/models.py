@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from willows_kd.errors import InputError, is_integer, one_line, require, type_name
-from willows_kd.files import atomic_directory, check_output
+from willows_kd.files import atomic_write, check_output
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED_TEACHER = ASSETS / "teacher"
@@ -245,13 +245,6 @@ def loading_errors_as_input_errors(name_or_path: str | os.PathLike):
 # -- how many tokens at once -------------------------------------------------------------
 
 
-def check_context(name_or_path: str | os.PathLike, block_size: int) -> None:
-    """Refuse blocks longer than the positions that a model has."""
-    most = max_positions(load_config(name_or_path))
-    fits = block_size >= 2 and (most is None or block_size <= most)
-    require(fits, f"block_size is {block_size}; this model takes 2 to {most or 'any'}")
-
-
 def max_positions(config) -> int | None:
     """How many tokens a model reads at once; None if its config sets no limit."""
     config = config.get_text_config(decoder=True)
@@ -463,21 +456,20 @@ def save_model(
 
     Args:
         model, tokenizer: what to save; LoRA adapters are merged into the weights.
-        directory: where. It may be new, empty, or an earlier output of ours.
+        directory: where. It is new or empty.
         extra: further text files, by name.
-        overwrite: replace a directory even if it is not ours.
+        overwrite: replace what the directory holds.
 
     Raises:
-        InputError: the directory holds other files, or (`WriteError`) cannot be written.
+        InputError: the directory holds something, or (`WriteError`) cannot be written.
     """
     directory = Path(directory)
     check_output(directory, overwrite)
-    with atomic_directory(directory) as partial, quiet_transformers():
+    with atomic_write(directory) as partial, quiet_transformers():
         write_weights(model, partial)
         tokenizer.save_pretrained(partial)
         for name, text in (extra or {}).items():
-            # bytes of a path that a locale without UTF-8 cannot read are surrogates in its text
-            (partial / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+            (partial / name).write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_weights(model, folder) -> None:

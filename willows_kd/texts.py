@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from willows_kd.errors import InputError, one_line, require
-from willows_kd.files import atomic_file, cache_folder
+from willows_kd.files import atomic_write, cache_folder
 
 WILLOWS = "THE WIND IN THE WILLOWS"
 # the titles of their first and last chapters
@@ -50,11 +50,10 @@ def read_file(path: str | os.PathLike, encoding: str | None = None) -> Corpus:
     """Read a text file: the book and the sample story by chapter, any other as one text."""
     path = Path(path)
     try:
-        raw = path.read_bytes()
+        return parse_text(decode(path.read_bytes(), str(path), encoding), path.stem, str(path))
     except OSError as error:
         reason = f"{path} cannot be read: {error.strerror}; give the path of a text file"
         raise InputError(reason) from error
-    return parse_text(decode(raw, str(path), encoding), path.stem, str(path))
 
 
 def decode(raw: bytes, name: str = "the text", encoding: str | None = None) -> str:
@@ -82,32 +81,31 @@ def decode(raw: bytes, name: str = "the text", encoding: str | None = None) -> s
 
 # -- text to chapters ------------------------------------------------------------------
 
-METADATA = re.compile(r"\A---\n[\w-]+:.*?\n---\n", re.DOTALL)  # of a Markdown file
 START_OF_BOOK = re.compile(r"^\*\*\* ?START OF TH.*$", re.MULTILINE)
 END_OF_BOOK = re.compile(r"^\*\*\* ?END OF TH.*$", re.MULTILINE)
 HEADING = re.compile(r"^(?:CHAPTER )?(?:[IVX]+|\d+)\. +([^a-z\n]+)$", re.MULTILINE)
-FURNITURE = re.compile(
-    r"\[Illustration[^\]]*\]|\{\d+\}|\[Pg\s*\d+\]|^[ \t]*(?:[*·•][ \t]*){3,}$", re.MULTILINE
-)
+# of a book: pictures, numbers of pages, and ornaments between paragraphs
+FURNITURE = re.compile(r"\[Illustration[^\]]*\]|\{\d+\}|^[ \t]*(?:[*·•][ \t]*){3,}$", re.MULTILINE)
 EMPHASIS = re.compile(r"(?<!\w)_([^_]+)_(?!\w)")
-PARAGRAPH_BREAK = re.compile(r"\n(?:[^\S\n]*\n)+")
-SURPLUS_BLANK_LINE = re.compile(r"^[^\S\n]*\n(?=[^\S\n]*\n)", re.MULTILINE)
-ODD_SPACES = re.compile(r"\s{2,}|[^\S ]")  # all but one plain space
+PARAGRAPH = re.compile(r"(?:^.*\S.*\n?)+", re.MULTILINE)  # lines that are not blank
+PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 LONGEST_WRAPPED_LINE = 120  # characters: a longer line was never broken by hand
 
 
-def parse_text(raw: str, title: str, provenance: str) -> Corpus:
+def parse_text(text: str, title: str, provenance: str) -> Corpus:
     """Clean a text; cut the book and the sample story into chapters, leave any other whole.
 
-    The metadata with which a Markdown file may begin are left out, and so are Project
-    Gutenberg's front and end matter, and what stands before the book's first chapter.
+    Project Gutenberg's front and end matter is left out, and so is what stands before the
+    book's first chapter.
     """
-    raw = strip_licence(METADATA.sub("", raw)).strip("\n")
-    skipped = sum(1 for _ in SURPLUS_BLANK_LINE.finditer(raw))
-    found, chapters = chapters_of(FURNITURE.sub("", raw))
+    text = strip_licence(text).strip("\n")
+    # all but one of the blank lines between two paragraphs
+    skipped = sum(found[0].count("\n") - 2 for found in PARAGRAPH_BREAK.finditer(text))
+    book, chapters = chapters_of(FURNITURE.sub("", text))
+    del text  # which may be long
     texts = tuple(map(clean, chapters))
     require(all(texts), f"{provenance} holds no text; give a file with a few paragraphs in it")
-    return Corpus(found or title, provenance, texts, skipped)
+    return Corpus(book or title, provenance, texts, skipped)
 
 
 def strip_licence(text: str) -> str:
@@ -130,22 +128,23 @@ def chapters_of(text: str) -> tuple[str | None, list[str]]:
 def clean(text: str) -> str:
     """A text without hand-made line ends, a blank line between its paragraphs."""
     text = text.strip("\n")
-    pieces = PARAGRAPH_BREAK.split(text) if PARAGRAPH_BREAK.search(text) else text.split("\n")
-    return "\n\n".join(paragraph for piece in pieces for paragraph in unwrap(piece))
+    if not PARAGRAPH_BREAK.search(text):  # each line is a paragraph
+        text = text.replace("\n", "\n\n")
+    return "\n\n".join(each for found in PARAGRAPH.finditer(text) for each in unwrap(found[0]))
 
 
 def unwrap(piece: str) -> list[str]:
-    """The paragraphs of a piece of text between two blank lines.
+    """The paragraphs of lines that stand together.
 
     Lines that were broken by hand to fit a page are joined; indented lines (verse)
     keep their breaks; lines too long to have been broken are paragraphs themselves.
     """
-    lines = [line for line in piece.split("\n") if line.strip()]
-    texts = [ODD_SPACES.sub(" ", line.strip()) for line in lines]
+    lines = piece.removesuffix("\n").split("\n")
+    texts = [" ".join(line.split()) for line in lines]
     if not any(len(line) > LONGEST_WRAPPED_LINE for line in lines):
         verse = len(lines) > 1 and all(line[0].isspace() for line in lines)
         texts = [("\n" if verse else " ").join(texts)]
-    return [EMPHASIS.sub(r"\1", text) for text in texts if text]
+    return [EMPHASIS.sub(r"\1", text) for text in texts]
 
 
 # -- the book's download ---------------------------------------------------------------
@@ -174,7 +173,7 @@ def fetch_willows() -> Path:
         except (OSError, HTTPException, ValueError) as error:
             problem = one_line(error)
             continue
-        with atomic_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
         return path
     raise InputError(problem)
@@ -187,8 +186,8 @@ def download_book(url: str) -> str:
         require(answer.url.startswith("https://"), "redirected to an address that is not https")
         raw = answer.read(SIZE_LIMIT + 1)
     require(len(raw) <= SIZE_LIMIT, f"more than {SIZE_LIMIT} bytes")
-    text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    body = re.sub(r"\n{3,}", "\n\n", strip_licence(text)).strip("\n") + "\n"
+    text = decode(raw)
+    body = PARAGRAPH_BREAK.sub("\n\n", strip_licence(text)).strip("\n") + "\n"
     is_whole = END_OF_BOOK.search(text) and chapters_of(body)[0] == WILLOWS
     require(is_whole, "what arrived is not the twelve chapters of the book")
     return body

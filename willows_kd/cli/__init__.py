@@ -10,6 +10,8 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 
 import willows_kd
 from willows_kd.config import (
@@ -30,6 +32,9 @@ exit codes:
   3    a file could not be written, such as on a full disk
   130  stopped by the user; distill --resume continues
 """
+
+
+READ = ("model_dir", "student", "dataset_path")  # options whose paths have to be there
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,11 +76,11 @@ def speaks() -> bool:
 def run(options: argparse.Namespace) -> int:
     """Check the settings, and only then import what does the work."""
     if options.command == "distill":
-        names = {field.name for field in dataclasses.fields(DistillConfig)}
-        settings = {name: value for name, value in vars(options).items() if name in names}
+        names = {each.name for each in dataclasses.fields(DistillConfig)}
+        given = {name: value for name, value in vars(options).items() if name in names}
         if options.dtype == "auto":
-            settings["dtype"] = "float32"  # until it is tried which is faster
-        config = DistillConfig(**settings)
+            given["dtype"] = "float32"  # until it is tried which is faster
+        config = DistillConfig(**given)
         from willows_kd.cli.distill import distill_to_directory
 
         return distill_to_directory(options, config)
@@ -103,12 +108,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args([underscored(word) for word in arguments] or ["--help"])
     for name, value in vars(options).items():
-        if value == "" and name != "prompt":  # such as of a variable that the shell does not know
-            parser.error(f"{name} is empty; leave it out or give a value")
-        if name in ("model_dir", "student", "dataset_path"):
-            for path in value if isinstance(value, list) else [value or "."]:
-                if path.startswith((".", "/", "~")) and not os.path.exists(path):
-                    parser.error(f"{path} does not exist")
+        for given in value if isinstance(value, list) else [value]:
+            if given == "" and name != "prompt":  # as of a variable that the shell does not know
+                parser.error(f"{name} is empty; leave it out or give a value")
+            is_path = name in READ and str(given).startswith((".", "/", "~"))
+            if is_path and not os.path.exists(given):
+                parser.error(f"{given} does not exist")
     return options
 
 
@@ -134,81 +139,79 @@ def init_of(text: str) -> str | list[int]:
 
 # -- options ---------------------------------------------------------------------------
 
+DEVICES = "auto, cpu, cuda, cuda:1, mps ..."
+METAVARS = {str: "NAME", int: "N", float: "X"}
+
+
+def add_option(group, name: str, about: str, default=None, type_=str, **more) -> None:
+    """Add an option whose help ends with its default; one that is False by default is a flag."""
+    if default is False:
+        group.add_argument(f"--{name}", action="store_true", help=about)
+        return
+    if default is not None:
+        about, type_ = f"{about} (default: {default})", type(default)
+    more = {"metavar": METAVARS.get(type_), **more}
+    group.add_argument(f"--{name}", default=default, type=type_, help=about, **more)
+
 
 def add_distill(parser: Parser) -> None:
     """The options of `distill`."""
-    add = parser.add_argument_group("teacher and student").add_argument
-    bundled = "the teacher: a directory or hub name (default: the bundled one)"
-    add("--model_dir", metavar="DIR", help=bundled)
+    add = partial(add_option, parser.add_argument_group("teacher and student"))
     add(
-        "--student",
+        "model_dir",
+        "the teacher: a directory or hub name (default: the bundled one)",
         metavar="DIR",
-        help="half, for half of the teacher's layers, or a directory or hub name "
-        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)",
     )
-    depth = "how many of the teacher's layers the student keeps (default: half)"
-    add("--layers", type=int, metavar="N", help=depth)
-    add(
-        "--init",
-        type=init_of,
-        metavar="WAY",
-        help=f"which layers it keeps: {', '.join(INITS)}, their numbers, such as 0,3,5, or auto, "
-        "which tries all these ways on a few blocks and takes the best (default: auto)",
+    made = (
+        "half, for half of the teacher's layers, or a directory or hub name "
+        "(default: distilgpt2 for a teacher with GPT-2's vocabulary, else half)"
     )
+    add("student", made, metavar="DIR")
+    add("layers", "how many of the teacher's layers the student keeps (default: half)", type_=int)
+    ways = (
+        f"which layers it keeps: {', '.join(INITS)}, their numbers, such as 0,3,5, or auto, "
+        "which tries all these ways on a few blocks and takes the best (default: auto)"
+    )
+    add("init", ways, type_=init_of, metavar="WAY")
     add = add_text(parser)
     written = "train on what the teacher writes from the openings of the text's blocks"
-    add("--teacher_text", action="store_true", help=written)
+    add("teacher_text", written, False)
     settings = dataclasses.fields(DistillConfig)
     loss = [each.name for each in settings].index("epochs")
-    add_settings(parser.add_argument_group("loss"), settings[:loss])
-    group = parser.add_argument_group("training")
-    add_settings(group, settings[loss:])
-    add_device(group)
+    add_settings(partial(add_option, parser.add_argument_group("loss")), settings[:loss])
+    add = partial(add_option, parser.add_argument_group("training"))
+    add_settings(add, settings[loss:])
+    add("device", DEVICES, "auto")
     kept = "run the teacher once and keep its hidden states on disk, for this run and later ones"
-    group.add_argument("--cache_teacher", action="store_true", help=kept)
+    add("cache_teacher", kept, False)
     add = add_output(parser, "the student", default="./wind_in_the_willows_distilled")
-    add("--resume", action="store_true", help="continue a run that was stopped, if there is one")
-    minutes = "between two checkpoints; each epoch ends with one, too (default: 5.0)"
-    add("--checkpoint_minutes", type=float, default=5.0, metavar="MINUTES", help=minutes)
+    add("resume", "continue a run that was stopped, if there is one", False)
+    add("checkpoint_minutes", "between two checkpoints; each epoch ends with one, too", 5.0)
 
 
-def add_settings(group, settings: list[dataclasses.Field]) -> None:
+def add_settings(add: Callable, settings: list[dataclasses.Field]) -> None:
     """The options for those settings of `DistillConfig` that are one value."""
     for each in settings:
-        about, default = described(each), each.default
-        if each.name == "hidden_layers":
-            continue
-        if default is False:
-            group.add_argument(f"--{each.name}", action="store_true", help=about)
-            continue
-        type_ = scalar_type(each)
-        choices = each.metadata["fits"] if type_ is str else None
+        about, type_, more = described(each), scalar_type(each), {}
+        if type_ is str:
+            more["choices"] = each.metadata["fits"]
         if each.name == "dtype":
-            choices = (*choices, "auto")
+            more["choices"] += ("auto",)
             about += "; auto tries both for a few steps and takes the faster"
-        group.add_argument(
-            f"--{each.name}",
-            type=type_,
-            choices=choices,
-            default=default,
-            metavar={str: "NAME", int: "N", float: "X"}[type_],
-            help=about if default is None else f"{about} (default: {default})",
-        )
+        if each.name != "hidden_layers":
+            add(each.name, about, each.default, type_, **more)
 
 
 def add_generate(parser: Parser) -> None:
     """The options of `generate`, with the defaults of `complete`."""
-    add = parser.add_argument
     model = "a model's directory or hub name, or an export to ONNX"
-    add("model_dir", metavar="DIR", help=model)
-    prompt = "The Mole had been"
-    add("--prompt", default=prompt, help=f"what the text begins with (default: {prompt})")
-    add("--max_new_tokens", type=int, default=60, metavar="N", help="tokens to write (default: 60)")
-    warmth = "of sampling; 0 takes the likeliest token (default: 0.8)"
-    add("--temperature", type=float, default=0.8, metavar="X", help=warmth)
-    among = "draw among the N likeliest tokens; 0: among all (default: 50)"
-    add("--top_k", type=int, default=50, metavar="N", help=among)
-    add("--seed", type=int, default=0, metavar="N", help="for the draws (default: 0)")
+    parser.add_argument("model_dir", metavar="DIR", help=model)
+    add = partial(add_option, parser)
+    add("prompt", "what the text begins with", "The Mole had been")
+    add("max_new_tokens", "tokens to write", 60)
+    add("temperature", "of sampling; 0 takes the likeliest token", 0.8)
+    add("top_k", "draw among the N likeliest tokens; 0: among all", 50)
+    add("seed", "for the draws", 0)
 
 
 def add_compare(parser: Parser) -> None:
@@ -216,44 +219,34 @@ def add_compare(parser: Parser) -> None:
     models = "directories or hub names, at least two; the others are compared with the first"
     parser.add_argument("model_dir", metavar="DIR", nargs="+", help=models)
     add_text(parser)
-    add_device(parser)
+    add_option(parser, "device", DEVICES, "auto")
 
 
 def add_export(parser: Parser) -> None:
     """The options of `export`."""
-    add = parser.add_argument
-    add("model_dir", metavar="DIR", help="the model: a directory or hub name")
-    add("--to", required=True, choices=EXPORT_FORMATS, help="the format")
+    parser.add_argument("model_dir", metavar="DIR", help="the model: a directory or hub name")
+    parser.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="the format")
     add_output(parser, "the export", required=True)
 
 
-def add_text(parser: Parser):
+def add_text(parser: Parser) -> Callable:
     """The options for a text and how it is cut; returns the way to add more to them."""
-    add = parser.add_argument_group("text").add_argument
+    add = partial(add_option, parser.add_argument_group("text"))
     text = "a text or a table (default: The Wind in the Willows; offline, the sample story)"
-    add("--dataset_path", metavar="FILE", help=text)
-    column = "column of a table, such as a JSON Lines file, that holds the text"
-    add("--text_column", metavar="NAME", help=column)
-    encoding = "encoding of the text, such as cp1251 (default: UTF-8)"
-    add("--encoding", metavar="NAME", help=encoding)
+    add("dataset_path", text, metavar="FILE")
+    add("text_column", "column of a table, such as a JSON Lines file, that holds the text")
+    add("encoding", "encoding of the text, such as cp1251 (default: UTF-8)")
     longest = f"all that the models read at once, at most {LONGEST_BLOCK:,}"
-    add("--block_size", type=int, metavar="N", help=f"tokens in a block (default: {longest})")
+    add("block_size", f"tokens in a block (default: {longest})", type_=int)
     return add
 
 
-def add_output(parser: Parser, what: str, **more):
+def add_output(parser: Parser, what: str, **more) -> Callable:
     """The options for where something is saved; returns the way to add more to them."""
-    add = parser.add_argument_group("output").add_argument
-    default = f" (default: {more['default']})" if "default" in more else ""
-    add("--output_dir", metavar="DIR", help=f"directory for {what}{default}", **more)
-    add("--overwrite", action="store_true", help="replace what is there")
+    add = partial(add_option, parser.add_argument_group("output"))
+    add("output_dir", f"directory for {what}", metavar="DIR", **more)
+    add("overwrite", "replace what is there", False)
     return add
-
-
-def add_device(parser) -> None:
-    """The option for where models run."""
-    about = "auto, cpu, cuda, cuda:1, mps ... (default: auto)"
-    parser.add_argument("--device", default="auto", metavar="NAME", help=about)
 
 
 COMMANDS = {  # what they do, what they are given, an example, and the function for their options

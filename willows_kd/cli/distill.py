@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
+import math
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, Stopped, WriteError, one_line, require
-from willows_kd.evaluation import as_markdown, compare, number
+from willows_kd.evaluation import LABELS, as_markdown, compare, number
 from willows_kd.generation import make_transfer_set
 from willows_kd.scale.checkpoints import Checkpoints
 from willows_kd.scale.linear_head import ChunkedLoss
@@ -32,10 +33,8 @@ from willows_kd.scale.teacher_cache import cache_teacher
 from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
 
 GPT2_VOCABULARY = 50_257
-STEPS_TO_TIME, TOKENS_TO_TIME = 3, 128  # of each dtype
+STEPS_TO_TIME, TOKENS_TO_TIME = 4, 128  # of each dtype; the first step warms up
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
-UNEVEN = 1.25  # between the speeds of one network, above which they are not to be trusted
-AS_BYTES = "utf-8", "surrogateescape"  # of a path, whatever bytes it has
 
 CARD = """\
 ---
@@ -46,11 +45,8 @@ tags: [knowledge-distillation, willows_kd]
 
 # A distilled student
 
-Trained with willows_kd on the soft labels of its teacher ({teacher}), {epochs} on {corpus}.
+Trained with willows_kd to predict as its teacher does.
 
-{limit}## Settings
-
-{settings}
 """
 
 # exit codes; bad input is 2
@@ -73,16 +69,14 @@ class Job:
 
 def distill_to_directory(options, config: DistillConfig) -> int:
     """Run the whole job, with checkpoints beside the output directory, and return the exit code."""
-    main_process = models.distributed_state().is_main_process
-    check_output(options, options.model_dir, options.student, options.dataset_path)
     output = Path(options.output_dir).resolve()
-    folder = output.with_name(f"{output.name}.checkpoints")
-    checkpoints = Checkpoints(folder, options.checkpoint_minutes)
-    locked = checkpoints.locked() if main_process else contextlib.nullcontext()
-    with locked, warnings_as_lines():
+    checkpoints = Checkpoints(f"{output}.checkpoints", options.checkpoint_minutes)
+    main_process = models.distributed_state().is_main_process
+    with checkpoints.locked() if main_process else contextlib.nullcontext(), warnings_as_lines():
         if main_process:
-            files.clean_up_interrupted_writes(output)
+            files.clean_up_interrupted_writes(output.parent, glob.escape(output.name))
             check_stopped_run(options, checkpoints)
+            check_output(options, options.model_dir, options.student, options.dataset_path)
         job = prepare(options, config)
         if options.dtype == "auto":
             job.config = dataclasses.replace(config, dtype=choose_dtype(job, checkpoints, options))
@@ -90,6 +84,16 @@ def distill_to_directory(options, config: DistillConfig) -> int:
             check_savable(job)
         history = train(job, checkpoints, options)
         return save_and_compare(job, history, checkpoints, options) if main_process else OK
+
+
+def check_stopped_run(options, checkpoints: Checkpoints) -> None:
+    """Refuse to throw a stopped run away unless told to; one that goes on replaces its student."""
+    if checkpoints.files():
+        choice = "--resume continues it, --overwrite starts afresh"
+        message = f"{checkpoints.folder} holds a run that was stopped; {choice}"
+        require(options.resume or options.overwrite, message)
+        # of its last epoch
+        options.overwrite |= (Path(options.output_dir) / files.SETTINGS_FILE).exists()
 
 
 def check_output(options, *inputs: str | None) -> None:
@@ -100,36 +104,6 @@ def check_output(options, *inputs: str | None) -> None:
         path = Path(given).resolve()
         if path.exists() and output in (path, *path.parents):
             raise InputError(f"{given} would be replaced; choose another --output_dir")
-
-
-def check_no_student(options) -> None:
-    """Refuse to replace a student unless the options say so."""
-    made = made_when(Path(options.output_dir) / files.SETTINGS_FILE)
-    choice = "choose another --output_dir, or add --overwrite to replace it"
-    message = f"{options.output_dir} holds a student ({made}); {choice}"
-    require(options.overwrite or not made, message)
-
-
-def made_when(settings: Path) -> str:
-    """When and how the student with this file of settings was made; nothing if there is none."""
-    if not settings.exists():
-        return ""
-    try:
-        made = json.loads(settings.read_text(encoding="utf-8"))
-    except ValueError:
-        return "of unknown settings"
-    when = f"{datetime.fromtimestamp(settings.stat().st_mtime):%Y-%m-%d %H:%M}"
-    return f"{when}, T = {made.get('temperature')}, epochs: {made.get('epochs_finished')}"
-
-
-def check_stopped_run(options, checkpoints: Checkpoints) -> None:
-    """Refuse to replace a student or a stopped run unless the options say so."""
-    if checkpoints.files():
-        choice = "--resume continues it, --overwrite starts afresh"
-        message = f"{checkpoints.folder} holds a run that was stopped; {choice}"
-        require(options.resume or options.overwrite, message)
-    else:
-        check_no_student(options)
 
 
 # -- before training -------------------------------------------------------------------
@@ -154,7 +128,8 @@ def prepare(options, config: DistillConfig) -> Job:
     blocks = pack(corpus, tokenizer, block_size)
     if student_name == "half":
         kept = layers_of_student(options, teacher, blocks.train)
-        about = f"layers {listed(kept)} of the teacher's {depth_of(teacher)}"
+        about = f"layers {','.join(map(str, kept))} of the teacher's {depth_of(teacher)}"
+        print(f"✂️ The student keeps {about}")
         make = functools.partial(student_from_teacher, teacher, init=kept)
     else:
         about = student_name
@@ -202,28 +177,20 @@ def layers_of_student(options, teacher, blocks: torch.Tensor) -> list[int]:
     Measured is on a few training blocks; ways to choose for which the teacher would read more
     than an epoch's blocks are left out.
     """
-    given = isinstance(options.init, list)
-    kept = layers_to_keep(teacher, options.layers, options.init if given else "spaced")
-    if given:
-        return kept
-    depth, size = depth_of(teacher), len(kept)
+    if isinstance(options.init, list):
+        return layers_to_keep(teacher, options.layers, options.init)
+    depth, size = depth_of(teacher), len(layers_to_keep(teacher, options.layers, "spaced"))
     few = blocks[:: max(1, len(blocks) // BLOCKS_TO_CHOOSE)][:BLOCKS_TO_CHOOSE]
     affordable = [i for i in INITS if passes_to_choose(i, depth, size) * len(few) <= len(blocks)]
     inits = affordable if options.init in (None, "auto") else [options.init]
     table = choose_layers(teacher, size, few, inits)
-    for init, kept in table["layers"].items():
-        try:
+    starts = [f"{init} {number(start)}" for init, start in table["perplexity"].items()]
+    print(f"✂️ Perplexity before training, if layers are chosen so:\n   {', '.join(starts)}")
+    for kept in table["layers"]:
+        # there are families in which not every layer can be left out
+        with contextlib.suppress(InputError):
             student_from_teacher(teacher, init=kept)
             break
-        except InputError:  # there are families in which not every layer can be left out
-            if init == table.index[-1]:
-                raise
-    others = table.index.drop(init)
-    starts = table["perplexity"].map(number)
-    print(f"✂️ The student keeps layers {listed(kept)} of the teacher's {depth} ({init})")
-    print(f"   Its perplexity before training: {starts[init]}")
-    if len(others):
-        print(f"   Other choices: {', '.join(f'{other} {starts[other]}' for other in others)}")
     return kept
 
 
@@ -244,26 +211,23 @@ def untrained_positions(student, block_size: int) -> str:
 def choose_dtype(job: Job, checkpoints: Checkpoints, options) -> str:
     """The dtype of a run that is resumed, or else the one whose steps are faster here.
 
-    Several processes would have to agree on what is faster: they train in float32.
+    It is tried on a few short steps of a student that is thrown away. Several processes would
+    have to agree on what is faster: they train in float32.
     """
     if options.resume and (found := checkpoints.newest()):
         return found.run["dtype"]
     if models.distributed_state().num_processes > 1:
         return "float32"
-    seconds = {dtype: step_seconds(job, dtype) for dtype in DTYPES}
-    dtype = min(seconds, key=seconds.get)
+    few = job.blocks.train[:1, :TOKENS_TO_TIME].repeat(STEPS_TO_TIME, 1)
+    blocks, seconds = Blocks(few, few[:1], few[:1], {}), {}
+    for dtype in DTYPES:
+        config = dataclasses.replace(job.config, dtype=dtype, epochs=1, batch_size=1)
+        history = distill(job.teacher, job.make_student(), blocks, config, loss=ChunkedLoss)
+        seconds[dtype] = history[-1]["seconds"] - history[0]["seconds"]
     ratio = seconds["float32"] / seconds["bfloat16"]
+    dtype = min(DTYPES, key=seconds.get)
     print(f"ℹ️ A step in bfloat16 has {ratio:.2f} times float32's speed here: using {dtype}")
     return dtype
-
-
-def step_seconds(job: Job, dtype: str) -> float:
-    """Seconds of a short step of a student that is thrown away; the first step warms up."""
-    config = dataclasses.replace(job.config, dtype=dtype, epochs=1, batch_size=1)
-    few = job.blocks.train[:1, :TOKENS_TO_TIME].repeat(STEPS_TO_TIME + 1, 1)
-    blocks = Blocks(few, few[:1], few[:1], {})
-    history = distill(job.teacher, job.make_student(), blocks, config, loss=ChunkedLoss)
-    return (history[-1]["seconds"] - history[0]["seconds"]) / (len(history) - 1)
 
 
 def check_savable(job: Job) -> None:
@@ -272,8 +236,6 @@ def check_savable(job: Job) -> None:
         with tempfile.TemporaryDirectory() as folder, models.quiet_transformers():
             job.student.config.save_pretrained(folder)
             job.tokenizer.save_pretrained(folder)
-            for text in texts(job, []).values():
-                text.encode(*AS_BYTES)
     except Exception as error:
         # no room for temporary files, as Python or Rust says it: the output directory may have it
         if isinstance(error, OSError) or "(os error" in str(error):
@@ -333,8 +295,8 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     try:
         named = {"teacher": job.teacher, "student before": job.make_student()}
         table = compare(named | {"student": job.student}, job.blocks, job.tokenizer)
-        with files.atomic_file(Path(output) / "README.md") as card:
-            card.write_bytes(texts(job, history, table)["README.md"].encode(*AS_BYTES))
+        with files.atomic_write(Path(output) / "README.md") as card:
+            card.write_text(texts(job, history, table)["README.md"], "utf-8", "replace")
     except (Exception, KeyboardInterrupt) as error:  # whatever happens, the student is saved
         print(f"{one_line(error)}: the student is trained and saved, but was not compared")
         if isinstance(error, KeyboardInterrupt):
@@ -343,42 +305,27 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     finally:
         checkpoints.clear()
     print_table(table, job.corpus)
-    speeds = table.loc[["student before", "student"], ["forward_ms", "token_ms"]]
-    if (speeds.max() > UNEVEN * speeds.min()).any():
-        print("⚠️ Both students are one network, yet their speeds differ by over a quarter:")
-        print("   the machine was busy; compare them again when it is not")
+    print("Both students are one network: if their speeds differ, the machine was busy.")
     return OK
 
 
-def texts(job: Job, history: list[dict], table=None) -> dict[str, str]:
+def texts(job: Job, history: list[dict], table: pd.DataFrame | None = None) -> dict[str, str]:
     """What is saved beside the student: settings, history and model card."""
     settings = {
         **job.facts,
-        "epochs_finished": history[-1]["epoch"] if history else 0,
+        "epochs_finished": history[-1]["epoch"],
         **dataclasses.asdict(job.config),
         "versions": {m.__name__: m.__version__ for m in (willows_kd, torch, transformers)},
     }
+    card = CARD + "\n".join(f"- {name}: {value}" for name, value in settings.items()) + "\n"
+    if table is not None:
+        measured = f"Measured on held-out text {machine_of(table)}"
+        card += f"\n## Quality, size and speed\n\n{as_markdown(table)}\n\n{measured}.\n"
     return {
         files.SETTINGS_FILE: json.dumps(settings, indent=2) + "\n",
         "history.csv": pd.DataFrame(history).to_csv(index=False),
-        "README.md": model_card(settings, table),
+        "README.md": card,
     }
-
-
-def model_card(settings: dict, table: pd.DataFrame | None) -> str:
-    """The README of an output directory."""
-    limit = f"{settings['untrained_positions']}.\n\n" if "untrained_positions" in settings else ""
-    card = CARD.format(
-        teacher=settings["teacher"],
-        epochs=counted(settings["epochs_finished"], "epoch"),
-        corpus=settings["corpus"],
-        limit=limit,
-        settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
-    )
-    if table is not None:
-        card += f"\n## Measured on held-out text\n\n{as_markdown(table)}\n"
-        card += f"\nSpeed and memory: {describe(table)}.\n"
-    return card
 
 
 # -- what the commands share -----------------------------------------------------------
@@ -386,11 +333,12 @@ def model_card(settings: dict, table: pd.DataFrame | None) -> str:
 
 def block_length(block_size: int | None, *names: str) -> int:
     """Tokens in a block: as given, checked, or all that these models read, at most 1,024."""
+    positions = [models.max_positions(models.load_config(name)) for name in names]
+    longest = min(filter(None, positions), default=math.inf)
     if block_size is None:
-        positions = [models.max_positions(models.load_config(name)) for name in names]
-        return min([LONGEST_BLOCK, *filter(None, positions)])
-    for name in names:
-        models.check_context(name, block_size)
+        return min(LONGEST_BLOCK, longest)
+    fits = 2 <= block_size <= longest
+    require(fits, f"block_size is {block_size}; these models take 2 to {longest}")
     return block_size
 
 
@@ -425,24 +373,16 @@ def warnings_as_lines():
 
 def print_table(table: pd.DataFrame, corpus: Corpus) -> None:
     """Print the table of `compare` in plain text, at most 80 columns wide, and where it is from."""
-    rows = [line.split("|")[1:-1] for line in as_markdown(table).splitlines()]
-    names, _, *rows = [[cell.strip() for cell in row] for row in rows]
-    cells = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], names[1:])
-    widths = [len(name) + 1 for name in cells]  # names may be of several words
-    print(f"\n{cells.to_string(line_width=80, col_space=widths)}\n")
-    print(f"Measured on the held-out test text of {corpus.title},\nwith {describe(table)}.")
+    cells = {
+        label: [number(value, name == "parameters") for value in table[name]]
+        for name, label in LABELS.items()
+    }
+    shown = pd.DataFrame(cells, table.index).T
+    widths = [len(name) + 1 for name in shown]  # names may be of several words
+    print(f"\n{shown.to_string(line_width=80, col_space=widths)}\n")
+    print(f"Measured on the held-out test text of {corpus.title},\n{machine_of(table)}.")
 
 
-def describe(table: pd.DataFrame) -> str:
+def machine_of(table: pd.DataFrame) -> str:
     """The machine that a table was measured on."""
-    return f"{counted(table.attrs['threads'], 'thread')}, {table.attrs['machine']}"
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things: 1 epoch, 2 epochs."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def listed(numbers: list[int]) -> str:
-    """Numbers as `--init` takes them: 0,3,5."""
-    return ",".join(map(str, numbers))
+    return f"on {table.attrs['machine']}, threads: {table.attrs['threads']}"

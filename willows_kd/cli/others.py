@@ -32,7 +32,6 @@ def generate(options) -> int:
 def export(options) -> int:
     """Write a model in another format."""
     commands.check_output(options, options.model_dir)
-    commands.check_no_student(options)
     model, tokenizer = models.load_teacher(options.model_dir, "cpu")
     found = export_model(model, tokenizer, options.output_dir, options.to, options.overwrite)
     print(f"💾 {found['file']}: {found['megabytes']:.1f} MB")

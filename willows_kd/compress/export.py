@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from willows_kd.config import EXPORT_FORMATS
 from willows_kd.errors import InputError, one_line, require, type_name
-from willows_kd.files import atomic_directory, check_output
+from willows_kd.files import atomic_write, check_output
 from willows_kd.generation import sample_continuations
 from willows_kd.losses import kl
 from willows_kd.models import (
@@ -82,7 +82,8 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
     model = copy.deepcopy(merge_adapters(model)).to("cpu", torch.float32).eval()
     name = "model.gguf" if to == "gguf" else "model.onnx"
     write = {"onnx": write_onnx, "onnx-int8": write_int8, "gguf": write_gguf}[to]
-    with atomic_directory(directory) as folder:
+    with atomic_write(directory) as folder:
+        folder.mkdir()
         with exporting(f"this {model.config.model_type} model", to):
             found = write(model, tokenizer, folder / name)
         megabytes = sum(file.stat().st_size for file in folder.glob(f"{name}*")) / 1e6

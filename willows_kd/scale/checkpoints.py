@@ -23,10 +23,8 @@ from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, require
 from willows_kd.files import (
     checksum,
+    clean_up_interrupted_writes,
     load_tensors,
-    missing_folders,
-    remove_empty,
-    remove_partial_writes,
     save_tensors,
     write_errors,
 )
@@ -65,7 +63,6 @@ class Checkpoints:
         Raises:
             InputError: another run uses the folder, or (`WriteError`) it cannot be written.
         """
-        created = missing_folders(self.folder) or [self.folder]
         path = self.folder.absolute() / LOCK
         lock = FileLock(path, timeout=0, is_singleton=True)
         with write_errors(self.folder):
@@ -78,7 +75,7 @@ class Checkpoints:
                 ) from None
         outermost = lock.lock_counter == 1
         if outermost:
-            remove_partial_writes(self.folder, NAMES)
+            clean_up_interrupted_writes(self.folder, NAMES)
         try:
             yield
         finally:
@@ -86,7 +83,8 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # Windows keeps a file that is open
                     path.unlink()
             lock.release()
-            remove_empty(created)
+            with contextlib.suppress(OSError):  # there are checkpoints
+                self.folder.rmdir()
 
     @contextlib.contextmanager
     def opened(self, teacher, student, optimizer, blocks, config: DistillConfig, resume=False):

@@ -27,8 +27,8 @@ from willows_kd.errors import InputError, WriteError, is_integer, require, type_
 from willows_kd.evaluation import LONGEST_WINDOW, check_blocks, window_length, windows
 from willows_kd.files import (
     cache_folder,
+    clean_up_interrupted_writes,
     load_tensors,
-    remove_partial_writes,
     save_tensors,
     write_errors,
 )
@@ -252,7 +252,7 @@ def load_or_build(place: Path, parts: list[torch.Tensor], ask: Callable) -> list
                 for i in tqdm(missing, unit="shard", leave=False):
                     save_tensors(files[i], ask(parts[i], seed=i))
                     shards[i] = load_tensors(files[i])
-    remove_partial_writes(place, "*")  # by killed runs: all shards are there
+    clean_up_interrupted_writes(place)  # of killed runs: all shards are there
     return shards
 
 
