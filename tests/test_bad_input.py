@@ -171,21 +171,6 @@ def test_without_its_packages_export_says_what_to_install(to, place, tmp_path, c
 
 # -- odd, but good ---------------------------------------------------------------------
 
-ODD_TEXTS = {
-    "one endless line": "the river ran on and on " * 2_000,
-    "mixed line ends": "\r\n\r\n".join(f"The {n}th\rday\nof rain." for n in range(900)),
-    "right to left": "\n\n".join(f"شجرة الصفصاف {n} عند النهر" for n in range(600)),
-    "emoji": "\n\n".join(f"🐀🚣 {n} 🌊👨‍👩‍👧" for n in range(900)),
-    "only headings": "\n\n".join(f"CHAPTER {n}\n\nText." for n in range(1, 900)),
-}
-
-
-def test_odd_texts_are_read_and_packed(tokenizer, tmp_path):
-    for name, text in ODD_TEXTS.items():
-        (tmp_path / "text.txt").write_bytes(text.encode())
-        blocks = kd.pack(kd.load_corpus(tmp_path / "text.txt"), tokenizer, block_size=64)
-        assert min(map(len, (blocks.train, blocks.validation, blocks.test))) >= 1, name
-
 
 def test_an_odd_prompt_is_continued(teacher, tokenizer):
     for prompt in ("", "\ud800", "\0", "شجرة", "<|endoftext|>", " \n "):

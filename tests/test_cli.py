@@ -39,10 +39,7 @@ ROOT = Path(__file__).parent.parent
 SENTENCE = "the mole and the rat went down to the river in a boat of their own by the wood"
 SURPLUS = 5  # blank lines that a reader skips
 ROWS = ["teacher", "student before", "student"]
-UNTRAINED = (
-    "Positions 33 to 128 of the student are not trained: "
-    "it is only good for texts of up to 32 tokens"
-)
+UNTRAINED = "The student is good for up to 32 tokens: later positions are not trained"
 
 
 def make_text(words: int) -> str:
@@ -287,9 +284,9 @@ def test_a_table_of_positions_is_found_by_looking_at_the_modules():
     opt = OPTConfig(**tiny, max_position_embeddings=40, ffn_dim=16, word_embed_proj_dim=16)
     llama = LlamaConfig(**tiny, max_position_embeddings=40, intermediate_size=16)
     gpt2 = GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=40, n_positions=40)
-    said = "Positions 9 to 40 of the student are not trained: it is only good for texts of up to 8"
+    said = "The student is good for up to 8 tokens: later positions are not trained"
     for model in (GPT2LMHeadModel(gpt2), OPTForCausalLM(opt)):
-        assert commands.untrained_positions(model, 8).startswith(said)
+        assert commands.untrained_positions(model, 8) == said
         assert commands.untrained_positions(model, 40) == ""
     assert commands.untrained_positions(LlamaForCausalLM(llama), 8) == ""  # rotary
 
@@ -389,48 +386,39 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(distil, tmp_path, capfd, m
     assert capfd.readouterr().err == ""
 
 
-EXITS = [  # what fails, how, the exit code, and what is left
-    ("commands.compare", ValueError("no\nnumbers"), 1, {"student"}),
-    ("models.load_tokenizer", InputError("no tokenizer"), 2, set()),
-    ("commands.compare", OSError(28, "No space left on device"), 3, {"student"}),
-    ("models.save_model", WriteError("student cannot be written"), 3, set()),
-    ("commands.compare", KeyboardInterrupt(), 130, {"student"}),
-    ("models.load_teacher", KeyboardInterrupt(), 130, set()),
+UNCOMPARED = ": the student is trained and saved, but was not compared\n"
+EXITS = [  # what fails, how, the exit code, the last line, and what is left
+    ((commands, "compare"), ValueError("a\nb"), 1, f"a b{UNCOMPARED}", {"student"}),
+    ((models, "load_tokenizer"), InputError("no"), 2, "error: no\n", set()),
+    (
+        (GPT2Config, "save_pretrained"),
+        KeyError("attention_types"),
+        2,
+        "error: a GPT2LMHeadModel like this cannot be saved: 'attention_types'\n",
+        set(),
+    ),
+    ((commands, "compare"), OSError(28, "full"), 3, f"[Errno 28] full{UNCOMPARED}", {"student"}),
+    ((models, "save_model"), WriteError("no room"), 3, "error: no room\n", set()),
+    ((commands, "compare"), KeyboardInterrupt(), 130, UNCOMPARED, {"student"}),
+    ((models, "load_teacher"), KeyboardInterrupt(), 130, "\nstopped: nothing was saved\n", set()),
 ]
 
 
-@pytest.mark.parametrize(("where", "failure", "code", "left"), EXITS)
+@pytest.mark.parametrize(("where", "failure", "code", "said", "left"), EXITS)
 def test_each_way_to_end_has_its_exit_code_and_one_line(
-    where, failure, code, left, distil, untrained, tmp_path, monkeypatch, capsys
+    where, failure, code, said, left, distil, untrained, tmp_path, monkeypatch, capsys
 ):
     def fail(*_, **__):
         raise failure
 
-    module, name = where.split(".")
-    monkeypatch.setattr({"commands": commands, "models": models}[module], name, fail)
+    monkeypatch.setattr(*where, fail)
     assert distil() == code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert (shown.out if left else shown.err).endswith(said)
     assert names(tmp_path) == left
-    if where == "commands.compare":
-        assert ": the student is trained and saved, but was not compared\n" in said.out
+    if left:
         assert load_file(tmp_path / "student" / "model.safetensors")
-    elif code in (2, 3):
-        assert f"error: {failure}\n" in said.err
-
-
-def test_a_student_that_cannot_be_saved_is_refused_before_it_is_trained(
-    distil, tmp_path, monkeypatch, capsys
-):
-    def fail(*_):
-        raise KeyError("attention_types")
-
-    monkeypatch.setattr(GPT2Config, "save_pretrained", fail)
-    monkeypatch.setattr(commands, "distill", lambda *_, **__: pytest.fail("it was trained"))
-    assert distil() == 2
-    error = capsys.readouterr().err
-    assert error == "error: a GPT2LMHeadModel like this cannot be saved: 'attention_types'\n"
-    assert names(tmp_path) == set()
 
 
 # -- Ctrl-C, and going on --------------------------------------------------------------

@@ -202,10 +202,7 @@ def untrained_positions(student, block_size: int) -> str:
     learned = any(positions in (len(t.weight), len(t.weight) - 2) for t in tables)
     if not learned or block_size >= positions:
         return ""
-    return (
-        f"Positions {block_size + 1} to {positions} of the student are not trained: "
-        f"it is only good for texts of up to {block_size} tokens"
-    )
+    return f"The student is good for up to {block_size} tokens: later positions are not trained"
 
 
 def choose_dtype(job: Job, checkpoints: Checkpoints, options) -> str:

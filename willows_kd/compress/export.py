@@ -59,7 +59,7 @@ def export_model(model, tokenizer, directory, to: str = "onnx", overwrite: bool 
         tokenizer: its tokenizer, saved beside it, or in the file (GGUF).
         directory: gets `model.onnx` or `model.gguf`.
         to: "onnx", "onnx-int8" or "gguf".
-        overwrite: replace a directory that holds other files.
+        overwrite: replace what the directory holds.
 
     Returns:
         file: where the model is.
