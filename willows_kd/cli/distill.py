@@ -34,6 +34,7 @@ from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
 
 GPT2_VOCABULARY = 50_257
 STEPS_TO_TIME, TOKENS_TO_TIME = 4, 128  # of each dtype; the first step warms up
+UNEVEN = 1.25  # between the speeds of one network, above which they are not to be trusted
 BLOCKS_TO_CHOOSE = 8  # on which the ways to choose a student's layers are compared
 
 CARD = """\
@@ -302,7 +303,10 @@ def save_and_compare(job: Job, history: list[dict], checkpoints, options) -> int
     finally:
         checkpoints.clear()
     print_table(table, job.corpus)
-    print("Both students are one network: if their speeds differ, the machine was busy.")
+    speeds = table.loc[["student before", "student"], ["forward_ms", "token_ms"]]
+    if (speeds.max() > UNEVEN * speeds.min()).any():
+        print("⚠️ Both students are one network, yet their speeds differ by over a quarter:")
+        print("   the machine was busy; compare them again when it is not")
     return OK
 
 
