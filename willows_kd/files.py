@@ -75,6 +75,8 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, UnicodeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
+        if isinstance(error, UnicodeError):
+            reason = "it has letters that this locale does not know; set PYTHONUTF8=1"
         raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
