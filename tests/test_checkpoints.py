@@ -147,7 +147,9 @@ def test_the_cache_stands_in_for_its_teacher(run, teacher, blocks, whole):
         run(resume=True, teacher=kd.cache_teacher(teacher, blocks, top_k=3))
 
 
-def test_resume_without_a_folder_is_refused(teacher, student, blocks):
+def test_what_is_no_folder_or_no_time_is_refused(teacher, student, blocks, folder):
+    with pytest.raises(kd.InputError, match="checkpoint minutes are -1; they must be at least 0"):
+        Checkpoints(folder, minutes=-1)
     for given in (None, "folder"):
         with pytest.raises(kd.InputError, match=r"give kd.Checkpoints\(folder\)"):
             kd.distill(teacher, student, blocks, checkpoints=given, resume=True)
