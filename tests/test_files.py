@@ -115,7 +115,7 @@ def test_an_output_directory_is_new_or_empty_or_to_be_replaced(tmp_path, monkeyp
         "theirs": "theirs holds other files; .*add --overwrite",
         "ours": r"ours holds a student \(20\d\d-\d\d-\d\d \d\d:\d\d, T = 2, epochs: unknown\)",
         "file/new": "cannot be written: Not a directory",
-        "Sch\udcc3ler": "cannot be written: .*surrogates",  # a byte that is no UTF-8
+        "Sch\udcc3ler": "locale does not know; set PYTHONUTF8=1",  # a byte that is no UTF-8
     }.items():
         with pytest.raises(InputError, match=said):
             check_output(directory)
