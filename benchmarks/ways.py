@@ -178,7 +178,9 @@ def as_table(runs: pd.DataFrame) -> str:
         cells.append(f"{group['seconds'].min():.0f}")
         lines.append(f"| {way} | {' | '.join(cells)} |")
     seeds = runs["seed"].nunique()
-    lines.append(f"\n{seeds} seeds, validation chapter (XI); seconds: the fastest of the seeds.")
+    lines.append(
+        f"\n{seeds} seeds (one without a ±), validation chapter (XI); seconds: the fastest of the seeds."
+    )
     return "\n".join(lines) + "\n"
 
 
