@@ -178,9 +178,8 @@ def as_table(runs: pd.DataFrame) -> str:
         cells.append(f"{group['seconds'].min():.0f}")
         lines.append(f"| {way} | {' | '.join(cells)} |")
     seeds = runs["seed"].nunique()
-    lines.append(
-        f"\n{seeds} seeds (one without a ±), validation chapter (XI); seconds: the fastest of the seeds."
-    )
+    told = f"{seeds} seeds (one without a ±), validation chapter (XI)"
+    lines.append(f"\n{told}; seconds: the fastest of the seeds.")
     return "\n".join(lines) + "\n"
 
 
