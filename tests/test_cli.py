@@ -358,10 +358,15 @@ def test_debug_shows_the_traceback_of_an_error(capsys):
     assert lines[-1] == "error: epochs is 0; it must be a whole number, at least 1"
 
 
-def test_what_is_in_the_output_directory_is_replaced_with_overwrite(distil, untrained, tmp_path):
-    student = tmp_path / "student"
-    student.mkdir()
-    (student / "poem.txt").write_text("by me")
+def test_what_is_in_the_output_directory_is_replaced_with_overwrite(
+    distil, untrained, place, tmp_path
+):
+    student, others = tmp_path / "student", ".students.12345678.partial"
+    # a run was killed between two renames, and another one is writing
+    shutil.copytree(place / "folder", tmp_path / ".student.12345678.partial" / "old")
+    (tmp_path / others).mkdir()
+    assert distil() == 2
+    assert (names(tmp_path), names(student)) == ({"student", others}, {"poem.txt"})
     assert distil("--overwrite") == 0
     assert "poem.txt" not in names(student) and "model.safetensors" in names(student)
     assert distil() == 2
@@ -464,6 +469,10 @@ def test_a_run_stopped_in_its_first_epoch_leaves_a_checkpoint_not_thrown_away_un
     assert distil("--resume", "--temperature", "3") == 2
     assert "temperature was 1.0, is 3.0" in capsys.readouterr().err
     assert {path.name: names(path) for path in tmp_path.iterdir()} == left
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "notes").touch()
+    assert distil("--resume") == 2
+    assert "holds other files" in capsys.readouterr().err
     ends.stop = lambda row: False
     assert distil("--overwrite", "--temperature", "3") == 0
     assert names(tmp_path) == {"student"}
@@ -489,6 +498,11 @@ def test_a_run_stopped_later_saves_the_student_of_the_last_finished_epoch(
     assert saved
     for name, tensor in saved.items():
         assert torch.equal(tensor, ends.weights[finished][name]), name
+    if code:
+        ends.stop = lambda row: False
+        assert distil("--epochs", "2", "--resume") == 0
+        assert settings_of(folder)["epochs_finished"] == 2
+    assert names(tmp_path) == {"student"}
 
 
 def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint_and_resume_saves_the_same_student(
@@ -511,15 +525,6 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint_and_resume_saves_th
     )
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def test_what_killed_runs_left_is_tidied_up(distil, place, tmp_path):
-    (tmp_path / ".students.12345678.partial").mkdir()  # another's
-    moved = tmp_path / ".student.12345678.partial" / "old"
-    shutil.copytree(place / "student", moved)  # killed between two renames
-    assert distil("--dataset_path", "missing.txt") == 2
-    assert names(tmp_path) == {"student", ".students.12345678.partial"}
-    assert names(tmp_path / "student") == {"distillation.json"}
 
 
 # -- as real processes -----------------------------------------------------------------

@@ -273,11 +273,6 @@ def test_each_row_of_a_table_is_a_text(name, write_rows, capfd):
     assert not datasets.are_progress_bars_disabled()  # as it was
 
 
-def test_a_table_is_read_again_when_it_has_changed(write_rows):
-    for text in ("It rained.", "It rains."):
-        assert kd.load_corpus(write_rows("a.csv", f"id,text\n1,{text}\n")).text == text
-
-
 def test_rows_are_read_from_the_disk_and_none_is_in_two_splits(write_rows):
     texts = [f"Row {n}." for n in range(25)]
     corpus = kd.load_corpus(write_rows("a.jsonl", [{"text": text} for text in texts]))

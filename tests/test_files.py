@@ -66,6 +66,21 @@ def test_a_write_that_fails_leaves_what_was_there(write, call, error, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
+def test_what_cannot_be_put_back_at_once_is_put_back_later(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    write_directory(tmp_path / "work", "old")
+    with monkeypatch.context() as patch, pytest.raises(WriteError):
+        moves = iter([os.rename])  # of which the second one fails
+        patch.setattr(os, "rename", lambda *paths: next(moves, fail)(*paths))
+        patch.setattr(os, "replace", fail)
+        write_directory(tmp_path / "work", "half")
+    assert not (tmp_path / "work").exists()
+    clean_up_interrupted_writes(tmp_path)
+    assert texts(tmp_path) == ["old"]
+
+
 def test_the_error_is_one_line_that_names_the_place(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="file/below cannot be written: File exists$"):

@@ -34,26 +34,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path = path.resolve()
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            ".partial", f".{path.name}.", path.parent, ignore_cleanup_errors=True
-        ) as work:
-            new, old = Path(work) / "new", Path(work) / "old"
-            yield new
-            for file in filter(Path.is_file, (new, *new.rglob("*"))):
+        work = Path(tempfile.mkdtemp(".partial", f".{path.name}.", path.parent))
+        try:
+            yield work / "new"
+            for file in filter(Path.is_file, work.rglob("*")):
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
-            try:
-                if path.is_dir():  # in whose place nothing can be put
-                    os.rename(path, old)
-                os.replace(new, path)
-            finally:
-                put_back(old, path)
+            if path.is_dir():  # in whose place nothing can be put
+                os.rename(path, work / "old")
+            os.replace(work / "new", path)
+        finally:
+            end_write(work, path)
 
 
-def put_back(old: Path, path: Path) -> None:
-    """Move what had been moved aside to its place again, if nothing new is there."""
-    if old.exists() and not path.exists():
-        os.rename(old, path)
+def end_write(work: Path, path: Path) -> None:
+    """Put back what was moved aside, if nothing new is in its place; then remove the rest."""
+    if (work / "old").exists() and not path.exists():
+        os.rename(work / "old", path)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def clean_up_interrupted_writes(folder: Path, names: str = "*") -> None:
@@ -64,8 +62,7 @@ def clean_up_interrupted_writes(folder: Path, names: str = "*") -> None:
         names: a pattern of the files and directories that no other process may be writing.
     """
     for work in folder.glob(f".{names}.????????.partial"):
-        put_back(work / "old", folder / work.name[1:].rsplit(".", 2)[0])
-        shutil.rmtree(work, ignore_errors=True)
+        end_write(work, folder / work.name[1:].rsplit(".", 2)[0])
 
 
 @contextlib.contextmanager
