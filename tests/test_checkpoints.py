@@ -125,6 +125,7 @@ def test_a_run_may_die_again_and_again(run, folder, whole):
             run(killed(step), resume=True)
         assert steps(folder)[0] == step - 1  # killed before step's own
     assert steps(folder) == [5, 4, 3]  # the last two, and that of the last epoch
+    assert len(Checkpoints(folder).newest(ends_epoch=True).history) == 3
     assert run(resume=True) == whole
     history = Checkpoints(folder).newest().history
     assert history == sorted(history, key=lambda row: row["seconds"])  # time adds up, too
