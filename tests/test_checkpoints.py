@@ -129,6 +129,9 @@ def test_a_run_may_die_again_and_again(run, folder, whole):
     assert run(resume=True) == whole
     history = Checkpoints(folder).newest().history
     assert history == sorted(history, key=lambda row: row["seconds"])  # time adds up, too
+    assert steps(folder) == [6, 5]
+    Checkpoints(folder).clear()
+    assert steps(folder) == []
 
 
 def test_a_finished_run_is_not_run_again(run, folder, whole, capsys):
