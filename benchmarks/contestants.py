@@ -242,7 +242,7 @@ def trl(course: Course, student, on_step: OnStep, lmbda: float = 0.0, bf16: bool
         lmbda=lmbda,
         beta=0.0,
         temperature=1.0,
-        max_new_tokens=course.blocks.block_size - kd.prompt_length(course.blocks.block_size),
+        max_new_tokens=course.blocks.block_size - course.blocks.block_size // 4,
         seq_kd=False,
         bf16=bf16,
         gradient_checkpointing=False,
@@ -316,7 +316,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 def collate_prompts(rows: list[dict]) -> dict[str, torch.Tensor]:
     """The same, and the openings that the student is to continue if it writes."""
     batch = collate(rows)
-    prompts = batch["input_ids"][:, : kd.prompt_length(batch["input_ids"].shape[1])]
+    prompts = batch["input_ids"][:, : batch["input_ids"].shape[1] // 4]
     return batch | {"prompts": prompts, "prompt_attention_mask": torch.ones_like(prompts)}
 
 

@@ -119,7 +119,7 @@ class Judge:
 
     def __init__(self, teacher, tokenizer, blocks):
         self.teacher, self.tokenizer, self.blocks = teacher, tokenizer, blocks
-        self.prompts = blocks.validation[:48, : kd.prompt_length(blocks.block_size)]
+        self.prompts = blocks.validation[:48, : blocks.block_size // 4]
         self.target = kd.evaluate(teacher, blocks.validation)["perplexity"]
 
     def judged(self, model) -> dict:

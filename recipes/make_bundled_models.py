@@ -29,8 +29,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from willows_kd.corpus import load_corpus, split, tokenize
+from willows_kd.corpus import split, tokenize
 from willows_kd.evaluation import evaluate
+from willows_kd.sources.load import load_corpus
 
 VOCABULARY = 4096
 CONTEXT = 256

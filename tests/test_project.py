@@ -26,7 +26,7 @@ FILES = {
 }
 
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-WINGS = {"scale", "compress", "figures", "exercises", "cli"}
+WINGS = {"sources", "scale", "compress", "figures", "exercises", "cli"}
 FREE = {"cli", "__init__", "__main__"}  # may import all
 DRAWING = {"figures.style", "figures.plots", "figures.explorers"}
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'

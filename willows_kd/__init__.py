@@ -9,20 +9,21 @@ import importlib
 __version__ = "0.1.0"
 
 PUBLIC_NAMES = {
-    "corpus": "load_corpus split pack Blocks",
+    "sources.load": "load_corpus",
     "texts": "Corpus",
+    "corpus": "split pack Blocks",
     "models": (
-        "load_teacher load_bundled bundled_history stored_results load_student hidden_states "
-        "fingerprint save_model"
+        "load_teacher load_bundled bundled_history stored_results load_student fingerprint "
+        "save_model"
     ),
     "compress.layers": "block_influence choose_layers",
     "compress.width": "importance narrowed",
     "students": "student_from_teacher",
-    "generation": "complete sample_continuations make_transfer_set prompt_length",
+    "generation": "complete sample_continuations",
+    "sources.transfer_set": "make_transfer_set text_quality",
     "losses": (
-        "soften entropy top_k forward_kl reverse_kl jensen_shannon skewed_forward_kl "
-        "skewed_reverse_kl total_variation "
-        "hard_label_loss mix cosine_distance shift"
+        "soften entropy top_k forward_kl reverse_kl jensen_shannon total_variation "
+        "hard_label_loss cosine_distance shift"
     ),
     "config": "DistillConfig check_dial",
     "distillation": "distill epoch_batches parameter_groups",
@@ -33,13 +34,13 @@ PUBLIC_NAMES = {
     "scale.teacher_cache": "cache_teacher",
     "evaluation": (
         "evaluate loss_by_position copy_gain token_scores block_nll paired_bootstrap "
-        "text_quality compare as_markdown"
+        "compare as_markdown"
     ),
     "scale.planning": "plan",
-    "cost": "latency decode_latency peak_memory size_on_disk MemoryWatch",
-    "compress.quantization": "quantize fake_quantize quantized quantized_size",
+    "cost": "latency size_on_disk MemoryWatch",
+    "compress.quantization": "fake_quantize quantized quantized_size",
     "compress.export": "export_model load_onnx",
-    "compress.speculative": "speculative_decode expected_tokens expected_speedup",
+    "compress.speculative": "speculative_decode decode_latency expected_tokens expected_speedup",
     "figures.plots": (
         "plot_bars plot_dots plot_lines plot_scatter plot_heatmaps plot_tokens token_table curves"
     ),

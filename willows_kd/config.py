@@ -24,7 +24,7 @@ DIVERGENCE_NAMES = (
 DTYPES = ("float32", "bfloat16")
 INITS = ("spaced", "first", "influence", "contiguous", "greedy")
 EXPORT_FORMATS = ("onnx", "onnx-int8", "gguf")
-LONGEST_BLOCK = 1024  # tokens: longer blocks only by choice
+LONGEST_BLOCK = 1024  # tokens: GPT-2's positions; longer ones only by choice
 TOKENS_PER_PASS = 1024
 
 

@@ -1,70 +1,17 @@
-"""The text to learn from: where it comes from, what is held out of it, and its blocks of tokens."""
+"""The text to learn from: what is held out of it, and its blocks of tokens."""
 
-import os
 import re
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from willows_kd.errors import InputError, is_integer, one_line, require, type_name
-from willows_kd.tables import READERS, Rows, is_table, read_table
-from willows_kd.texts import WILLOWS, Corpus, fetch_willows, read_file
-
-SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
-
-
-def load_corpus(
-    source: str | os.PathLike | None = None,
-    text_column: str | None = None,
-    encoding: str | None = None,
-) -> Corpus:
-    """Read the text to learn from.
-
-    Args:
-        source: the path of a text file, or of a table (`.csv`, `.tsv`, `.json`, `.jsonl`,
-            `.parquet`), each row of which is a text or a chat (`messages`, or `prompt` and
-            `completion`); the name of a data set on the hub, `OWNER/NAME`; ``"sample"`` for
-            the story that ships with the package; ``"willows"`` for *The Wind in the
-            Willows* and nothing else; or None for the first of these that can be had: the
-            file named by ``WILLOWS_KD_CORPUS``, the book from the user's cache, the book
-            from Project Gutenberg, the sample story.
-        text_column: the column of a table that holds the text; by default the one called
-            ``"text"``, or the only one of text.
-        encoding: the encoding of your file, such as ``"cp1251"``; by default UTF-8, or
-            UTF-16 if the file begins with its byte-order mark.
-
-    Raises:
-        InputError: the file is missing, empty or not text, or has no such column or
-            encoding; or the book was asked for and cannot be had.
-    """
-    if source == "sample":
-        where = "the sample story that ships with willows_kd"
-        return replace(read_file(SAMPLE_STORY), provenance=where)
-    if source not in (None, "willows"):
-        if is_table(source):
-            return read_table(source, text_column, encoding)
-        columns = f"{source} has no columns; text_column is for {', '.join(READERS)}"
-        require(text_column is None, columns)
-        return read_file(source, encoding)
-    if override := os.environ.get("WILLOWS_KD_CORPUS"):
-        corpus = load_corpus(override, text_column, encoding)
-        return replace(corpus, provenance=f"{override} (WILLOWS_KD_CORPUS)")
-    try:
-        return replace(read_file(fetch_willows()), provenance="Project Gutenberg eBook #289")
-    except InputError as error:
-        if source == "willows":
-            raise InputError(
-                f"The Wind in the Willows could not be had ({error}); give the path of a "
-                "text file of it, or set WILLOWS_KD_CORPUS to one"
-            ) from error
-        print(f"📖 The Wind in the Willows could not be had ({error}): using the sample story.")
-        return load_corpus("sample")
-
+from willows_kd.config import LONGEST_BLOCK
+from willows_kd.errors import is_integer, require, type_name
+from willows_kd.texts import WILLOWS, Corpus
 
 # -- splits ----------------------------------------------------------------------------
 
@@ -90,7 +37,7 @@ def split(corpus: Corpus) -> Splits:
     texts = corpus.texts
     if corpus.title == WILLOWS and len(texts) == 12:
         return Splits(list(texts[:10]), list(texts[10:11]), list(texts[11:]))
-    if isinstance(texts, Rows):
+    if corpus.in_rows:
         tenth = max(1, len(texts) // 10)
         validation, test = max(0, len(texts) - 2 * tenth), len(texts) - tenth
         return Splits(texts[:validation], texts[validation:test], texts[test:])
@@ -164,16 +111,16 @@ def pack(corpus: Corpus, tokenizer, block_size: int | None = None) -> Blocks:
     given = type_name(corpus)
     require(isinstance(corpus, Corpus), f"corpus is {given}; give what load_corpus returns")
     if block_size is None:
-        block_size = min(tokenizer.model_max_length, 1024)
+        block_size = min(tokenizer.model_max_length, LONGEST_BLOCK)
     fits = is_integer(block_size, 2)
     require(fits, f"block_size is {block_size!r}; a block needs a whole number, at least 2 tokens")
     first = first_token(tokenizer)
     width = int(block_size) - (first is not None)  # tokens of the text in a block
     tensors, masks, remainder = {}, {}, {}
     for name, texts in vars(split(corpus)).items():
-        if texts and isinstance(texts[0], dict):
-            tokens, is_answer = tokenize_chats(texts, tokenizer, width)
-            masks[name] = in_blocks(is_answer, width, None if first is None else False)
+        if corpus.tokenize:
+            tokens, counts = corpus.tokenize(texts, tokenizer, width)
+            masks[name] = in_blocks(counts, width, None if first is None else False)
         else:
             tokens = tokenize(texts, tokenizer)
         require(
@@ -219,63 +166,3 @@ def encode(text: str, tokenizer) -> list[int]:
     """The token ids of a text and nothing before or after them."""
     # verbose=False: a text longer than the model's context is what we are here to cut
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-# -- chats -----------------------------------------------------------------------------
-
-NO_CHATS = "take the tokenizer of a model for chats, or give rows with prompt and completion"
-
-
-def tokenize_chats(
-    rows: Iterable[dict], tokenizer, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token ids of some chats and which of them are answers, each of shape (tokens,).
-
-    Every chat is filled up to a multiple of `width` tokens, with end-of-text tokens that
-    are no answers.
-    """
-    first = first_token(tokenizer)
-    tokens, is_answer = array("q"), array("b")
-    for row in rows:
-        begin = len(tokens)
-        for text, answers in turns_of(row, tokenizer):
-            ids = encode(text, tokenizer)
-            if len(tokens) == begin and ids[:1] == [first]:  # a template's own
-                ids = ids[1:]
-            tokens.extend(ids)
-            is_answer.extend([answers] * len(ids))
-        missing = -len(tokens) % width
-        tokens.extend([tokenizer.eos_token_id or 0] * missing)
-        is_answer.extend([False] * missing)
-    return torch.from_numpy(np.asarray(tokens)), torch.from_numpy(np.asarray(is_answer)) > 0
-
-
-def turns_of(row: dict, tokenizer) -> list[tuple[str, bool]]:
-    """A chat in pieces, each with whether it is an answer; an answer ends with its end mark."""
-    if "messages" not in row:
-        answer = row["completion"] + (tokenizer.eos_token or "")
-        return [(row["prompt"] or "", False), (answer, True)]
-    # a table has every key in every row
-    messages = [{k: v for k, v in m.items() if v is not None} for m in row["messages"]]
-    pieces, seen = [], ""
-    for number, message in enumerate(messages):
-        if message.get("role") == "assistant":
-            asked = form(messages[:number], tokenizer, add_generation_prompt=True)
-            answered = form(messages[: number + 1], tokenizer).rstrip()
-            require(
-                asked.startswith(seen) and answered.startswith(asked),
-                f"the tokenizer's chat template rewrites a chat once it is answered; {NO_CHATS}",
-            )
-            pieces += [(asked[len(seen) :], False), (answered[len(asked) :], True)]
-            seen = answered
-    require(bool(pieces), "a row of messages has no answer, a message of the role 'assistant'")
-    return pieces
-
-
-def form(messages: list[dict], tokenizer, **settings) -> str:
-    """Messages as one text, by the tokenizer's chat template."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-    except Exception as error:  # what a template raises is its author's choice
-        refused = f"the tokenizer's chat template refuses a row ({one_line(error)}); {NO_CHATS}"
-        raise InputError(refused) from error

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
 
 from willows_kd.errors import is_integer, require, type_name
 from willows_kd.files import write_errors
 from willows_kd.generation import continued
-from willows_kd.models import CACHE, check_token_ids, eval_mode, quiet_transformers, write_weights
+from willows_kd.models import check_token_ids, eval_mode, quiet_transformers, write_weights
 
 
 def size_on_disk(model) -> int:
@@ -99,38 +98,6 @@ def latency(
         return {"forward": forward, "per_token": generate / new_tokens}
 
     return in_turns(seconds, models, repeats)
-
-
-def decode_latency(
-    models: dict[str, nn.Module], ids: torch.Tensor, new_tokens=(1,), repeats: int = 15
-) -> dict[str, list[float]]:
-    """Seconds of one forward pass over so many new tokens, with what is before them cached.
-
-    The models take turns, and the median of the repeats is reported, as in `latency`.
-
-    Args:
-        models: by name.
-        ids: shape (batch, tokens); its last ones, as many as ever needed, are the new tokens.
-        new_tokens: numbers of tokens, one value of the result for each.
-        repeats: rounds that count.
-    """
-    check_ids(ids, *models.values())
-    fits = new_tokens and all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
-    require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
-    before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
-
-    def seconds(model) -> dict[int, float]:
-        cached = {CACHE: DynamicCache(), "use_cache": True}
-        found = {}
-        timed(lambda: model(before.to(model.device), **cached), model)
-        for i, count in enumerate(new_tokens):
-            some = new[:, :count].to(model.device)
-            found[i] = timed(lambda some=some: model(some, **cached), model)
-            cached[CACHE].crop(-count)
-        return found
-
-    medians = in_turns(seconds, models, repeats)
-    return {name: list(found.values()) for name, found in medians.items()}
 
 
 def in_turns(measure: Callable, models: dict[str, nn.Module], repeats: int) -> dict[str, dict]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from willows_kd.config import LONGEST_BLOCK
 from willows_kd.corpus import Blocks
 from willows_kd.cost import latency, peak_memory, size_on_disk
 from willows_kd.errors import require, type_name
@@ -24,7 +25,6 @@ from willows_kd.models import (
     vocabulary_size,
 )
 
-LONGEST_WINDOW = 1024  # tokens: GPT-2's positions
 LOGITS_AT_ONCE = 2**24  # elements: 64 MiB of float32, so that a real vocabulary fits a laptop
 
 
@@ -151,7 +151,7 @@ def window_length(blocks: torch.Tensor, *models) -> int:
     """Tokens of a window: the models' positions, at most 1,024, and no more than there are."""
     positions = [max_positions(model.config) for model in models if model is not None]
     tokens = sum(map(len, one_stream(blocks)))
-    return min([LONGEST_WINDOW, tokens, *(p for p in positions if p is not None)])
+    return min([LONGEST_BLOCK, tokens, *(p for p in positions if p is not None)])
 
 
 def at_once(*tensors: torch.Tensor, vocabulary: int):
@@ -265,35 +265,6 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor, bins: int
     gaps = torch.zeros(bins, dtype=torch.float64)
     gaps.index_add_(0, which, confidence.double() - correct.double())
     return (gaps.abs().sum() / len(confidence)).item()
-
-
-def text_quality(model, teacher, prompts: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
-    """What a model wrote: how likely its teacher finds it, how varied and repetitive it is.
-
-    Args:
-        model, teacher: causal language models with one vocabulary.
-        prompts: token ids, shape (prompts, length).
-        text: what `sample_continuations` continued them with, shape (prompts, at least 3).
-
-    Returns:
-        teacher_nll: cross-entropy of the text under the teacher, in nats per token; low
-            for text that the teacher would write.
-        kl_to_teacher: KL(teacher || model) on this text, in nats per token.
-        distinct: share of different ones among all runs of three tokens (distinct-3, Li et
-            al. 2016, section 5.3).
-        repetition: share of the runs of three tokens that stand earlier in the same text.
-    """
-    ids, first = torch.cat([prompts.to(text.device), text], dim=1), prompts.shape[1] - 1
-    teacher_nll = token_scores(teacher, None, ids)["nll"][:, first:]
-    kl_to_teacher = token_scores(model, teacher, ids)["kl"][:, first:]
-    runs = [list(zip(row, row[1:], row[2:], strict=False)) for row in text.tolist()]
-    total = sum(map(len, runs))
-    return {
-        "teacher_nll": teacher_nll.double().mean().item(),
-        "kl_to_teacher": kl_to_teacher.double().mean().item(),
-        "distinct": len({run for row in runs for run in row}) / total,
-        "repetition": sum(len(row) - len(set(row)) for row in runs) / total,
-    }
 
 
 # -- one table -------------------------------------------------------------------------

@@ -1,23 +1,17 @@
 """Text that a model writes: a prompt's continuation to read, or many as token ids to train on."""
 
-import hashlib
-import json
 import math
 import numbers
-import warnings
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
-from willows_kd.errors import WriteError, is_integer, require, type_name
-from willows_kd.files import cache_folder, load_tensors, save_tensors
+from willows_kd.errors import is_integer, require, type_name
 from willows_kd.models import (
     check_token_ids,
-    distributed_state,
     eval_mode,
-    fingerprint,
     max_positions,
     quiet_transformers,
     require_model,
@@ -216,47 +210,3 @@ class Draw(LogitsProcessor):
 def prompt_length(block_size: int) -> int:
     """How much of a block is kept as the prompt if a model writes the rest: a quarter."""
     return max(1, block_size // 4)
-
-
-def make_transfer_set(
-    model, blocks: torch.Tensor, temperature: float = 1.0, seed: int = 0, beams: int = 1
-) -> torch.Tensor:
-    """Blocks that a model wrote, each from the first quarter of a given one.
-
-    They are kept in the user's cache, with writer and settings in the file's metadata, and
-    found again; a damaged file is written anew. If the cache cannot be written, a warning
-    says so.
-
-    Args:
-        model: the writer, such as a teacher.
-        blocks: token ids, shape (blocks, block_size).
-        temperature, seed, beams: as in `sample_continuations`.
-
-    Returns:
-        token ids, shape (blocks, block_size).
-
-    Raises:
-        InputError: as `sample_continuations`.
-    """
-    are_blocks = isinstance(blocks, torch.Tensor) and blocks.ndim == 2 and blocks.shape[1] > 1
-    require(are_blocks, f"blocks are {type_name(blocks)}; give what pack returns, such as .train")
-    prompts = blocks[:, : prompt_length(blocks.shape[1])].contiguous()
-    made = {
-        "writer": fingerprint(model),
-        "prompts": hashlib.sha256(prompts.numpy().tobytes()).hexdigest(),
-        **{"shape": list(blocks.shape), "temperature": temperature, "seed": seed, "beams": beams},
-    }
-    name = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
-    file = cache_folder() / "texts" / f"{name}.safetensors"
-    with distributed_state().local_main_process_first():
-        if kept := load_tensors(file):
-            written = kept["blocks"].long()
-        else:
-            new_tokens = blocks.shape[1] - prompts.shape[1]
-            text = sample_continuations(model, prompts, new_tokens, temperature, seed, beams).cpu()
-            written = torch.cat([prompts, text], dim=1)
-            try:
-                save_tensors(file, {"blocks": written.int()}, made)
-            except WriteError as error:
-                warnings.warn(f"the text is not kept for another run: {error}", stacklevel=2)
-    return written

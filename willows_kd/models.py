@@ -422,15 +422,6 @@ def check_token_ids(ids: torch.Tensor, model, name: str = "model") -> None:
     require(least >= 0 and most < known, wrong)
 
 
-# -- from hidden states to logits --------------------------------------------------------
-
-
-def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
-    """What a model's output weights are applied to, shape (blocks, block_size, width)."""
-    check_token_ids(ids, model)
-    return model.base_model(ids, use_cache=False).last_hidden_state
-
-
 def fingerprint(model) -> str:
     """A name for a model's weights and settings: another as soon as any of them is."""
     config = model.config.to_dict()

@@ -1,17 +1,15 @@
-"""Text files read, cleaned and, if they are the book, cut into chapters; the book's download."""
+"""Text files read, cleaned and, if they are the book, cut into chapters."""
 
 import codecs
 import os
 import re
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
-from willows_kd.errors import InputError, one_line, require
-from willows_kd.files import atomic_write, cache_folder
+from willows_kd.errors import InputError, require
 
+SAMPLE_STORY = Path(__file__).parent / "assets" / "sample_story.txt"
 WILLOWS = "THE WIND IN THE WILLOWS"
 # the titles of their first and last chapters
 OWN_BOOKS = {WILLOWS: ("RIVER BANK", "ULYSSES"), "THE KETTLE ON LAMMAS DOWN": ("KETTLE", "MICHAEL")}
@@ -24,15 +22,19 @@ class Corpus:
     Attributes:
         title: the book's title, or the name of the file or data set.
         provenance: where the text came from, in one line.
-        texts: the chapters of the book, or the rows of a table, or one text. Rows of chats
-            are dicts with `messages`, or with `prompt` and `completion`.
+        texts: the chapters of the book, or the rows of a table, or one text.
         skipped: empty lines and rows that were passed over while reading.
+        in_rows: whether what is held out is cut off between texts, not within one.
+        tokenize: makes token ids, and a mask of those to learn, of texts that are no strings,
+            as `sources.chats.tokenize_chats` does.
     """
 
     title: str
     provenance: str
     texts: Sequence
     skipped: int = 0
+    in_rows: bool = False
+    tokenize: Callable | None = None
 
     @property
     def text(self) -> str:
@@ -145,49 +147,3 @@ def unwrap(piece: str) -> list[str]:
         verse = len(lines) > 1 and all(line[0].isspace() for line in lines)
         texts = [("\n" if verse else " ").join(texts)]
     return [EMPHASIS.sub(r"\1", text) for text in texts]
-
-
-# -- the book's download ---------------------------------------------------------------
-
-URLS = (
-    "https://www.gutenberg.org/cache/epub/289/pg289.txt",
-    "https://gutenberg.pglaf.org/2/8/289/289-0.txt",
-)
-TIMEOUT = 10  # seconds without an answer
-SIZE_LIMIT = 2_000_000  # bytes; the book has a third of a million
-
-
-def fetch_willows() -> Path:
-    """The path of the book in the user's cache, downloaded if it is not there yet.
-
-    Raises:
-        InputError: no address gave the book. The cache is then as it was.
-    """
-    path = cache_folder() / "wind_in_the_willows.txt"
-    if os.path.exists(path):  # not path.exists(): it raises if a folder is locked
-        return path
-    problem = ""
-    for url in URLS:
-        try:
-            text = download_book(url)
-        except (OSError, HTTPException, ValueError) as error:
-            problem = one_line(error)
-            continue
-        with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-        return path
-    raise InputError(problem)
-
-
-def download_book(url: str) -> str:
-    """The book behind an address, bounded in size and without its licence."""
-    request = urllib.request.Request(url, headers={"User-Agent": "willows_kd"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        require(answer.url.startswith("https://"), "redirected to an address that is not https")
-        raw = answer.read(SIZE_LIMIT + 1)
-    require(len(raw) <= SIZE_LIMIT, f"more than {SIZE_LIMIT} bytes")
-    text = decode(raw)
-    body = PARAGRAPH_BREAK.sub("\n\n", strip_licence(text)).strip("\n") + "\n"
-    is_whole = END_OF_BOOK.search(text) and chapters_of(body)[0] == WILLOWS
-    require(is_whole, "what arrived is not the twelve chapters of the book")
-    return body

@@ -22,15 +22,17 @@ import willows_kd
 from willows_kd import files, models
 from willows_kd.compress.layers import choose_layers, passes_to_choose
 from willows_kd.config import DTYPES, INITS, LONGEST_BLOCK, DistillConfig
-from willows_kd.corpus import Blocks, Corpus, load_corpus, pack
+from willows_kd.corpus import Blocks, pack
 from willows_kd.distillation import distill
 from willows_kd.errors import InputError, Stopped, WriteError, one_line, require
 from willows_kd.evaluation import LABELS, as_markdown, compare, number
-from willows_kd.generation import make_transfer_set
 from willows_kd.scale.checkpoints import Checkpoints
 from willows_kd.scale.linear_head import ChunkedLoss
 from willows_kd.scale.teacher_cache import cache_teacher
+from willows_kd.sources.load import load_corpus
+from willows_kd.sources.transfer_set import make_transfer_set
 from willows_kd.students import depth_of, layers_to_keep, student_from_teacher
+from willows_kd.texts import Corpus
 
 GPT2_VOCABULARY = 50_257
 STEPS_TO_TIME, TOKENS_TO_TIME = 4, 128  # of each dtype; the first step warms up

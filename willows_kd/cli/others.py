@@ -7,9 +7,10 @@ from transformers import TextStreamer
 from willows_kd import evaluation, models
 from willows_kd.cli import distill as commands
 from willows_kd.compress.export import export_model, load_onnx
-from willows_kd.corpus import load_corpus, pack
+from willows_kd.corpus import pack
 from willows_kd.errors import require
 from willows_kd.generation import complete
+from willows_kd.sources.load import load_corpus
 
 
 def generate(options) -> int:

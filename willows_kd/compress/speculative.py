@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
+from willows_kd.cost import check_ids, in_turns, timed
 from willows_kd.errors import is_integer, require
 from willows_kd.generation import check_prompts, check_sampling, end_of_text
 from willows_kd.models import CACHE, common_vocabulary, eval_mode
@@ -133,6 +135,38 @@ class Reader:
         beyond = self.cache.get_seq_length() - length
         if beyond > 0:  # crop(0) empties the cache in some releases
             self.cache.crop(-beyond)
+
+
+def decode_latency(
+    models: dict[str, nn.Module], ids: torch.Tensor, new_tokens=(1,), repeats: int = 15
+) -> dict[str, list[float]]:
+    """Seconds of one forward pass over so many new tokens, with what is before them cached.
+
+    The models take turns, and the median of the repeats is reported, as in `latency`.
+
+    Args:
+        models: by name.
+        ids: shape (batch, tokens); its last ones, as many as ever needed, are the new tokens.
+        new_tokens: numbers of tokens, one value of the result for each.
+        repeats: rounds that count.
+    """
+    check_ids(ids, *models.values())
+    fits = new_tokens and all(is_integer(count) and count < ids.shape[1] for count in new_tokens)
+    require(fits, f"new_tokens are {new_tokens!r}; give numbers from 1 to {ids.shape[1] - 1}")
+    before, new = ids.split([ids.shape[1] - max(new_tokens), max(new_tokens)], dim=1)
+
+    def seconds(model) -> dict[int, float]:
+        cached = {CACHE: DynamicCache(), "use_cache": True}
+        found = {}
+        timed(lambda: model(before.to(model.device), **cached), model)
+        for i, count in enumerate(new_tokens):
+            some = new[:, :count].to(model.device)
+            found[i] = timed(lambda some=some: model(some, **cached), model)
+            cached[CACHE].crop(-count)
+        return found
+
+    medians = in_turns(seconds, models, repeats)
+    return {name: list(found.values()) for name, found in medians.items()}
 
 
 def expected_tokens(acceptance: float, k: int) -> float:

@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from willows_kd.config import DistillConfig
-from willows_kd.corpus import Blocks, load_corpus, pack
+from willows_kd.corpus import Blocks, pack
 from willows_kd.distillation import distill
 from willows_kd.evaluation import evaluate
 from willows_kd.exercises import judge, not_yet, well_done
 from willows_kd.models import load_teacher
 from willows_kd.students import student_from_teacher
+from willows_kd.texts import SAMPLE_STORY, read_file
 
 
 def check_stop(my_stop: Callable) -> bool:
@@ -82,7 +83,7 @@ BETTER = 0.95  # of the plain student's KL: less is no luck of a seed
 def score_task() -> tuple[torch.nn.Module, Blocks]:
     """The teacher to come near, and blocks of the sample story, as many as may be seen once."""
     teacher, tokenizer = load_teacher()
-    blocks = pack(load_corpus("sample"), tokenizer)
+    blocks = pack(read_file(SAMPLE_STORY), tokenizer)
     return teacher, replace(blocks, train=blocks.train[: TOKENS // blocks.block_size])
 
 

@@ -21,10 +21,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from willows_kd.config import DistillConfig
+from willows_kd.config import LONGEST_BLOCK, DistillConfig
 from willows_kd.corpus import Blocks
 from willows_kd.errors import InputError, WriteError, is_integer, require, type_name
-from willows_kd.evaluation import LONGEST_WINDOW, check_blocks, window_length, windows
+from willows_kd.evaluation import check_blocks, window_length, windows
 from willows_kd.files import (
     cache_folder,
     clean_up_interrupted_writes,
@@ -124,7 +124,7 @@ class TeacherCache(nn.Module):
     def validate(self, config: DistillConfig, student) -> None:
         """Require what lets the cache stand in for its teacher in `distill`."""
         own, others = (
-            min(max_positions(model.config) or LONGEST_WINDOW, LONGEST_WINDOW)
+            min(max_positions(model.config) or LONGEST_BLOCK, LONGEST_BLOCK)
             for model in (self, student)
         )
         require(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from willows_kd.errors import InputError, one_line, require
+from willows_kd.sources.chats import tokenize_chats
 from willows_kd.texts import UTF16_MARKS, Corpus
 
 READERS = {
@@ -59,7 +60,8 @@ def read_table(
         hint = "; name its encoding (--encoding)" if isinstance(cause, UnicodeError) else ""
         kind = kind or "a file or as a data set of the hub"
         raise InputError(f"{source} cannot be read as {kind} ({one_line(cause)}){hint}") from error
-    return Corpus(path.stem, str(source), texts, len(table) - len(texts))
+    chats = tokenize_chats if isinstance(texts[0], dict) else None
+    return Corpus(path.stem, str(source), texts, len(table) - len(texts), True, chats)
 
 
 def load_file(path: Path, kind: str, encoding: str | None):

@@ -1,0 +1,1 @@
+"""Where text comes from: files, tables, chats, the book's download, a model that writes."""
