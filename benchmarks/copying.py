@@ -1,6 +1,6 @@
 """Perplexity kept, a capability gone: students of one size, on the book and on copying.
 
-    python benchmarks/copying.py [--corpus FILE]
+    python benchmarks/copying.py
 
 All learn from the soft labels of the training chapters in as many steps, and have as many
 parameters: half of the layers, chosen in two ways, or all layers with a quarter of the
@@ -30,12 +30,10 @@ REPEATED = f"{NARROW}, repeated spans"
 
 def main() -> None:
     """Train and measure each kind of student with each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
-    options = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    blocks = kd.pack(kd.load_corpus(options.corpus), tokenizer)
+    blocks = kd.pack(kd.load_corpus(), tokenizer)
     units = kd.importance(teacher, blocks.train[:64])["feed_forward"]
     kept = units.topk(units.shape[1] // 4).indices
     starts = {

@@ -1,7 +1,7 @@
 """Which layers should a student copy, and does the best start end best?
 
-    python benchmarks/inits.py [--corpus FILE]
-    python benchmarks/inits.py [--corpus FILE] --teacher DIR --books FOLDER [--steps 600]
+    python benchmarks/inits.py
+    python benchmarks/inits.py --teacher DIR --books FOLDER [--steps 600]
 
 The first compares all choices of half of the bundled teacher's layers. The second compares
 the ways to choose two thirds and half of the layers of a deeper teacher, shaped like Llama,
@@ -33,14 +33,13 @@ SHORT = kd.DistillConfig(epochs=1, learning_rate=1e-3)
 def main() -> None:
     """Compare the layers of one teacher."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     parser.add_argument("--teacher", type=Path, help="where the deep teacher is, or will be")
     parser.add_argument("--books", type=Path, help="folder of .txt books to train it on")
     parser.add_argument("--steps", type=int, default=600, help="of 16 blocks, to train it")
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    blocks = kd.pack(kd.load_corpus(options.corpus), tokenizer)
+    blocks = kd.pack(kd.load_corpus(), tokenizer)
     if options.teacher is None:
         every_choice(teacher, blocks)
         return

@@ -1,6 +1,6 @@
 """What will it reach? Students of many sizes and budgets, of several teachers, and in steps.
 
-    python benchmarks/law.py --books FOLDER [--corpus FILE] [--seeds 0 1 2]
+    python benchmarks/law.py --books FOLDER [--seeds 0 1 2]
 
 Students of 1 to 5 of the bundled teacher's 6 layers learn from its soft labels for four budgets
 of tokens, each twice the last, so that a law fitted on three of them can be asked for the fourth.
@@ -32,12 +32,11 @@ def main() -> None:
     """Train and judge every student that is not stored yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt books")
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    blocks = kd.pack(kd.load_corpus(options.corpus), tokenizer)
+    blocks = kd.pack(kd.load_corpus(), tokenizer)
     runs = Runs(blocks, mixed_text(options.books, tokenizer, blocks))
     teachers = fine_tuned(blocks)
     runs.of_itself(teacher)

@@ -1,6 +1,6 @@
 """What a row of a table is worth to the next one in its block, which sees it.
 
-    python benchmarks/neighbours.py [--corpus FILE]
+    python benchmarks/neighbours.py
 
 `kd.pack` puts rows one after the other, an end-of-text token between them. Here the rows are the
 paragraphs of a chapter that nobody trained on, in random order: each is read by the bundled teacher
@@ -19,11 +19,9 @@ SHORTEST = 20
 
 def main() -> None:
     """Print a line for each chapter, with a 95 % interval over rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
-    options = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     teacher, tokenizer = kd.load_teacher()
-    splits = kd.split(kd.load_corpus(options.corpus))
+    splits = kd.split(kd.load_corpus())
     for name, texts in (("validation", splits.validation), ("test", splits.test)):
         paragraphs = "\n\n".join(texts).split("\n\n")
         ids = [tokenizer(text, verbose=False)["input_ids"] for text in paragraphs]

@@ -1,6 +1,6 @@
 """Where do soft labels win? The bundled models on the test chapter and on other text.
 
-    python benchmarks/other_text.py --books FOLDER [--corpus FILE]
+    python benchmarks/other_text.py --books FOLDER
 
 Notebook 04 measures the texts that ship; this adds the other books that base and students
 were trained on. FOLDER holds them as text files (recipes/books.csv lists those that were
@@ -31,12 +31,11 @@ def main() -> None:
     """Measure every text, and store a row for each text and pair of models."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt books")
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     options = parser.parse_args()
 
     _, tokenizer = kd.load_teacher()
     models = {name: kd.load_bundled(name) for name in MODELS}
-    texts = {"test chapter": kd.pack(kd.load_corpus(options.corpus), tokenizer).test}
+    texts = {"test chapter": kd.pack(kd.load_corpus(), tokenizer).test}
     others = others_that_ship() | {
         path.stem: kd.load_corpus(path).text for path in sorted(options.books.glob("*.txt"))
     }

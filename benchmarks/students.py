@@ -1,6 +1,6 @@
 """The table and picture of the README: the bundled students beside their teacher.
 
-    python benchmarks/students.py [--corpus FILE] [--output_dir benchmarks/results]
+    python benchmarks/students.py [--output_dir benchmarks/results]
 
 `recipes/make_bundled_students.py` trained the students and chose their settings on the
 validation chapter; here they meet the test chapter.
@@ -25,12 +25,11 @@ PICTURED = {
 def main() -> None:
     """Compare, and write the table as Markdown and CSV, and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    corpus = kd.load_corpus(options.corpus)
+    corpus = kd.load_corpus()
     blocks = kd.pack(corpus, tokenizer)
     models = {
         "teacher": teacher,

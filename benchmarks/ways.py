@@ -1,6 +1,6 @@
 """Which way of distilling is better: whose text, which divergence, what else is matched?
 
-    python benchmarks/ways.py [--corpus FILE] [--seeds 0 1 2] [--ways WAY ...]
+    python benchmarks/ways.py [--seeds 0 1 2] [--ways WAY ...]
 
 One start, one text, equal optimiser steps, several seeds, judged on the validation
 chapter; the seconds are those of training, the writing counted. For each student: quality
@@ -41,13 +41,12 @@ TITLES = {
 def main() -> None:
     """Train and judge every student with every seed, and write after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(ways()), help="by name (default: all)")
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    corpus = kd.load_corpus(options.corpus)
+    corpus = kd.load_corpus()
     blocks = kd.pack(corpus, tokenizer)
     judge = Judge(teacher, tokenizer, blocks)
     stored = Stored()

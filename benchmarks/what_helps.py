@@ -1,6 +1,6 @@
 """What brings a student nearer to its teacher: which text, which temperature, which alpha?
 
-    python benchmarks/what_helps.py --books FOLDER [--corpus FILE] [--seeds 0 1 2]
+    python benchmarks/what_helps.py --books FOLDER [--seeds 0 1 2]
 
 Students of half the layers, from one start, at equal tokens, judged on the validation
 chapter, with several seeds. First the text: half of the blocks are the book's training
@@ -34,12 +34,11 @@ def main() -> None:
     """Train every student with every seed, and write both tables after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt books")
-    parser.add_argument("--corpus", help="a text file (default: as load_corpus finds it)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
 
     teacher, tokenizer = kd.load_teacher()
-    blocks = kd.pack(kd.load_corpus(options.corpus), tokenizer)
+    blocks = kd.pack(kd.load_corpus(), tokenizer)
     texts = training_texts(options, teacher, tokenizer, blocks)
     target = kd.evaluate(teacher, blocks.validation)["perplexity"]
     measured = []
