@@ -1,5 +1,6 @@
 """The town of notebook S1: a task with right and wrong answers, which small models learn."""
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -8,8 +9,9 @@ from willows_kd.corpus import Blocks
 
 SIDE, WALLS = 6, 6
 CELLS = SIDE * SIDE
-MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, STOP
-UP, STOP = CELLS, CELLS + 4  # tokens: the cells, then the moves, then two words
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, none
+HALT = 4  # the last of the moves
+UP, STOP = CELLS, CELLS + HALT  # tokens: the cells, then the moves, then two words
 FROM, TO = CELLS + 5, CELLS + 6
 VOCABULARY = CELLS + 7
 PROMPT, ANSWER = 4, 12  # tokens: FROM start TO goal, then the moves
@@ -29,29 +31,26 @@ class Town:
     def __init__(self, seed: int = 0):
         """Draw walls until every way fits into an answer."""
         generator = torch.Generator().manual_seed(seed)
-        distance = torch.full((1, 1), ANSWER)
-        while distance.max() >= ANSWER:
+        longest = ANSWER
+        while longest >= ANSWER:
             self.free = torch.randperm(CELLS, generator=generator)[WALLS:].sort().values
             self.after = cells_after(self.free)
             steps = steps_between(self.after)
-            distance = steps[self.free][:, self.free]
+            longest = steps[self.free][:, self.free].max()
         self.best = (steps[self.after] < steps[:, None]).transpose(1, 2)
-        self.best[:, :, 4] = torch.eye(CELLS, dtype=torch.bool)
+        self.best[:, :, HALT] = torch.eye(CELLS, dtype=torch.bool)
         pairs = torch.cartesian_prod(self.free, self.free)
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-        start, goal = pairs[torch.randperm(len(pairs), generator=generator)].T
-        words = torch.full_like(start, FROM), torch.full_like(start, TO)
-        self.prompts = torch.stack([words[0], start, words[1], goal], dim=1)
+        self.prompts = torch.tensor([FROM, 0, TO, 0]).repeat(len(pairs), 1)
+        self.prompts[:, [1, 3]] = pairs[torch.randperm(len(pairs), generator=generator)]
 
     def cells(self, texts: torch.Tensor) -> torch.Tensor:
         """Where each text is before each token of its answer, and at its end."""
-        cell, going = texts[:, 1], torch.ones(len(texts), dtype=torch.bool)
-        visited = [cell]
-        for token in texts[:, PROMPT:].T:
-            going = going & (token != STOP)
-            moves = going & (token >= UP) & (token < STOP)
-            cell = self.after[cell, torch.where(moves, token, STOP) - UP]
-            visited.append(cell)
+        answers, visited = texts[:, PROMPT:], [texts[:, 1]]
+        going = (answers == STOP).cumsum(dim=1) == 0
+        moves = going & (answers >= UP) & (answers < STOP)
+        for move in torch.where(moves, answers - UP, HALT).T:
+            visited.append(self.after[visited[-1], move])
         return torch.stack(visited, dim=1)
 
     def right(self, texts: torch.Tensor) -> torch.Tensor:
@@ -65,30 +64,25 @@ class Town:
         Returns:
             token ids, shape (prompts, 16), and probabilities, shape (prompts, 12, moves).
         """
-        cell, goal = prompts[:, 1], prompts[:, 3]
-        stopped = torch.zeros(len(prompts), dtype=torch.bool)
-        tokens, labels = [prompts], []
+        ids, labels, cell = prompts, [], prompts[:, 1]
         for _ in range(ANSWER):
-            best = self.best[cell, goal]
+            best = self.best[cell, prompts[:, 3]]
             labels.append(best / best.sum(dim=1, keepdim=True))
             move = torch.multinomial(labels[-1], 1, generator=generator)[:, 0]
             odd = torch.rand(len(prompts), generator=generator) < noise
-            random = torch.randint(0, 4, move.shape, generator=generator)
-            move = torch.where(odd & ~stopped, random, move)
-            stopped = stopped | (move == 4)
+            random = torch.randint(0, HALT, move.shape, generator=generator)
+            move = torch.where(odd & (ids[:, -1] != STOP), random, move)
             cell = self.after[cell, move]
-            tokens.append(move[:, None] + UP)
-        return torch.cat(tokens, dim=1), torch.stack(labels, dim=1)
+            ids = torch.cat([ids, move[:, None] + UP], dim=1)
+        return ids, torch.stack(labels, dim=1)
 
     def drawn(self, text: torch.Tensor) -> str:
         """A map with the way of one text: # a wall, o the way, S its start, G its goal."""
-        picture = ["#"] * CELLS
-        marks = {"·": self.free, "o": self.cells(text[None])[0], "S": text[1:2], "G": text[3:4]}
+        picture = np.full(CELLS, "#")
+        marks = {"·": self.free, "o": self.cells(text[None])[0], "S": text[1], "G": text[3]}
         for mark, cells in marks.items():
-            for cell in cells.tolist():
-                picture[cell] = mark
-        rows = [picture[i : i + SIDE] for i in range(0, CELLS, SIDE)]
-        return "\n".join(" ".join(row) for row in rows)
+            picture[cells] = mark
+        return "\n".join(" ".join(row) for row in picture.reshape(SIDE, SIDE))
 
 
 def cells_after(free: torch.Tensor) -> torch.Tensor:
@@ -156,7 +150,5 @@ def as_blocks(texts: torch.Tensor, steps: int, batch_size: int) -> Blocks:
     What follows STOP counts, as it does on-policy.
     """
     train = texts[torch.arange(steps * batch_size) % len(texts)]
-    masks = {"train": torch.ones_like(train, dtype=torch.bool)}
-    masks["train"][:, :PROMPT] = False
-    masks["validation"] = masks["train"][:8]
-    return Blocks(train, texts[:8], texts[:8], {}, masks)
+    mask = (torch.arange(PROMPT + ANSWER) >= PROMPT).expand_as(train)
+    return Blocks(train, texts[:8], texts[:8], {}, {"train": mask, "validation": mask[:8]})
