@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from willows_kd.corpus import Blocks
@@ -24,7 +23,7 @@ class Town:
 
     Attributes:
         after: the cell after a move, shape (cells, moves).
-        best: True for a move that is on a shortest way, shape (cells, goals, moves).
+        best: shares of the moves that are on a shortest way, shape (cells, goals, moves).
         prompts: token ids of all starts and goals in random order, shape (prompts, 4).
     """
 
@@ -37,8 +36,9 @@ class Town:
             self.after = cells_after(self.free)
             steps = steps_between(self.after)
             longest = steps[self.free][:, self.free].max()
-        self.best = (steps[self.after] < steps[:, None]).transpose(1, 2)
-        self.best[:, :, HALT] = torch.eye(CELLS, dtype=torch.bool)
+        best = (steps[self.after] < steps[:, None]).transpose(1, 2)
+        best[:, :, HALT] = torch.eye(CELLS, dtype=torch.bool)
+        self.best = best / best.sum(dim=2, keepdim=True)
         pairs = torch.cartesian_prod(self.free, self.free)
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         self.prompts = torch.tensor([FROM, 0, TO, 0]).repeat(len(pairs), 1)
@@ -59,22 +59,17 @@ class Town:
         return stops & (self.cells(texts)[:, -1] == texts[:, 3])
 
     def walks(self, prompts: torch.Tensor, noise: torch.Tensor, generator):
-        """Ways by the map with a share of random moves, and the best moves at each token.
-
-        Returns:
-            token ids, shape (prompts, 16), and probabilities, shape (prompts, 12, moves).
-        """
-        ids, labels, cell = prompts, [], prompts[:, 1]
+        """Ways by the map with a share of random moves: token ids, shape (prompts, 16)."""
+        ids, cell = prompts, prompts[:, 1]
         for _ in range(ANSWER):
             best = self.best[cell, prompts[:, 3]]
-            labels.append(best / best.sum(dim=1, keepdim=True))
-            move = torch.multinomial(labels[-1], 1, generator=generator)[:, 0]
+            move = torch.multinomial(best, 1, generator=generator)[:, 0]
             odd = torch.rand(len(prompts), generator=generator) < noise
             random = torch.randint(0, HALT, move.shape, generator=generator)
             move = torch.where(odd & (ids[:, -1] != STOP), random, move)
             cell = self.after[cell, move]
             ids = torch.cat([ids, move[:, None] + UP], dim=1)
-        return ids, torch.stack(labels, dim=1)
+        return ids
 
     def drawn(self, text: torch.Tensor) -> str:
         """A map with the way of one text: # a wall, o the way, S its start, G its goal."""
@@ -112,7 +107,7 @@ def small_gpt2(layers: int, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_end)).eval()
 
 
-def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> nn.Module:
+def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> GPT2LMHeadModel:
     """A GPT-2 of three layers that learns the best moves, on the way and off it."""
     teacher, generator = small_gpt2(3, seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(teacher.parameters(), fused=True)
@@ -121,7 +116,8 @@ def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> nn.Module:
             group["lr"] = 4e-3 * min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))
         chosen = torch.randint(0, len(town.prompts), (64,), generator=generator)
         noise = torch.rand(64, generator=generator)
-        ids, best = town.walks(town.prompts[chosen], noise, generator)
+        ids = town.walks(town.prompts[chosen], noise, generator)
+        best = town.best[town.cells(ids)[:, :-1], ids[:, 3:4]]
         logits = teacher(ids, use_cache=False).logits[:, PROMPT - 1 : -1]
         loss = -(best * logits.log_softmax(-1)[..., UP : STOP + 1]).sum(-1).mean()
         loss.backward()
