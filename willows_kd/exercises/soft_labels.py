@@ -28,10 +28,10 @@ LABELS = torch.arange(20).reshape(4, 5) % 7
 CASES = (Z_S, Z_T, LABELS, 1.7), (Z_T, Z_S, LABELS, 3.3)
 
 
-def check_forward_kl(my_kl: Callable) -> bool:
-    """Check `my_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
+def check_forward_kl(my_forward_kl: Callable) -> bool:
+    """Check `my_forward_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
     praise = "the same value as kd.forward_kl"
-    return judge(my_kl, forward_kl, KL, praise, (Z_S, Z_T, 1.7), (Z_T, Z_S, 3.3))
+    return judge(my_forward_kl, forward_kl, KL, praise, (Z_S, Z_T, 1.7), (Z_T, Z_S, 3.3))
 
 
 def check_find_temperature(my_temperature: Callable) -> bool:

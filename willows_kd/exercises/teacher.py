@@ -40,8 +40,8 @@ def check_count(my_count: Callable) -> bool:
     return judge(my_count, count, mistakes, praise, (config,), tolerance=0)
 
 
-def check_guesser(my_perplexity: Callable) -> bool:
-    """Check `my_perplexity(train, test, vocabulary)`: of a guesser that counts."""
+def check_guesser(my_guesser: Callable) -> bool:
+    """Check `my_guesser(train, test, vocabulary)`: the perplexity of a guesser that counts."""
     train = torch.tensor([[0, 0, 0, 0, 1, 1], [2, 2, 0, 3, 3, 0]])
     test = torch.tensor([[0, 1, 4, 0], [3, 0, 2, 2]])
 
@@ -57,7 +57,7 @@ def check_guesser(my_perplexity: Callable) -> bool:
         "a token of `test` is not in `train`: add 1 to every count": lambda *_: math.inf,
     }
     praise = "it counts in one text and is tested on another"
-    return judge(my_perplexity, right, mistakes, praise, (train, test, 6))
+    return judge(my_guesser, right, mistakes, praise, (train, test, 6))
 
 
 def check_bits(my_bits: Callable) -> bool:
