@@ -46,25 +46,22 @@ def judge(
         if isinstance(value, str):
             return not_yet(value)
 
-    def differences(answer: Callable) -> list[tuple]:
-        """Each example at which the learner's function and another one differ, and both results."""
-        results = zip(cases, found, (attempt(answer, case) for case in cases), strict=True)
-        return [
-            (case, mine, other)
-            for case, mine, other in results
-            if mine.shape != other.shape
-            or not torch.allclose(mine, other, tolerance, 1e-9, equal_nan=True)
-        ]
+    def same(mine: torch.Tensor, other: torch.Tensor) -> bool:
+        alike = mine.shape == other.shape
+        return alike and torch.allclose(mine, other, tolerance, 1e-9, equal_nan=True)
 
-    wrong = differences(right)
-    if not wrong:
+    def hits(answer: Callable) -> list[bool]:
+        return [same(mine, attempt(answer, case)) for mine, case in zip(found, cases, strict=True)]
+
+    if all(hits(right)):
         return well_done(praise)
     for hint, mistake in mistakes.items():
-        if not differences(mistake):
+        if all(hits(mistake)):
             return not_yet(hint)
     if not any(value.any() for value in found):
         return not_yet("your function returns 0, whatever it is given. Write it first")
-    case, mine, wanted = wrong[0]
+    first = hits(right).index(False)
+    case, mine, wanted = cases[first], found[first], attempt(right, cases[first])
     if mine.shape != wanted.shape:
         it_is = f"a tensor of shape {tuple(wanted.shape)}" if wanted.ndim else "one number"
         return not_yet(f"your result has shape {tuple(mine.shape)}; it is {it_is}")

@@ -61,7 +61,6 @@ def check_tokens(my_tokens: Callable) -> bool:
         "one token of the teacher's comes with every pass": lambda a, k: right(a, k) - 1,
         "the end is one term too early: the last is a**k": lambda a, k: right(a, k - 1),
         "a token counts only if all before it were accepted": lambda a, k: k * a + 1,
-        "this is endless drafting; k tokens are drafted": lambda a, k: 1 / (1 - a),
     }
     praise = "the later a drafted token, the less it brings"
     return judge(my_tokens, right, mistakes, praise, (0.5, 1), (0.8, 4))

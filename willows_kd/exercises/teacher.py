@@ -73,6 +73,5 @@ def check_bits(my_bits: Callable) -> bool:
         "you divide by tokens; take len(text.encode())": lambda n, t: right(n, t, len(n)),
         "some characters have three bytes: text.encode()": lambda n, t: right(n, t, len(t)),
         "that is in nats; a bit is log 2 nats: divide by it": lambda n, t: right(n, t, unit=1),
-        "you multiply by log 2: divide by it": lambda n, t: right(n, t, unit=1 / LOG_2),
     }
     return judge(my_bits, right, mistakes, "a number to compare any models by", (nats, text))

@@ -85,15 +85,11 @@ def plain_score() -> float:
 
 
 def check_score(student, history: list[dict]) -> bool:
-    """Check that a student is nearer to the teacher of `score_task` than the plain one.
-
-    It has at most `PARAMETERS` parameters, and `history`, what `distill` returned, `TOKENS` tokens.
-    """
+    """Check that a student, whose `distill` returned `history`, is nearer than the plain one."""
     parameters, tokens = student.num_parameters(), history[-1]["tokens"]
-    if parameters > PARAMETERS:
-        return not_yet(f"{parameters:,} parameters; at most {PARAMETERS:,} are allowed")
-    if tokens > TOKENS:
-        return not_yet(f"{tokens:,} tokens were seen; at most {TOKENS:,} are allowed")
+    if parameters > PARAMETERS or tokens > TOKENS:
+        spent = f"{parameters:,} parameters and {tokens:,} tokens"
+        return not_yet(f"{spent}; at most {PARAMETERS:,} and {TOKENS:,} are allowed")
     teacher, blocks = score_task()
     found = evaluate(student, blocks.validation, teacher=teacher)["kl_to_teacher"]
     plain = plain_score()
