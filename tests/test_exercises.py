@@ -108,7 +108,6 @@ ANSWERS = [
     ("mask", lambda n, prompt: torch.arange(1, n) > prompt, "position prompt - 1 predicts"),
     ("skewed_kl", lambda *z: skewed(*z).mean(), "well done"),
     ("skewed_kl", lambda s, t, a: skewed(t, s, a).mean(), "teacher's distribution comes first"),
-    ("skewed_kl", lambda *z: skewed(*z).sum(), "it grows with the number of tokens"),
     ("reward_loss", lambda q, p: ((q - p) ** 2 / 2).mean(), "well done"),  # k2
     ("reward_loss", lambda q, p: (q - p).mean(), "its gradient is 0 on average"),
     ("reward_loss", lambda q, p: ((p - q).exp() - 1 - p + q).mean(), "as of k3"),

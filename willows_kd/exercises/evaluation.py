@@ -36,22 +36,18 @@ def check_half_width(my_half_width: Callable) -> bool:
         "1.96 is for very many values; three leave two degrees of freedom": partial(right, t=1.96),
         "3.18 is for three degrees of freedom; the mean took one": partial(right, t=3.182),
         "a mean varies less than its values: divide by √n": partial(right, root=lambda n: 1),
-        "it is divided by n: divide by its square root": partial(right, root=float),
         "for the spread of a sample, divide by n - 1": partial(right, spread=statistics.pstdev),
     }
-    values = 31.0, 34.5, 32.1
-    praise = f"{statistics.mean(values):.1f} ± {right(values):.1f} for {values}"
+    one, other = (31.0, 34.5, 32.1), (0.2, 0.9, 0.4)
+    praise = f"{statistics.mean(one):.1f} ± {right(one):.1f} for {one}"
     # the tolerance: 4.30 is fine
-    return judge(
-        my_half_width, right, mistakes, praise, (values,), ((0.2, 0.9, 0.4),), tolerance=2e-3
-    )
+    return judge(my_half_width, right, mistakes, praise, (one,), (other,), tolerance=2e-3)
 
 
 def check_perplexity(my_perplexity: Callable) -> bool:
     """Check `my_perplexity(bits_per_byte, bytes_of_text, tokens)`."""
     mistakes = {
         "you raise 2 to the bits of a byte; a token has several bytes": lambda b, n, t: 2**b,
-        "bytes and tokens are the wrong way round": lambda b, n, t: 2 ** (b * t / n),
         "bits are raised with the base e; theirs is 2": lambda b, n, t: math.exp(b * n / t),
         "these are bits per token; perplexity is 2 to this power": lambda b, n, t: b * n / t,
     }

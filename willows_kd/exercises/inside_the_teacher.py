@@ -18,7 +18,6 @@ def check_cosine(my_cosine: Callable) -> bool:
     mistakes = {
         "padding counts too: take the mean where mask is True": lambda a, b, _: right(a, b),
         "you divide by the padding, too": lambda *case: right(*case) * 7 / 10,
-        "this is a sum over the tokens: take the mean": lambda *case: right(*case) * 7,
         "this is the cosine itself: subtract it from 1": lambda *case: 1 - right(*case),
     }
     return judge(my_cosine, right, mistakes, "directions are compared, and padding is not", case)
@@ -36,7 +35,6 @@ def check_units(my_units: Callable) -> bool:
     mistakes = {
         "these do least: keep the others": partial(right, of=lambda a: -a.abs().mean((0, 1))),
         "negatives are passed on, too: take .abs()": partial(right, of=lambda a: a.mean((0, 1))),
-        "take .abs() before the mean": partial(right, of=lambda a: a.mean((0, 1)).abs()),
         "one outlier decides: take the mean": partial(right, of=lambda a: a.abs().amax((0, 1))),
     }
     praise = "the units that pass on most, over all tokens, are kept"
@@ -47,17 +45,16 @@ def check_uld(my_uld: Callable) -> bool:
     """Check `my_uld(student_logits, teacher_logits)`, for vocabularies of two sizes."""
     few, some, many = (random_logits(4, size, seed=size) for size in (5, 6, 9))
 
-    def right(z_s, z_t, of=torch.softmax, sign=-1, cut=max) -> torch.Tensor:
-        p, q = (sign * (sign * of(z, -1)).sort().values for z in (z_s, z_t))
+    def right(z_s, z_t, sort=lambda p: p.sort(descending=True).values, cut=max) -> torch.Tensor:
+        p, q = (sort(z.softmax(-1)) for z in (z_s, z_t))
         width = cut(p.shape[-1], q.shape[-1])
         p, q = (F.pad(x, (0, width - x.shape[-1])) for x in (p, q))
         return (p - q).abs().sum(-1).mean()
 
     mistakes = {
-        "padding meets the likeliest: sort downwards": partial(right, sign=1),
+        "the probabilities are not sorted": partial(right, sort=lambda p: p),
+        "sort downwards: padding is unlikely": partial(right, sort=lambda p: p.sort().values),
         "the longer list is cut: fill the shorter one with zeros": partial(right, cut=min),
-        "you compare logits, not probabilities": partial(right, of=lambda z, _: z),
-        "it grows with the number of tokens: take the mean": lambda *z: 4 * right(*z),
         "it is divided by the vocabulary too: sum over it": lambda *z: right(*z) / 9,
     }
     praise = "it compares how sure both are, whatever the names of their tokens"

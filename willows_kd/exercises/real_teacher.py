@@ -15,7 +15,6 @@ def check_bytes(my_bytes: Callable) -> bool:
         "these are the weights alone, without gradients and moments": lambda t, s: 4 * (t + s),
         "AdamW's moments are missing: two for each trained parameter": lambda t, s: 4 * t + 8 * s,
         "the teacher's weights are missing": lambda t, s: 16 * s,
-        "you count numbers; in float32 each takes 4 bytes": lambda t, s: t + 4 * s,
     }
     praise = "what else is alive at the peak, the plan has to rehearse"
     return judge(my_bytes, lambda t, s: 4 * t + 16 * s, mistakes, praise, (120, 70), (50, 45))

@@ -55,7 +55,7 @@ def check_find_temperature(my_temperature: Callable) -> bool:
 
 
 def check_equal_say(my_alpha: Callable) -> bool:
-    """Check `my_alpha(student_logits, teacher_logits, labels, temperature)`: norms made equal."""
+    """Check `my_alpha(z_s, z_t, labels, temperature)`: both weighted gradients have one norm."""
 
     def right(s, t, labels, T, size=lambda loss, z: torch.autograd.grad(loss, z)[0].norm()):
         s.requires_grad_()
