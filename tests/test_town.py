@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from willows_kd.exercises.town import ANSWER, CELLS, PROMPT, STOP, UP, Town, as_blocks
+from willows_kd.exercises.town import ANSWER, CELLS, HALT, PROMPT, STOP, UP, Town, as_blocks
 
 
 @pytest.fixture(scope="module")
@@ -12,24 +12,20 @@ def town():
 
 
 def ways(town, noise: float):
-    prompts = town.prompts[:200]
     generator = torch.Generator().manual_seed(1)
-    return town.walks(prompts, torch.full((200,), noise), generator)
+    return town.walks(town.prompts[:200], torch.full((200,), noise), generator)
 
 
-def test_a_way_by_the_map_is_right_and_no_longer_than_it_must_be(town):
-    texts, best = ways(town, 0.0)
+def test_a_way_by_the_map_is_right_and_keeps_to_the_streets(town):
+    texts = ways(town, 0.0)
     assert town.right(texts).all()
     cells = town.cells(texts)
-    for here, there in zip(cells.T, cells.T[1:], strict=False):
-        apart = (here // 6 - there // 6).abs() + (here % 6 - there % 6).abs()
-        assert (apart <= 1).all()
-        assert torch.isin(there, town.free).all()
-    torch.testing.assert_close(best.sum(dim=-1), torch.ones(200, ANSWER))
+    apart = (cells // 6).diff().abs() + (cells % 6).diff().abs()
+    assert (apart <= 1).all() and torch.isin(cells, town.free).all()
 
 
 def test_an_answer_is_right_only_if_it_first_stops_on_its_goal(town):
-    texts, _ = ways(town, 0.0)
+    texts = ways(town, 0.0)
     early, never, late = texts.clone(), texts.clone(), texts.clone()
     early[:, PROMPT] = STOP  # start and goal differ
     never[never == STOP] = UP
@@ -42,11 +38,11 @@ def test_an_answer_is_right_only_if_it_first_stops_on_its_goal(town):
 
 
 def test_off_the_way_the_best_moves_still_lead_to_the_goal(town):
-    texts, best = ways(town, 0.5)
-    cells = town.cells(texts)
-    for i in range(ANSWER):
-        arrived = cells[:, i] == texts[:, 3]
-        assert (best[arrived, i, 4] == 1).all()
+    texts = ways(town, 0.5)
+    cells, goals = town.cells(texts), texts[:, 3:4]
+    best = town.best[cells, goals]
+    torch.testing.assert_close(best.sum(dim=-1), torch.ones(200, ANSWER + 1))
+    assert ((best[..., HALT] == 1) == (cells == goals)).all()
     stopped = (texts[:, PROMPT:] == STOP).any(dim=1)
     assert (town.right(texts) == stopped).all(), "only the goal is a place to stop"
 
@@ -59,8 +55,7 @@ def test_a_move_against_a_wall_stays(town):
 
 
 def test_blocks_count_answers_alone(town):
-    texts, _ = ways(town, 0.0)
-    blocks = as_blocks(texts, steps=5, batch_size=50)
+    blocks = as_blocks(ways(town, 0.0), steps=5, batch_size=50)
     assert blocks.train.shape == (250, PROMPT + ANSWER)
     assert not blocks.masks["train"][:, :PROMPT].any()
     assert blocks.masks["train"][:, PROMPT:].all()

@@ -1,59 +1,44 @@
-"""Checks for notebook S1: what counts, a skewed KL, a reward that trains."""
+"""Checks for notebooks S1 and A2: what counts, a skewed KL, a reward that trains."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from willows_kd.exercises import judge, random_logits
+from willows_kd.exercises.soft_labels import Z_S, Z_T
 from willows_kd.losses import forward_kl, reverse_kl, skewed_forward_kl, skewed_reverse_kl
 
 
 def check_mask(my_mask: Callable) -> bool:
     """Check `my_mask(length, prompt)`: which predictions are of tokens that were written."""
 
-    def counted(length: int, first: int, last: int | None = None) -> torch.Tensor:
-        mask = torch.zeros(length - 1)
-        mask[first:last] = 1
-        return mask
+    def right(length: int, prompt: int) -> torch.Tensor:
+        return torch.arange(1, length) >= prompt
 
     mistakes = {
-        "nothing counts; the predictions of written tokens do": lambda n, _: counted(n, n),
-        "the openings count too; they were given, not written": lambda n, _: counted(n, 0),
-        "the tokens after the first written one were written too": (
-            lambda n, prompt: counted(n, prompt - 1, prompt)
-        ),
-        "the first written token is left out: position prompt - 1 predicts it": counted,
-        "The first token is not predicted: drop it": lambda n, prompt: counted(n + 1, prompt),
+        "the openings count too; they were given, not written": lambda n, _: right(n, 0),
+        "position prompt - 1 predicts the first written token": lambda n, p: right(n, p + 1),
+        "the first token is not predicted: drop it": lambda n, p: torch.arange(n) >= p,
     }
     praise = "what the student wrote counts, from its first token on, and nothing else"
-    cases = [(12, 4), (9, 1)]
-    return judge(my_mask, cases, lambda n, prompt: counted(n, prompt - 1), mistakes, praise)
+    return judge(my_mask, right, mistakes, praise, (12, 4), (9, 1))
 
 
 def check_skewed_kl(my_skewed_kl: Callable) -> bool:
     """Check `my_skewed_kl(student_logits, teacher_logits, skew)`, a mean over tokens."""
-    cases = [
-        (random_logits(4, 5, 7, seed=i), random_logits(4, 5, 7, seed=i + 9), skew)
-        for i, skew in enumerate((0.1, 0.4))
-    ]
 
-    def right(z_s, z_t, skew) -> torch.Tensor:
-        return skewed_forward_kl(z_s, z_t, skew=skew)
+    def right(z_s, z_t, skew, kl=skewed_forward_kl) -> torch.Tensor:
+        return kl(z_s, z_t, skew=skew)
 
     mistakes = {
-        "this is the forward KL, without any skew": lambda s, t, _: forward_kl(s, t),
         "the shares are swapped: skew is the share of p": lambda s, t, a: right(s, t, 1 - a),
-        "you mix the logits; the mix is one of probabilities": (
-            lambda s, t, a: forward_kl(a * t + (1 - a) * s, t)
-        ),
-        "this is the skewed reverse KL: the student's distribution comes first": (
-            lambda s, t, a: skewed_reverse_kl(s, t, skew=a)
-        ),
-        "it grows with the number of tokens: take the mean": lambda *case: 20 * right(*case),
+        "mix the probabilities, not the logits": lambda s, t, a: forward_kl(a * t + (1 - a) * s, t),
+        "the teacher's distribution comes first": partial(right, kl=skewed_reverse_kl),
         "it is divided by the vocabulary too: sum over it": lambda *case: right(*case) / 7,
     }
     praise = "finite even where the student gives a token no probability at all"
-    return judge(my_skewed_kl, cases, right, mistakes, praise)
+    return judge(my_skewed_kl, right, mistakes, praise, (Z_S, Z_T, 0.1), (Z_T, Z_S, 0.4))
 
 
 def check_reward_loss(my_reward_loss: Callable) -> bool:
@@ -71,22 +56,12 @@ def check_reward_loss(my_reward_loss: Callable) -> bool:
     )
 
     def gradient() -> torch.Tensor:
-        loss = my_reward_loss(log_q, log_p)
-        try:
-            (found,) = torch.autograd.grad(loss, z, allow_unused=True, retain_graph=True)
-        except Exception as error:
-            raise ValueError(
-                f"no gradient comes out, {str(error).splitlines()[0]}. The log-probability that "
-                "is differentiated must not be detached; return one number"
-            ) from error
-        return torch.zeros(4) if found is None else found
+        return torch.autograd.grad(my_reward_loss(log_q, log_p), z)[0]
 
     mistakes = {
-        "the gradient is 0 on average. The mean of log q - log p is a good value, and teaches "
-        "nothing: detach it, and multiply it with log q": lambda: 0 * reverse,
-        "this is the forward KL's gradient, as of k3: not the reverse KL's": lambda: forward,
-        "the sign is wrong: a step down this gradient goes away from the teacher": lambda: -reverse,
-        "it grows with the number of tokens: take the mean": lambda: len(drawn) * reverse,
+        "its gradient is 0 on average: detach log_q - log_p, times log_q": lambda: 0 * reverse,
+        "this is the forward KL's gradient, as of k3": lambda: forward,
+        "the sign is wrong: a step down leads away from the teacher": lambda: -reverse,
     }
     praise = "the policy gradient: on average the reverse KL's, from drawn tokens alone"
-    return judge(gradient, [()], lambda: reverse, mistakes, praise)
+    return judge(gradient, lambda: reverse, mistakes, praise, ())

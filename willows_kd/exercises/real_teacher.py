@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from willows_kd.exercises import judge
 
-CASES = [(120, 70), (50, 45)]  # parameters of a teacher and a student
-
 
 def check_bytes(my_bytes: Callable) -> bool:
     """Check `my_bytes(teacher, student)`: bytes of weights, gradients and moments in float32.
@@ -16,12 +14,10 @@ def check_bytes(my_bytes: Callable) -> bool:
         "the teacher is not trained: it has weights alone": lambda t, s: 16 * (t + s),
         "these are the weights alone, without gradients and moments": lambda t, s: 4 * (t + s),
         "AdamW's moments are missing: two for each trained parameter": lambda t, s: 4 * t + 8 * s,
-        "AdamW keeps two moments; or are the gradients missing?": lambda t, s: 4 * t + 12 * s,
         "the teacher's weights are missing": lambda t, s: 16 * s,
-        "you count numbers; in float32 each takes 4 bytes": lambda t, s: t + 4 * s,
     }
     praise = "what else is alive at the peak, the plan has to rehearse"
-    return judge(my_bytes, CASES, lambda t, s: 4 * t + 16 * s, mistakes, praise)
+    return judge(my_bytes, lambda t, s: 4 * t + 16 * s, mistakes, praise, (120, 70), (50, 45))
 
 
 def check_flops(my_flops: Callable) -> bool:
@@ -31,9 +27,6 @@ def check_flops(my_flops: Callable) -> bool:
         "the backward pass is missing: twice the forward pass": lambda t, s, n: 2 * (t + s) * n,
         "the backward pass takes 4, with the forward pass 6": lambda t, s, n: (2 * t + 4 * s) * n,
         "the teacher's forward pass is missing": lambda t, s, n: 6 * s * n,
-        "a multiplication and an addition are two operations": lambda t, s, n: (t + 3 * s) * n,
-        "that is for one token": lambda t, s, n: 2 * t + 6 * s,
     }
-    cases = [(*case, tokens) for case, tokens in zip(CASES, (1000, 300), strict=True)]
     praise = "a good rule while blocks are short; attention adds to it as they grow"
-    return judge(my_flops, cases, lambda t, s, n: (2 * t + 6 * s) * n, mistakes, praise)
+    return judge(my_flops, lambda t, s, n: (2 * t + 6 * s) * n, mistakes, praise, (12, 7, 100))

@@ -2,71 +2,36 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from willows_kd.exercises import attempt_number, judge, not_yet, random_logits, shown, well_done
-from willows_kd.losses import entropy, forward_kl, hard_label_loss, soften
+from willows_kd.exercises import judge, random_logits
+from willows_kd.losses import entropy, forward_kl, hard_label_loss, reverse_kl, soften
 
-KL = {  # the hint: what goes wrong in `kl_with`
-    "your softmax runs over dim=1, which is time; dim=-1 is the vocabulary": {"dim": 1},
-    "your softmax runs over dim=0, which is the batch; dim=-1 is the vocabulary": {"dim": 0},
-    "your loss is not 0 when the student equals the teacher: it is the cross-entropy with the "
-    "soft labels. Sum p · (log p - log q)": {"first": 0},
-    "F.kl_div was given the student's probabilities; it wants their logarithms": {
-        "last": torch.exp
-    },
-    "you return nan. A target that is a logarithm needs log_target=True": {"first": math.nan},
-    "this is reverse KL. F.kl_div takes the student first, the teacher as target": {"swap": True},
-    "only the teacher is softened. Divide the student's logits by T as well": {"soft": "teacher"},
-    "only the student is softened. Divide the teacher's logits by T as well": {"soft": "student"},
-    "your softmax knows no temperature. Divide both logits by T first": {"soft": "neither"},
-    "the KL grows with the length of the text, as by reduction='batchmean'. Sum over the "
-    "vocabulary, then take the mean over all tokens": {"over": "batch"},
-    "the KL shrinks as the vocabulary grows, as by reduction='mean'. Sum over the vocabulary, "
-    "then take the mean over all tokens": {"over": "all"},
-    "the KL grows with the number of tokens. Take the mean over them": {"over": "nothing"},
-    "the gradient shrinks as T grows: T² is missing. Multiply the KL by temperature**2": {
-        "power": 0
-    },
-    "the gradient still shrinks as T grows: your factor is T, not temperature**2": {"power": 1},
+KL = {  # the hint: what makes the mistake, of logits of shape (4, 5, 7) and T
+    "your softmax runs over time: use dim=-1": lambda s, t, T: forward_kl(s.mT, t.mT, T) * 7 / 5,
+    "that is the soft cross-entropy: sum p · (log p - log q)": lambda s, t, T: (
+        forward_kl(s, t, T) + T**2 * entropy(soften(t, T)).mean()
+    ),
+    "F.kl_div got the student's probabilities; it wants their logarithms": lambda s, t, T: (
+        T**2 * F.kl_div(soften(s, T), soften(t, T), reduction="sum") / 20
+    ),
+    "this is reverse KL: F.kl_div takes the student first": reverse_kl,
+    "batchmean grows with the length: take the mean over tokens": lambda *z: 5 * forward_kl(*z),
+    "sum over the vocabulary, then take the mean over tokens": lambda *z: forward_kl(*z) / 7,
+    "T² is missing: multiply by temperature**2": lambda s, t, T: forward_kl(s, t, T) / T**2,
 }
+Z_S, Z_T = random_logits(4, 5, 7, seed=0), random_logits(4, 5, 7, seed=9)
+LABELS = torch.arange(20).reshape(4, 5) % 7
+CASES = (Z_S, Z_T, LABELS, 1.7), (Z_T, Z_S, LABELS, 3.3)
 
 
-def kl_with(
-    z_s, z_t, t, dim=-1, first=1, last=torch.clone, swap=False, soft="both", over="tokens", power=2
-) -> torch.Tensor:
-    """The mean of sum p (first · log p - last(log q)), times T^power; the defaults are right."""
-    z_s = z_s.detach() / (t if soft in ("both", "student") else 1)
-    z_t = z_t / (t if soft in ("both", "teacher") else 1)
-    log_q, log_p = z_s.log_softmax(dim), z_t.log_softmax(dim)
-    if swap:
-        log_p, log_q = log_q, log_p
-    batch, time, _ = z_s.shape
-    parts = {"tokens": batch * time, "batch": batch, "all": z_s.numel(), "nothing": 1}
-    return (log_p.exp() * (first * log_p - last(log_q))).sum() * t**power / parts[over]
-
-
-def logit_cases() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    """Logits of student and teacher, shape (4, 5, 7), and a temperature, twice."""
-    return [
-        (random_logits(4, 5, 7, seed=i).requires_grad_(), random_logits(4, 5, 7, seed=i + 9), t)
-        for i, t in enumerate((1.7, 3.3))
-    ]
-
-
-def check_forward_kl(my_kl: Callable) -> bool:
-    """Check `my_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
-    if not judge(my_kl, logit_cases(), kl_with, KL, "the same value as kd.forward_kl"):
-        return False
-    z_s, z_t, t = logit_cases()[0]
-    loss = my_kl(z_s, z_t.clone(), t)
-    if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        return not_yet("no gradient reaches the student. Leave out .item() and .detach()")
-    mine, wanted = (torch.autograd.grad(f, z_s)[0] for f in (loss, forward_kl(z_s, z_t, t)))
-    if not torch.allclose(mine, wanted, rtol=1e-3, atol=1e-6):
-        return not_yet("the gradient is not: a part of the loss was detached")
-    return True
+def check_forward_kl(my_forward_kl: Callable) -> bool:
+    """Check `my_forward_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
+    praise = "the same value as kd.forward_kl"
+    return judge(my_forward_kl, forward_kl, KL, praise, (Z_S, Z_T, 1.7), (Z_T, Z_S, 3.3))
 
 
 def check_find_temperature(my_temperature: Callable) -> bool:
@@ -74,67 +39,34 @@ def check_find_temperature(my_temperature: Callable) -> bool:
 
     The logits have shape (vocabulary,); the answer lies between 0.01 and 100.
     """
-    wanted = {1.0: 1.0, 8.0: 3.0, 0.3: 2.0, 2.0: 0.3, 1.5: 3.8}  # size of the logits: nats
-    cases = [(size * random_logits(50, seed=i), n) for i, (size, n) in enumerate(wanted.items())]
-    found = []
-    for case in cases:
-        t, problem = attempt_number(my_temperature, case)
-        if problem is None and not (t.ndim == 0 and 0 < t < math.inf):
-            problem = f"you return {shown(t)}; a temperature is one positive, finite number"
-        if problem:
-            return not_yet(problem)
-        found.append(t.item())
+    one, other = random_logits(50, seed=0), random_logits(50, seed=1)
+    temperatures = torch.logspace(-2, 2, 10_001)
 
-    def error(temperatures: list[float], unit: float = 1.0) -> float:
-        """The largest error in nats if the temperatures, and the unit, are these."""
-        pairs = zip(cases, temperatures, strict=True)
-        return max(abs(entropy(soften(z, t)).item() / unit - nats) for (z, nats), t in pairs)
+    def right(logits, nats) -> torch.Tensor:
+        found = entropy(soften(logits / temperatures[:, None]))
+        return temperatures[(found - nats).abs().argmin()]
 
-    if error(found) < 1e-3:
-        return well_done("every entropy is hit to a thousandth of a nat")
-    whatever = f"whatever entropy is asked for, you return {found[0]:g}. Search for it"
-    hints = {
-        whatever: len(set(found)) == 1,
-        "you measure in bits: use the natural logarithm": error(found, math.log(2)) < 1e-3,
-        "your T multiplies the logits; it must divide them": error([1 / t for t in found]) < 1e-3,
-        "that is near: halve the interval more often": error(found) < 0.15,
-        "entropy rises with T: if it is too low in the middle of the interval, the lower end "
-        "moves up to the middle": True,
+    mistakes = {
+        "that is 1, whatever entropy is asked for: search for it": lambda *_: 1.0,
+        "you measure in bits: use the natural logarithm": lambda z, n: right(z, n * math.log(2)),
     }
-    return not_yet(next(hint for hint, fits in hints.items() if fits))
+    praise = "every temperature is right to a thousandth"
+    return judge(my_temperature, right, mistakes, praise, (one, 1.0), (other, 3.8), tolerance=1e-3)
 
 
 def check_equal_say(my_alpha: Callable) -> bool:
-    """Check `my_alpha(student_logits, teacher_logits, labels, temperature)`.
+    """Check `my_alpha(z_s, z_t, labels, temperature)`: both weighted gradients have one norm."""
 
-    At that alpha the gradients of the hard and of the soft labels, each with its
-    weight, have the same norm.
-    """
-    cases = []
-    for seed, (z_s, z_t, t) in enumerate(logit_cases()):
-        labels = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(seed))
-        cases.append((z_s.detach(), z_t, labels, t))
-
-    def right(z_s, z_t, labels, t, say=lambda a, b: b / (a + b), of="norms", at=float, power=0):
-        z_s = z_s.clone().requires_grad_()
-        losses = hard_label_loss(z_s, labels), forward_kl(z_s, z_t, at(t)) * t**power
-        norms = [torch.autograd.grad(loss, z_s)[0].norm() for loss in losses]
-        return say(*{"norms": norms, "losses": losses, "squares": [n**2 for n in norms]}[of])
+    def right(s, t, labels, T, size=lambda loss, z: torch.autograd.grad(loss, z)[0].norm()):
+        s.requires_grad_()
+        hard, soft = size(hard_label_loss(s, labels), s), size(forward_kl(s, t, T), s)
+        return soft / (hard + soft)
 
     mistakes = {
-        "that is 1 - alpha: yours gives the larger gradient the larger say": {
-            "say": lambda a, b: a / (a + b)
-        },
-        "that is soft / hard, a ratio. Solve alpha · hard = (1 - alpha) · soft for alpha": {
-            "say": lambda a, b: b / a
-        },
         "equal weights are not an equal say: the gradients differ in size": lambda *_: 0.5,
-        "you compare the losses. Compare the norms of their gradients": {"of": "losses"},
-        "you compare squared norms; gradients add up as vectors do": {"of": "squares"},
-        "T² is missing from the soft labels. kd.forward_kl has it": {"power": -2},
-        "T² is there twice: kd.forward_kl has it already": {"power": 2},
-        "the soft labels are not softened. Give kd.forward_kl the temperature": {
-            "at": lambda t: 1.0
-        },
+        "that is 1 - alpha: the larger gradient has more say": lambda *case: 1 - right(*case),
+        "that is soft / hard: solve for alpha": lambda *case: right(*case) / (1 - right(*case)),
+        "compare the norms of gradients, not losses": partial(right, size=lambda loss, _: loss),
+        "kd.forward_kl needs the temperature": lambda s, t, labels, _: right(s, t, labels, 1.0),
     }
-    return judge(my_alpha, cases, right, mistakes, "hard and soft labels pull equally hard")
+    return judge(my_alpha, right, mistakes, "hard and soft labels pull equally hard", *CASES)

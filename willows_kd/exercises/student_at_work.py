@@ -1,38 +1,31 @@
 """Checks for notebook S3: rounding to few bits, who follows a draft, what a draft brings."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from willows_kd.exercises import attempt_number, judge, not_yet, random_logits
+from willows_kd.exercises import judge, random_logits
 
 
 def check_rounding(my_rounding: Callable) -> bool:
     """Check `my_rounding(weight, bits)`: a matrix, (outputs, inputs), as few bits hold it."""
-    cases = []
-    for bits, shape in ((4, (6, 9)), (3, (4, 5))):
-        channels = torch.arange(1, shape[0] + 1)[:, None]  # of different size
-        cases.append((random_logits(*shape, seed=bits) * channels, bits))
+    weight = random_logits(6, 9, seed=4) * torch.arange(1, 7)[:, None]  # rows of several sizes
 
-    def right(
-        w, bits, most=lambda b: 2 ** (b - 1) - 1, dim=1, size=torch.abs, near=torch.round, unit=None
-    ) -> torch.Tensor:
-        scale = size(w).amax(dim, keepdim=True) / most(bits)
+    def right(w, bits, more=0, dim=1, size=torch.abs, near=torch.round, unit=None) -> torch.Tensor:
+        scale = size(w).amax(dim, keepdim=True) / (2 ** (bits - 1) - 1 + more)
         return near(w / scale) * (scale if unit is None else unit)
 
     mistakes = {
-        "nothing is rounded yet": {"near": torch.clone},
-        "these are the integers; multiply them by their scale": {"unit": 1},
-        "there is one scale for all rows; each has its own": {"dim": (0, 1)},
-        "there is a scale for each column; each row has its own": {"dim": 0},
-        "the scale is that of the largest *size*: take .abs() first": {"size": torch.clone},
-        "you cut off what is behind the point": {"near": torch.trunc},
-        "you round down; take the nearest integer": {"near": torch.floor},
-        "signed bits reach 2^(bits - 1) - 1, not one more": {"most": lambda b: 2 ** (b - 1)},
-        "twice as far as signed bits reach": {"most": lambda b: 2**b - 1},
+        "nothing is rounded yet": partial(right, near=torch.clone),
+        "these are the integers: multiply them by their scale": partial(right, unit=1),
+        "there is one scale for all rows; each has its own": partial(right, dim=(0, 1)),
+        "there is a scale for each column; each row has its own": partial(right, dim=0),
+        "the largest may be negative: take .abs() first": partial(right, size=torch.clone),
+        "signed bits reach 2^(bits - 1) - 1, not one more": partial(right, more=1),
     }
     praise = "each row has its own scale, and none of its integers is out of reach"
-    return judge(my_rounding, cases, right, mistakes, praise)
+    return judge(my_rounding, right, mistakes, praise, (weight, 4), (weight, 3))
 
 
 def check_emitted(my_emitted: Callable) -> bool:
@@ -42,29 +35,20 @@ def check_emitted(my_emitted: Callable) -> bool:
     accepted, else the residual distribution. Shapes (vocabulary,).
     """
     p, q = torch.tensor([[0.4, 0.1, 0.2, 0.2, 0.1], [0.2, 0.3, 0.1, 0.2, 0.2]]).double()
-    certain = torch.eye(5).double()
-    for token, u in ((0, 0.99), (1, 0.2), (3, 0.9)):  # p/q is 2, 1/3 and 1
-        found, problem = attempt_number(my_emitted, (p, q, token, u))
-        if problem or not torch.equal(found.flatten(), certain[token]):
-            told = f"with p = {p[token]:.1f}, q = {q[token]:.1f}, u = {u} the token is accepted: "
-            told += "u is below min(1, p/q), so that this token is certain"
-            return not_yet(problem or told)
+    cases = [(p, q, *drawn) for drawn in ((0, 0.99), (1, 0.2), (3, 0.9), (1, 0.7))]
 
-    def residual(p, q, *_):
-        return (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
+    def right(p, q, token, u, rest=lambda p, q: (p - q).clamp(min=0), total=torch.sum):
+        accepted = u < p[token] / q[token]
+        return torch.eye(5)[token] if accepted else rest(p, q) / total(rest(p, q))
 
     mistakes = {
-        "if the token is rejected, the next is drawn from max(0, p - q) and not from p: what the "
-        "draft has brought already must not be brought again": lambda p, *_: p,
-        "max(0, p - q) does not sum to 1 yet": lambda p, q, *_: (p - q).clamp(min=0),
-        "max(0, q - p) is what the draft has too much of": lambda p, q, *_: residual(q, p),
-        "a rejected token is replaced by another one": lambda p, q, token, _: certain[token],
-        "take absolute values nowhere: where q is larger, nothing is missing": (
-            lambda p, q, *_: (p - q).abs() / (p - q).abs().sum()
-        ),
+        "if u is below p/q, all of the probability is on `token`": lambda p, *_: p,
+        "a token is rejected if u is above p/q": lambda p, q, token, u: torch.eye(5)[token],
+        "if it is rejected, draw from max(0, p - q), not p": partial(right, rest=lambda p, q: p),
+        "max(0, p - q) does not sum to 1 yet": partial(right, total=torch.ones_like),
     }
     praise = "whatever the draft was, the text is the teacher's"
-    return judge(my_emitted, [(p, q, 1, 0.7)], residual, mistakes, praise)
+    return judge(my_emitted, right, mistakes, praise, *cases)
 
 
 def check_tokens(my_tokens: Callable) -> bool:
@@ -77,10 +61,6 @@ def check_tokens(my_tokens: Callable) -> bool:
         "one token of the teacher's comes with every pass": lambda a, k: right(a, k) - 1,
         "the end is one term too early: the last is a**k": lambda a, k: right(a, k - 1),
         "a token counts only if all before it were accepted": lambda a, k: k * a + 1,
-        "the teacher's own token is missing, and not all drafted ones count": lambda a, k: k * a,
-        "this is endless drafting; k tokens are drafted, then it ends": lambda a, k: 1 / (1 - a),
-        "this is the chance that all are accepted": lambda a, k: a**k,
     }
-    cases = [(0.5, 1), (0.8, 4), (0.3, 6)]
     praise = "the later a drafted token, the less it brings"
-    return judge(my_tokens, cases, right, mistakes, praise)
+    return judge(my_tokens, right, mistakes, praise, (0.5, 1), (0.8, 4))

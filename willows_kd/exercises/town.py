@@ -1,15 +1,16 @@
 """The town of notebook S1: a task with right and wrong answers, which small models learn."""
 
+import numpy as np
 import torch
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from willows_kd.corpus import Blocks
 
 SIDE, WALLS = 6, 6
 CELLS = SIDE * SIDE
-MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, STOP
-UP, STOP = CELLS, CELLS + 4  # tokens: the cells, then the moves, then two words
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, none
+HALT = 4  # the last of the moves
+UP, STOP = CELLS, CELLS + HALT  # tokens: the cells, then the moves, then two words
 FROM, TO = CELLS + 5, CELLS + 6
 VOCABULARY = CELLS + 7
 PROMPT, ANSWER = 4, 12  # tokens: FROM start TO goal, then the moves
@@ -22,36 +23,34 @@ class Town:
 
     Attributes:
         after: the cell after a move, shape (cells, moves).
-        best: True for a move that is on a shortest way, shape (cells, goals, moves).
+        best: shares of the moves that are on a shortest way, shape (cells, goals, moves).
         prompts: token ids of all starts and goals in random order, shape (prompts, 4).
     """
 
     def __init__(self, seed: int = 0):
         """Draw walls until every way fits into an answer."""
         generator = torch.Generator().manual_seed(seed)
-        distance = torch.full((1, 1), ANSWER)
-        while distance.max() >= ANSWER:
+        longest = ANSWER
+        while longest >= ANSWER:
             self.free = torch.randperm(CELLS, generator=generator)[WALLS:].sort().values
             self.after = cells_after(self.free)
             steps = steps_between(self.after)
-            distance = steps[self.free][:, self.free]
-        self.best = (steps[self.after] < steps[:, None]).transpose(1, 2)
-        self.best[:, :, 4] = torch.eye(CELLS, dtype=torch.bool)
+            longest = steps[self.free][:, self.free].max()
+        best = (steps[self.after] < steps[:, None]).transpose(1, 2)
+        best[:, :, HALT] = torch.eye(CELLS, dtype=torch.bool)
+        self.best = best / best.sum(dim=2, keepdim=True)
         pairs = torch.cartesian_prod(self.free, self.free)
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-        start, goal = pairs[torch.randperm(len(pairs), generator=generator)].T
-        words = torch.full_like(start, FROM), torch.full_like(start, TO)
-        self.prompts = torch.stack([words[0], start, words[1], goal], dim=1)
+        self.prompts = torch.tensor([FROM, 0, TO, 0]).repeat(len(pairs), 1)
+        self.prompts[:, [1, 3]] = pairs[torch.randperm(len(pairs), generator=generator)]
 
     def cells(self, texts: torch.Tensor) -> torch.Tensor:
         """Where each text is before each token of its answer, and at its end."""
-        cell, going = texts[:, 1], torch.ones(len(texts), dtype=torch.bool)
-        visited = [cell]
-        for token in texts[:, PROMPT:].T:
-            going = going & (token != STOP)
-            moves = going & (token >= UP) & (token < STOP)
-            cell = self.after[cell, torch.where(moves, token, STOP) - UP]
-            visited.append(cell)
+        answers, visited = texts[:, PROMPT:], [texts[:, 1]]
+        going = (answers == STOP).cumsum(dim=1) == 0
+        moves = going & (answers >= UP) & (answers < STOP)
+        for move in torch.where(moves, answers - UP, HALT).T:
+            visited.append(self.after[visited[-1], move])
         return torch.stack(visited, dim=1)
 
     def right(self, texts: torch.Tensor) -> torch.Tensor:
@@ -60,35 +59,25 @@ class Town:
         return stops & (self.cells(texts)[:, -1] == texts[:, 3])
 
     def walks(self, prompts: torch.Tensor, noise: torch.Tensor, generator):
-        """Ways by the map with a share of random moves, and the best moves at each token.
-
-        Returns:
-            token ids, shape (prompts, 16), and probabilities, shape (prompts, 12, moves).
-        """
-        cell, goal = prompts[:, 1], prompts[:, 3]
-        stopped = torch.zeros(len(prompts), dtype=torch.bool)
-        tokens, labels = [prompts], []
+        """Ways by the map with a share of random moves: token ids, shape (prompts, 16)."""
+        ids, cell = prompts, prompts[:, 1]
         for _ in range(ANSWER):
-            best = self.best[cell, goal]
-            labels.append(best / best.sum(dim=1, keepdim=True))
-            move = torch.multinomial(labels[-1], 1, generator=generator)[:, 0]
+            best = self.best[cell, prompts[:, 3]]
+            move = torch.multinomial(best, 1, generator=generator)[:, 0]
             odd = torch.rand(len(prompts), generator=generator) < noise
-            random = torch.randint(0, 4, move.shape, generator=generator)
-            move = torch.where(odd & ~stopped, random, move)
-            stopped = stopped | (move == 4)
+            random = torch.randint(0, HALT, move.shape, generator=generator)
+            move = torch.where(odd & (ids[:, -1] != STOP), random, move)
             cell = self.after[cell, move]
-            tokens.append(move[:, None] + UP)
-        return torch.cat(tokens, dim=1), torch.stack(labels, dim=1)
+            ids = torch.cat([ids, move[:, None] + UP], dim=1)
+        return ids
 
     def drawn(self, text: torch.Tensor) -> str:
         """A map with the way of one text: # a wall, o the way, S its start, G its goal."""
-        picture = ["#"] * CELLS
-        marks = {"·": self.free, "o": self.cells(text[None])[0], "S": text[1:2], "G": text[3:4]}
+        picture = np.full(CELLS, "#")
+        marks = {"·": self.free, "o": self.cells(text[None])[0], "S": text[1], "G": text[3]}
         for mark, cells in marks.items():
-            for cell in cells.tolist():
-                picture[cell] = mark
-        rows = [picture[i : i + SIDE] for i in range(0, CELLS, SIDE)]
-        return "\n".join(" ".join(row) for row in rows)
+            picture[cells] = mark
+        return "\n".join(" ".join(row) for row in picture.reshape(SIDE, SIDE))
 
 
 def cells_after(free: torch.Tensor) -> torch.Tensor:
@@ -118,7 +107,7 @@ def small_gpt2(layers: int, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_end)).eval()
 
 
-def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> nn.Module:
+def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> GPT2LMHeadModel:
     """A GPT-2 of three layers that learns the best moves, on the way and off it."""
     teacher, generator = small_gpt2(3, seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(teacher.parameters(), fused=True)
@@ -127,7 +116,8 @@ def train_teacher(town: Town, steps: int = 2000, seed: int = 0) -> nn.Module:
             group["lr"] = 4e-3 * min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))
         chosen = torch.randint(0, len(town.prompts), (64,), generator=generator)
         noise = torch.rand(64, generator=generator)
-        ids, best = town.walks(town.prompts[chosen], noise, generator)
+        ids = town.walks(town.prompts[chosen], noise, generator)
+        best = town.best[town.cells(ids)[:, :-1], ids[:, 3:4]]
         logits = teacher(ids, use_cache=False).logits[:, PROMPT - 1 : -1]
         loss = -(best * logits.log_softmax(-1)[..., UP : STOP + 1]).sum(-1).mean()
         loss.backward()
@@ -156,7 +146,5 @@ def as_blocks(texts: torch.Tensor, steps: int, batch_size: int) -> Blocks:
     What follows STOP counts, as it does on-policy.
     """
     train = texts[torch.arange(steps * batch_size) % len(texts)]
-    masks = {"train": torch.ones_like(train, dtype=torch.bool)}
-    masks["train"][:, :PROMPT] = False
-    masks["validation"] = masks["train"][:8]
-    return Blocks(train, texts[:8], texts[:8], {}, masks)
+    mask = (torch.arange(PROMPT + ANSWER) >= PROMPT).expand_as(train)
+    return Blocks(train, texts[:8], texts[:8], {}, {"train": mask, "validation": mask[:8]})
