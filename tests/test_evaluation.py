@@ -1,6 +1,5 @@
 """The evaluation: each number is what a slow and obvious reading of the text would give."""
 
-import copy
 import itertools
 import math
 import statistics
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import willows_kd as kd
+from conftest import padded_head
 from willows_kd import evaluation
 from willows_kd.evaluation import calibration_error, number, token_scores, window_length, windows
 
@@ -152,33 +152,6 @@ def test_bits_per_byte_are_those_of_all_tokens_by_byte_of_text(model, blocks, to
     assert found["bits_per_byte"] == pytest.approx(bits / len(tokenizer.decode(written).encode()))
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (torch.zeros(2, 129, dtype=torch.long), "129 tokens, the model takes at most 128"),
-        (torch.full((1, 4), 4096), "a token id is 4096; the model knows 4096, from 0"),
-        (torch.zeros(4, dtype=torch.long), r"shape \(blocks, block_size\)"),
-        (torch.zeros(3, 1, dtype=torch.long), "one block of two tokens"),
-        ([[1, 2, 3]], "blocks are a list"),
-    ],
-    ids=["too long", "unknown token", "no blocks", "no next token", "list"],
-)
-def test_blocks_that_cannot_be_read_are_refused(given, expected, model):
-    assert kd.evaluate(model, torch.full((1, 128), 4095))["perplexity"] > 0  # the last of each
-    with pytest.raises(kd.InputError, match=expected):
-        kd.evaluate(model, given)
-
-
-def test_teachers_that_know_less_and_models_without_a_head_are_refused(model, make_gpt2, blocks):
-    for teacher, expected in (
-        (make_gpt2(1, n_positions=16), "32 tokens, the teacher takes at most 16"),
-        (make_gpt2(1, vocab_size=5000), "5000 tokens.*4096"),
-        (model.transformer, "teacher is a GPT2Model.*AutoModelForCausalLM"),
-    ):
-        with pytest.raises(kd.InputError, match=expected):
-            kd.evaluate(model, blocks.test, teacher=teacher)
-
-
 def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teacher, blocks):
     ruled_out = torch.arange(0, 4096, 7)
 
@@ -194,19 +167,20 @@ def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teache
 
 
 def test_the_padding_of_a_head_is_no_token(model, teacher, blocks):
-    padded = copy.deepcopy(teacher)
-    padded.resize_token_embeddings(4096 + 8, mean_resizing=False)
-    for found, expected in [
-        ((model, padded), (model, teacher)),
-        ((padded, model), (teacher, model)),
-    ]:
-        found, expected = (kd.evaluate(m, blocks.test, teacher=t) for m, t in (found, expected))
+    padded = padded_head(teacher, 8)
+    for pair, same in [((model, padded), (model, teacher)), ((padded, model), (teacher, model))]:
+        found, expected = (kd.evaluate(m, blocks.test, teacher=t) for m, t in (pair, same))
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_models_in_half_precision_are_compared_in_float32(model, teacher, blocks):
+def test_models_in_half_precision_are_compared_in_float32_without_dropout_or_gradients(
+    model, teacher, blocks
+):
     model, teacher = model.bfloat16(), teacher.bfloat16()
-    found = token_scores(model, teacher, blocks.test)
+    found = token_scores(model.train(), teacher.train(), blocks.test)
+    assert not any(values.requires_grad for values in found.values())
+    assert model.training and teacher.training
+    model, teacher = model.eval(), teacher.eval()
     log_p, log_q = (
         m(blocks.test).logits[:, :-1].double().log_softmax(dim=-1) for m in (teacher, model)
     )
@@ -214,14 +188,6 @@ def test_models_in_half_precision_are_compared_in_float32(model, teacher, blocks
     torch.testing.assert_close(found["nll"].double(), nats, rtol=1e-5, atol=1e-5)
     expected = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     torch.testing.assert_close(found["kl"].double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_scores_are_taken_without_dropout_or_gradients(model, teacher, blocks):
-    expected = token_scores(model, teacher, blocks.test)
-    found = token_scores(model.train(), teacher.train(), blocks.test)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not any(values.requires_grad for values in found.values())
-    assert model.training and teacher.training
 
 
 def test_the_quality_of_what_a_model_wrote(model, teacher, blocks):
@@ -270,8 +236,7 @@ def test_the_interval_of_many_blocks_is_that_of_the_normal_distribution():
     difference, low, high = kd.paired_bootstrap(a, b, resamples=4_000)
     half_width = 1.96 * np.std(a - b) / math.sqrt(2_000)
     assert difference == pytest.approx((a - b).mean())
-    assert high - difference == pytest.approx(half_width, rel=0.06)
-    assert difference - low == pytest.approx(half_width, rel=0.06)
+    assert [high - difference, difference - low] == pytest.approx([half_width] * 2, rel=0.06)
 
 
 def test_what_is_hard_for_both_widens_nothing_only_if_the_blocks_are_paired():
@@ -281,12 +246,6 @@ def test_what_is_hard_for_both_widens_nothing_only_if_the_blocks_are_paired():
     assert 0 < low < 0.1 < high < 0.11
     _, low, high = kd.paired_bootstrap(hard + noise, hard[::-1], resamples=500)
     assert low < 0 < high
-
-
-@pytest.mark.parametrize("given", [([1.0, 2.0], [1.0]), ([], []), ([[1.0]], [[1.0]])])
-def test_what_cannot_be_drawn_from_is_refused(given):
-    with pytest.raises(kd.InputError, match="shapes"):
-        kd.paired_bootstrap(*given)
 
 
 # -- calibration -----------------------------------------------------------------------
@@ -351,14 +310,6 @@ def test_a_model_is_one_row_compared_with_the_first(model, teacher, blocks, toke
     shown = kd.as_markdown(table).splitlines()
     assert len(shown) == 2 + len(table.columns)
     assert shown[-1].split("|")[1].strip() == "perplexity on a licence"
-
-
-def test_models_that_cannot_read_the_blocks_are_refused_by_name(
-    model, make_gpt2, blocks, tokenizer
-):
-    short = make_gpt2(layers=1, n_positions=16)
-    with pytest.raises(kd.InputError, match="32 tokens, the small takes at most 16"):
-        kd.compare({"teacher": model, "small": short}, blocks, tokenizer)
 
 
 def test_a_model_with_a_short_context_can_be_compared(make_gpt2, blocks, tokenizer):
