@@ -226,24 +226,13 @@ def test_a_student_made_elsewhere_is_trained_without_the_tokens_that_it_has_not(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "student")) == len(tokenizer)
 
 
-@pytest.mark.parametrize("written", ["--teacher_text", "--on_policy_share 0.5"])
-def test_the_text_may_be_written_by_the_models(distil, good_run, tmp_path, written, capsys):
-    assert distil("--seed", "3", *written.split()) == 0
-    settings = settings_of(tmp_path / "student")
-    by_teacher = written == "--teacher_text"
-    found = settings["teacher_text"], settings["on_policy_share"]
-    assert found == (by_teacher, 0 if by_teacher else 0.5)
-    assert ("The teacher is writing" in capsys.readouterr().out) == by_teacher
-    losses = [history_of(each)["loss"][0] for each in (tmp_path / "student", good_run.folder)]
-    assert losses[0] != losses[1]
-
-
 def test_options_are_used_and_written_down_and_auto_takes_the_faster_dtype(
     distil, tmp_path, monkeypatch, capsys
 ):
-    real = commands.distill
+    real, texts = commands.distill, []
 
     def timed(teacher, student, blocks, config, **more):
+        texts.append((teacher, blocks.train))
         history = real(teacher, student, blocks, config, **more)
         if "checkpoints" not in more:  # it is tried how fast a step is
             for row in history:
@@ -253,10 +242,15 @@ def test_options_are_used_and_written_down_and_auto_takes_the_faster_dtype(
     monkeypatch.setattr(commands, "distill", timed)
     changes = {"temperature": 3.5, "divergence": "jensen_shannon", "batch_size": 4, "seed": 3}
     changes |= {"alpha": 0.25, "block_size": 16, "gradient_checkpointing": True}
+    changes["teacher_text"] = True
     options = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    options.remove("True")
+    options = [word for word in options if word != "True"]
     assert distil(*options, "--dtype", "auto") == 0
-    assert "2.00 times float32's speed here: using bfloat16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2.00 times float32's speed here: using bfloat16" in said
+    assert "The teacher is writing" in said
+    teacher, text = texts[-1]  # which goes on as the teacher goes on
+    assert torch.equal(text, kd.make_transfer_set(teacher, text, seed=3))
     settings = settings_of(tmp_path / "student")
     assert {name: settings[name] for name in changes} == changes
     assert settings["dtype"] == "bfloat16"

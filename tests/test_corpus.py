@@ -5,7 +5,6 @@ import copy
 import hashlib
 import json
 import re
-import textwrap
 
 import datasets
 import huggingface_hub
@@ -78,6 +77,7 @@ LONG_LINE = "word " * (LONGEST_WRAPPED_LINE // 5) + "word"
         ("So:\n\n  One\n    Two,\n\nand sat\ndown.", "So:\n\nOne\nTwo,\n\nand sat down."),  # verse
         ("One.\n\n[Illustration: A\n\nbed]\n\n * * *\n\nTwo {12}.", "One.\n\nTwo ."),
         ("It was _very_ wet, _far\ntoo_ wet.\n\nSo.", "It was very wet, far too wet.\n\nSo."),
+        (f"{'a' * LONGEST_WRAPPED_LINE}\nb\n\nSo.", f"{'a' * LONGEST_WRAPPED_LINE} b\n\nSo."),
         (f"One.\n\n_{LONG_LINE}_\nTwo.", f"One.\n\n{LONG_LINE}\n\nTwo."),
         ("I. FOG\n\nSo.\n\nII. RAIN\n\nSo.", "I. FOG\n\nSo.\n\nII. RAIN\n\nSo."),
     ],
@@ -129,18 +129,6 @@ def test_surplus_blank_lines_are_counted_and_marks_within_a_line_are_text():
     corpus = parse(f"It said {START} and {END}.\n\n\n \nTwo.\n\nThree.")
     assert corpus.skipped == 2
     assert corpus.text == f"It said {START} and {END}.\n\nTwo.\n\nThree."
-
-
-words = st.text("abcdefghivxlmé’", min_size=1, max_size=8)
-paragraphs_of_words = st.lists(st.lists(words, min_size=1, max_size=30), min_size=2, max_size=6)
-
-
-@repeatable
-@given(paragraphs_of_words, st.integers(10, LONGEST_WRAPPED_LINE), st.integers(1, 3))
-def test_no_word_of_a_text_is_lost(paragraphs, width, gap):
-    texts = [" ".join(words) for words in paragraphs]
-    lines = [textwrap.fill(text, width, break_on_hyphens=False) for text in texts]
-    assert parse(("\n" * (gap + 1)).join(lines)).text == "\n\n".join(texts)
 
 
 # -- where the text comes from ---------------------------------------------------------

@@ -79,19 +79,13 @@ def hub(model_dir, tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_a_hub_that_hangs_is_given_up(hub):
-    hub.fault = "hangs"
-    with pytest.raises(kd.InputError, match="could not be downloaded from the Hugging Face Hub"):
-        kd.load_teacher("owner/name", "cpu")
-    assert not hub.waited_out
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["404", "401", "503", "html", "cut"])
+@pytest.mark.parametrize("fault", ["404", "401", "503", "html", "cut", "hangs"])
 def test_a_hub_that_fails_is_one_line_and_what_it_gave_is_not_kept(fault, hub):
     hub.fault = fault
     with pytest.raises(kd.InputError, match=r"^owner/name [^\n]+$"):
         kd.load_teacher("owner/name", "cpu")
+    assert not hub.waited_out
     hub.fault = ""  # the same name, and now it answers well
     teacher, tokenizer = kd.load_teacher("owner/name", "cpu")
     assert teacher.config.vocab_size == len(tokenizer)
