@@ -53,11 +53,14 @@ def test_soft_labels_are_the_softmax_and_the_top_k_and_the_rest_are_all_of_it(te
         torch.testing.assert_close(top.probabilities.sum(dim=-1) + top.rest, torch.ones(3))
 
 
-def test_the_top_k_of_a_worked_example():
+def test_the_top_k_of_a_worked_example_and_what_is_usual():
     top = kd.top_k(torch.log(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])), k=np.int64(3))
     assert top.tokens.tolist() == [1, 3, 4]
     assert top.probabilities.tolist() == pytest.approx([0.4, 0.3, 0.15])
     assert top.rest.item() == pytest.approx(0.15)
+    logits = two(20)[0].detach()
+    assert torch.equal(kd.top_k(logits).probabilities, kd.top_k(logits, 10, 1).probabilities)
+    assert torch.equal(kd.soften(logits), kd.soften(logits, 1))
 
 
 # -- the formulas on paper, in Python's own numbers ------------------------------------
