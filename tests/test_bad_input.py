@@ -304,9 +304,6 @@ def test_without_its_packages_export_says_what_to_install(to, place, tmp_path, c
     assert not output.exists()
 
 
-# -- odd, but good ---------------------------------------------------------------------
-
-
 def test_an_odd_prompt_is_continued(teacher, tokenizer):
     for prompt in ("", "\ud800", "\0", "شجرة", "<|endoftext|>", " \n "):
         assert isinstance(kd.complete(teacher, tokenizer, prompt, 2), str)

@@ -124,9 +124,6 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# -- a good run ------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def good_run(place, tmp_path_factory):
     """A run of two epochs from beginning to end: its exit code, what it said, what it saved."""
@@ -489,9 +486,6 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(distil, tmp_path, m
     assert names(tmp_path) == {"student.checkpoints"}
     assert distil("--resume") == 0
     assert names(tmp_path) == {"student"}
-
-
-# -- as real processes -----------------------------------------------------------------
 
 
 def process(*arguments, **more) -> subprocess.CompletedProcess:

@@ -18,11 +18,7 @@ RANGES = {
     "beta": ("above 0 and below 1", [0.1, 0.5, 0.9], [0, 1, -0.1]),
     "skew": ("above 0 and below 1", [0.1, 0.99], [0, 1, 1.1]),
     "hidden_weight": ("at least 0", [0, 0.5, 100], [-0.1]),
-    "on_policy_share": (
-        "from 0 (the text as it is) to 1 (on-policy)",
-        [0, 0.5, 1],
-        [-0.1, 1.1, None],
-    ),
+    "on_policy_share": ("from 0 (the text as it is) to 1 (on-policy)", [0, 0.5, 1], [-0.1, 1.1]),
     "learning_rate": ("above 0 and at most 1", [1e-6, 1], [0, -1e-3, 1.1]),
     "warmup_ratio": ("from 0 to 1", [0, 0.1, 1], [-0.1, 1.1]),
     "weight_decay": ("at least 0", [0, 0.1, 10], [-0.1]),

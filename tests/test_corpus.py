@@ -43,9 +43,6 @@ def corpus_of(texts: list, skipped: int = 0) -> kd.Corpus:
     return kd.Corpus("A test", "a test", tuple(texts), skipped)
 
 
-# -- bytes to text ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mark", "codec", "named"),
     [

@@ -16,9 +16,6 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-# -- memory watched --------------------------------------------------------------------
-
-
 def test_memory_is_counted_as_it_comes_and_goes_and_views_keep_that_of_their_base():
     with MemoryWatch() as watch:
         held = []
@@ -54,9 +51,6 @@ def test_views_and_operations_in_place_take_no_memory():
         assert watch.most == a.nbytes
 
 
-# -- peak memory -----------------------------------------------------------------------
-
-
 def test_peak_memory_lies_between_what_is_needed_and_all_that_is_ever_made(make_gpt2, blocks):
     """The most that a GPT-2 without reuse could hold: every result of every operation."""
     model, ids = make_gpt2(layers=2), blocks.train[:3]
@@ -81,9 +75,6 @@ def test_the_size_on_disk_is_that_of_the_saved_weights_and_tied_ones_count_once(
     size = kd.size_on_disk(untied)
     assert size == (tmp_path / "model.safetensors").stat().st_size
     assert size - kd.size_on_disk(tied) == pytest.approx(head, abs=1000)
-
-
-# -- latency ---------------------------------------------------------------------------
 
 
 def test_models_take_turns_at_a_block_and_then_at_a_token_at_a_time_that_none_ends(

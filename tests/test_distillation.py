@@ -314,9 +314,6 @@ def test_the_dropout_of_the_settings_replaces_the_models_own(teacher, make_gpt2,
     assert furthest_apart(without[0], some[0]) > 0
 
 
-# -- the history -----------------------------------------------------------------------
-
-
 def test_the_history_has_a_row_a_step_and_the_last_of_an_epoch_the_validation_blocks(
     teacher, student, blocks
 ):

@@ -34,9 +34,6 @@ def reshaped(blocks: torch.Tensor, count: int, size: int) -> torch.Tensor:
     return blocks.flatten()[: count * size].view(count, size)
 
 
-# -- every token once ------------------------------------------------------------------
-
-
 def test_every_token_but_the_first_is_scored_once_and_in_order_after_half_a_window():
     for count, size, room in itertools.product((1, 2, 5), (2, 3, 8, 33), (1, 100, 5_000)):
         positions = torch.arange(count * size).view(count, size)
@@ -79,7 +76,13 @@ def predictions(model, blocks: torch.Tensor, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("count", "size", "positions"), [(2, 16, 20), (5, 7, 14), (6, 2, 64)])
 def test_quality_is_that_of_a_slow_reading(make_gpt2, teacher, blocks, count, size, positions):
+    """Finite, too, although the teacher rules some tokens out."""
     model = make_gpt2(layers=1, seed=1, initializer_range=0.3, n_positions=max(positions, size))
+
+    def rule_out(module, given, output):
+        output.logits[..., ::7] = -math.inf
+
+    teacher.register_forward_hook(rule_out)
     few = reshaped(blocks.test, count, size).clone()
     for i in range(1, size, 2):  # the model shall be right about some tokens
         few[0, i] = model(few[:1, :i]).logits[0, -1].argmax()
@@ -150,20 +153,6 @@ def test_bits_per_byte_are_those_of_all_tokens_by_byte_of_text(model, blocks, to
     written = [token for token in with_end.flatten()[1:] if token != tokenizer.eos_token_id]
     bits = math.log2(found["perplexity"]) * 31
     assert found["bits_per_byte"] == pytest.approx(bits / len(tokenizer.decode(written).encode()))
-
-
-def test_tokens_that_a_teacher_rules_out_leave_every_number_finite(model, teacher, blocks):
-    ruled_out = torch.arange(0, 4096, 7)
-
-    def rule_out(module, args, output):
-        output.logits[..., ruled_out] = -math.inf
-
-    teacher.register_forward_hook(rule_out)
-    log_q, log_p = (predictions(each, blocks.test[:1], 32) for each in (model, teacher))
-    terms = torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q))
-    found = kd.evaluate(model, blocks.test[:1], teacher=teacher)
-    assert all(map(math.isfinite, found.values()))
-    assert found["kl_to_teacher"] == pytest.approx(terms.sum(dim=-1).mean().item(), rel=1e-4)
 
 
 def test_the_padding_of_a_head_is_no_token(model, teacher, blocks):
@@ -248,9 +237,6 @@ def test_what_is_hard_for_both_widens_nothing_only_if_the_blocks_are_paired():
     assert low < 0 < high
 
 
-# -- calibration -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("confidence", "correct", "expected"),
     [
@@ -265,9 +251,6 @@ def test_what_is_hard_for_both_widens_nothing_only_if_the_blocks_are_paired():
 def test_the_calibration_error_of_worked_examples(confidence, correct, expected):
     found = calibration_error(torch.tensor(confidence), torch.tensor(correct))
     assert found == pytest.approx(expected, abs=1e-6)
-
-
-# -- copying ---------------------------------------------------------------------------
 
 
 def test_the_copy_gain_is_the_loss_after_other_text_less_that_after_the_copy(teacher, blocks):
@@ -327,9 +310,6 @@ def test_an_interval_is_students(repeats, t):
     expected = {"a": statistics.mean(values), "± a": pytest.approx(half_width)}
     assert with_intervals([{"a": value} for value in values]) == expected
     assert with_intervals([{"a": 1.5}]) == {"a": 1.5}, "one repeat has no interval"
-
-
-# -- as text ---------------------------------------------------------------------------
 
 
 def test_a_table_is_markdown_with_a_column_a_model():

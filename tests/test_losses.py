@@ -33,9 +33,6 @@ def gradient(loss: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss, student)[0]
 
 
-# -- soft labels -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [0.05, 1, 2.5, 100])
 def test_soft_labels_are_the_softmax_and_the_top_k_and_the_rest_are_all_of_it(temperature):
     """Tokens whose logit is -inf have no probability and no part in the entropy."""

@@ -115,9 +115,6 @@ def test_the_best_device_is_a_gpu_if_there_is_one(cuda, mps, best, monkeypatch):
     assert models.best_device().type == best
 
 
-# -- LoRA adapters ---------------------------------------------------------------------
-
-
 @pytest.fixture
 def adapted(teacher):
     """A teacher with a LoRA adapter whose weights matter, and the same with it merged."""
@@ -160,9 +157,6 @@ def test_a_directory_with_an_adapter_is_loaded_merged(model_dir, adapted, ids, t
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(kd.InputError, match="holds no .safetensors weights"):
         kd.load_teacher(folder, "cpu")
-
-
-# -- one vocabulary --------------------------------------------------------------------
 
 
 def test_an_added_token_is_named(tokenizer, model_dir):

@@ -9,8 +9,6 @@ import willows_kd as kd
 from conftest import logits, shake
 from willows_kd import students
 
-# -- a student of some of the teacher's layers -----------------------------------------
-
 
 def test_a_student_is_its_teacher_without_the_other_layers(teacher, ids):
     student = kd.student_from_teacher(shake(teacher), 2)
@@ -98,9 +96,6 @@ def test_a_student_of_a_half_precision_teacher_is_float32(teacher):
     student = kd.student_from_teacher(teacher.bfloat16(), 2)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert torch.equal(student.transformer.wte.weight.bfloat16(), teacher.transformer.wte.weight)
-
-
-# -- which layers ----------------------------------------------------------------------
 
 
 def test_layers_are_half_or_so_many_or_these(make_gpt2, teacher):
