@@ -109,13 +109,6 @@ def test_a_beam_search_finds_likelier_text_than_greedy(writer, prompts):
     assert nats(beams) < nats(greedy)
 
 
-def test_only_tokens_that_both_know_are_written(writer, prompts):
-    draws = generation.uniform_draws(4, 20, seed=0)
-    free = generation.continued(writer, prompts, 20, draws)
-    held = generation.continued(writer, prompts, 20, draws, vocabulary=2000)
-    assert free.max() >= 2000 > held.max()
-
-
 def test_written_blocks_keep_the_first_quarter_of_each(writer, blocks):
     written = kd.make_transfer_set(writer, blocks.train, seed=3)
     prompt = kd.prompt_length(32)
