@@ -39,6 +39,7 @@ def test_a_first_token_begins_each_window_and_is_never_scored():
     assert window_length(blocks) == 25
     found = [pair for w, m in windows(blocks, 9, vocabulary=100) for pair in zip(w, m, strict=True)]
     assert all(row[0] == 99 and row[1:].max() < 99 and len(row) == 9 for row, _ in found)
+    assert all(mask.any() for _, mask in found)  # none is read in vain
     assert torch.cat([row[mask] for row, mask in found]).tolist() == text.tolist()
 
 

@@ -33,7 +33,7 @@ def next_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_same_seed_goes_on_with_a_prompt_by_the_same_text_without_dropout(writer, tokenizer):
-    prompt = "“It’s a boat,” said the Rat 🚣"
+    prompt = "“It’s  a ,”\r\n\n\tsaid 🚣🏽‍♀️ ру́, e\u0301"
     first = kd.complete(writer, tokenizer, prompt, 12, seed=1)
     assert first.startswith(prompt) and len(first) > len(prompt)
     assert first == kd.complete(writer.train(), tokenizer, prompt, 12, seed=1)
