@@ -1,5 +1,6 @@
 """What the tests share: tiny models, a few blocks of the sample story, and no network."""
 
+import copy
 import json
 import socket
 from pathlib import Path
@@ -128,6 +129,13 @@ def shake(model, seed: int = 1):
         for weight in model.parameters():
             weight += 0.2 * torch.randn(weight.shape, generator=generator)
     return model
+
+
+def padded_head(model, more: int = 300):
+    """A copy with more embeddings and a head of more rows, which mean nothing."""
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(model.config.vocab_size + more, mean_resizing=False)
+    return padded
 
 
 @pytest.fixture

@@ -16,25 +16,29 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
-# -- memory watched --------------------------------------------------------------------
-
-
-def test_memory_is_counted_as_it_comes_and_goes():
+def test_memory_is_counted_as_it_comes_and_goes_and_views_keep_that_of_their_base():
     with MemoryWatch() as watch:
         held = []
         a = torch.ones(1 * KILOBYTE)
         held.append(watch.held)
         b = torch.ones(3 * KILOBYTE)
         held.append(watch.held)
+        view = a[:1]
         del a
+        held.append(watch.held)
+        del view
         held.append(watch.held)
         c = b[: 2 * KILOBYTE].clone()
         held.append(watch.held)
         del b
         held.append(watch.held)
-    assert held == [1000, 4000, 3000, 5000, 2000]
+        values, indices = torch.ones(100).topk(10)  # each result counts
+        held.append(watch.held)
+    assert held == [1000, 4000, 4000, 3000, 5000, 2000, 2000 + 10 * (4 + 8)]
     assert watch.most == 5000
     assert c.nbytes == 2000
+    del values, indices
+    assert watch.held == 2000
 
 
 def test_views_and_operations_in_place_take_no_memory():
@@ -45,23 +49,6 @@ def test_views_and_operations_in_place_take_no_memory():
         a = torch.ones(4, KILOBYTE)
         a.relu_().view(2, -1).transpose(0, 1).unsqueeze(0).add_(before.view(1, -1, 2))
         assert watch.most == a.nbytes
-
-
-def test_a_view_keeps_the_memory_of_its_base_and_each_result_counts():
-    with MemoryWatch() as watch:
-        a = torch.ones(KILOBYTE)
-        view = a[:1]
-        del a
-        assert watch.held == 1000
-        del view
-        assert watch.held == 0
-        values, indices = torch.ones(100).topk(10)
-        assert watch.held == values.nbytes + indices.nbytes == 10 * (4 + 8)
-    del values, indices
-    assert (watch.held, watch.most) == (0, 1000)
-
-
-# -- peak memory -----------------------------------------------------------------------
 
 
 def test_peak_memory_lies_between_what_is_needed_and_all_that_is_ever_made(make_gpt2, blocks):
@@ -90,16 +77,20 @@ def test_the_size_on_disk_is_that_of_the_saved_weights_and_tied_ones_count_once(
     assert size - kd.size_on_disk(tied) == pytest.approx(head, abs=1000)
 
 
-# -- latency ---------------------------------------------------------------------------
-
-
-def test_the_models_take_turns(make_gpt2, blocks):
-    order = []
-    models = {name: make_gpt2(layers=1) for name in "ab"}
+def test_models_take_turns_at_a_block_and_then_at_a_token_at_a_time_that_none_ends(
+    make_gpt2, blocks
+):
+    ids, order = blocks.train[:2, :22], []
+    models = {name: make_gpt2(layers=1, initializer_range=0.3) for name in "ab"}
     for name, model in models.items():
-        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    found = kd.latency(models, blocks.train[:1], new_tokens=3, repeats=2)
-    assert "".join(order) == 3 * ("aaaa" + "bbbb")  # a forward pass and three tokens a turn
+        with torch.inference_mode():
+            likeliest = model(ids[:, :10]).logits[:, -1].argmax(dim=-1)
+        model.generation_config.eos_token_id = likeliest.tolist()  # would end it at once
+        hook = lambda m, _, out, name=name: order.append((name, out.logits.shape[1]))  # noqa: E731
+        model.register_forward_hook(hook)
+    found = kd.latency(models, ids, new_tokens=12, repeats=2)
+    sizes = [22, 1, *[1] * 11]  # with the cache, and `generate` asks for a prompt's last only
+    assert order == 3 * [(name, size) for name in "ab" for size in sizes]
     assert list(found) == ["a", "b"]
     assert all(seconds > 0 for times in found.values() for seconds in times.values())
 
@@ -121,18 +112,6 @@ def test_what_is_timed_runs_without_dropout_and_gradients(teacher):
     cost.timed(lambda: seen.append((teacher.training, torch.is_inference_mode_enabled())), teacher)
     assert seen == [(False, True)]
     assert teacher.training
-
-
-def test_a_generated_token_is_timed_with_the_cache_and_none_ends_the_text(make_gpt2, blocks):
-    model = make_gpt2(layers=2, initializer_range=0.3)
-    ids = blocks.train[:2, :22]
-    with torch.inference_mode():
-        likeliest = model(ids[:, :10]).logits[:, -1].argmax(dim=-1)
-    model.generation_config.eos_token_id = likeliest.tolist()  # would end it at once
-    sizes = []
-    model.register_forward_hook(lambda module, inputs, output: sizes.append(output.logits.shape[1]))
-    kd.latency({"model": model}, ids, new_tokens=12, repeats=1)
-    assert sizes == 2 * [22, 1, *11 * [1]]  # a block, then with the cache a token at a time
 
 
 def test_a_pass_over_new_tokens_reads_these_after_the_cached_ones(make_gpt2, monkeypatch, blocks):

@@ -32,11 +32,8 @@ def next_logits(model, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-# -- continuing a prompt as text -------------------------------------------------------
-
-
 def test_the_same_seed_goes_on_with_a_prompt_by_the_same_text_without_dropout(writer, tokenizer):
-    prompt = "“It’s a boat,” said the Rat 🚣"
+    prompt = "“It’s  a ,”\r\n\n\tsaid 🚣🏽‍♀️ ру́, e\u0301"
     first = kd.complete(writer, tokenizer, prompt, 12, seed=1)
     assert first.startswith(prompt) and len(first) > len(prompt)
     assert first == kd.complete(writer.train(), tokenizer, prompt, 12, seed=1)
@@ -69,9 +66,6 @@ def test_an_empty_prompt_begins_where_a_text_begins(writer, tokenizer):
     assert text
     assert tokenizer.eos_token not in text
     assert text == kd.complete(writer, tokenizer, tokenizer.eos_token, 8)
-
-
-# -- writing many texts as token ids ---------------------------------------------------
 
 
 def test_each_token_is_where_the_cumulative_probability_passes_its_draw(writer, prompts):
@@ -113,16 +107,6 @@ def test_a_beam_search_finds_likelier_text_than_greedy(writer, prompts):
 
     greedy, beams = (kd.sample_continuations(writer, prompts, 8, 0, beams=n) for n in (1, 8))
     assert nats(beams) < nats(greedy)
-
-
-def test_only_tokens_that_both_know_are_written(writer, prompts):
-    draws = generation.uniform_draws(4, 20, seed=0)
-    free = generation.continued(writer, prompts, 20, draws)
-    held = generation.continued(writer, prompts, 20, draws, vocabulary=2000)
-    assert free.max() >= 2000 > held.max()
-
-
-# -- blocks that a model wrote ---------------------------------------------------------
 
 
 def test_written_blocks_keep_the_first_quarter_of_each(writer, blocks):

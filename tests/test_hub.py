@@ -23,36 +23,32 @@ class Hub(http.server.BaseHTTPRequestHandler):
     done = threading.Event()
     waited_out: list[str] = []
 
-    def do_HEAD(self):
-        self.answer(head=True)
-
     def do_GET(self):
-        self.answer(head=False)
-
-    def answer(self, head: bool) -> None:
         file = self.root / self.path.rsplit("/", 1)[-1]
         if self.fault == "hangs":
             if not self.done.wait(HANG):
                 self.waited_out.append(self.path)
             self.close_connection = True
         elif self.fault.isdigit():
-            self.send(int(self.fault), b"no", head)
+            self.send(int(self.fault), b"no")
         elif not self.path.startswith("/owner/name/") or not file.is_file():
-            self.send(404, b"Entry not found", head, {"X-Error-Code": "EntryNotFound"})
+            self.send(404, b"Entry not found", {"X-Error-Code": "EntryNotFound"})
         elif self.fault == "html":  # a portal that one has to sign in to, without a hub's headers
-            self.send(200, HTML, head, {"X-Repo-Commit": None, "ETag": None})
+            self.send(200, HTML, {"X-Repo-Commit": None, "ETag": None})
         else:
             body, cut = file.read_bytes(), self.fault == "cut" and file.suffix == ".safetensors"
-            self.send(200, body, head, cut=len(body) // 2 if cut else 0)
+            self.send(200, body, cut=len(body) // 2 if cut else 0)
 
-    def send(self, status: int, body: bytes, head=True, more=None, cut: int = 0) -> None:
+    do_HEAD = do_GET
+
+    def send(self, status: int, body: bytes, more=None, cut: int = 0) -> None:
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}"', "Content-Length": len(body)}
         self.send_response(status)
         for name, value in (headers | (more or {})).items():
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()
-        if not head:
+        if self.command == "GET":
             self.wfile.write(body[: len(body) - cut])
         self.close_connection = bool(cut)
 
@@ -79,19 +75,13 @@ def hub(model_dir, tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_a_hub_that_hangs_is_given_up(hub):
-    hub.fault = "hangs"
-    with pytest.raises(kd.InputError, match="could not be downloaded from the Hugging Face Hub"):
-        kd.load_teacher("owner/name", "cpu")
-    assert not hub.waited_out
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["404", "401", "503", "html", "cut"])
+@pytest.mark.parametrize("fault", ["404", "401", "503", "html", "cut", "hangs"])
 def test_a_hub_that_fails_is_one_line_and_what_it_gave_is_not_kept(fault, hub):
     hub.fault = fault
     with pytest.raises(kd.InputError, match=r"^owner/name [^\n]+$"):
         kd.load_teacher("owner/name", "cpu")
+    assert not hub.waited_out
     hub.fault = ""  # the same name, and now it answers well
     teacher, tokenizer = kd.load_teacher("owner/name", "cpu")
     assert teacher.config.vocab_size == len(tokenizer)

@@ -43,8 +43,9 @@ CALLS = {
 
 
 def prepared(model):
-    """The model with modules in either mode, and one weight frozen."""
+    """The model with modules in either mode, one dropout of its own, and one weight frozen."""
     model.train().transformer.h[1].eval()
+    model.transformer.h[0].mlp.dropout.p = 0.3
     model.transformer.wpe.weight.requires_grad_(False)
     return model
 

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import pickle
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +26,7 @@ import willows_kd as kd
 from conftest import logits, shake
 from willows_kd import models
 from willows_kd.errors import WriteError
-from willows_kd.files import SETTINGS_FILE
-from willows_kd.models import (
-    ASSETS,
-    BUNDLED_TEACHER,
-    check_same_tokenizer,
-    load_tokenizer,
-)
+from willows_kd.models import ASSETS, BUNDLED_TEACHER, check_same_tokenizer, load_tokenizer
 
 # -- what ships ------------------------------------------------------------------------
 
@@ -49,19 +42,8 @@ def test_the_bundled_teacher_is_what_transformers_alone_loads():
         assert torch.equal(plain(ids).logits, ours(ids).logits)
 
 
-def test_text_survives_the_bundled_tokenizer(tokenizer):
-    for text in (
-        "“Oh my!” he said — ‘it’s",
-        "🚣🏽‍♀️ and 🦡",
-        "two  spaces ,\n\n\ta tab\r\n",
-        "ру́сский, e\u0301",
-    ):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_what_ships_is_under_35_megabytes_in_a_wheel():
-    files = [file for file in ASSETS.rglob("*") if file.is_file()]
-    assert sum(len(zlib.compress(file.read_bytes(), 1)) for file in files) < 35e6
+def test_what_ships_is_under_36_megabytes():
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 36e6
 
 
 def test_a_bundled_history_has_the_rows_that_distill_returned(tmp_path, monkeypatch):
@@ -81,27 +63,7 @@ def test_a_bundled_model_loads_as_any_teacher_with_the_tokenizer_of_all(tokenize
     assert its.get_vocab() == tokenizer.get_vocab()
 
 
-def test_unknown_names_are_refused_with_those_there_are():
-    with pytest.raises(kd.InputError, match="'pupil'; there are base, teacher, student, student_h"):
-        kd.load_bundled("pupil")
-    with pytest.raises(kd.InputError, match="'marks'; there are .*positions"):
-        kd.stored_results("marks")
-
-
 # -- modes and places ------------------------------------------------------------------
-
-
-def test_dropout_is_set_and_restored_layer_by_layer(teacher, ids):
-    teacher.transformer.h[0].mlp.dropout.p = 0.3
-
-    def passes_are_equal():
-        return torch.equal(*(teacher(ids).logits for _ in range(2)))
-
-    teacher.train()
-    with models.dropout_set_to(teacher, 0.0):
-        assert passes_are_equal()
-    assert not passes_are_equal()
-    assert teacher.transformer.h[0].mlp.dropout.p == 0.3
 
 
 def test_a_teacher_that_is_partly_on_the_disk_teaches_from_there(model_dir, blocks, tmp_path):
@@ -143,9 +105,6 @@ def test_the_best_device_is_a_gpu_if_there_is_one(cuda, mps, best, monkeypatch):
     assert models.best_device().type == best
 
 
-# -- LoRA adapters ---------------------------------------------------------------------
-
-
 @pytest.fixture
 def adapted(teacher):
     """A teacher with a LoRA adapter whose weights matter, and the same with it merged."""
@@ -160,21 +119,19 @@ def adapted(teacher):
     return wrapped, copy.deepcopy(wrapped).merge_and_unload()
 
 
-def test_a_wrapped_teacher_is_cut_merged_teaches_and_stays_wrapped(adapted, blocks, ids):
+def test_a_wrapped_teacher_is_cut_and_saved_merged_teaches_and_stays_wrapped(
+    adapted, blocks, ids, tokenizer, tmp_path
+):
     wrapped, merged = adapted
     before = logits(wrapped, ids)
     student = kd.student_from_teacher(wrapped, 4)
-    torch.testing.assert_close(logits(student, ids), logits(merged, ids), rtol=1e-4, atol=1e-4)
+    kd.save_model(wrapped, tokenizer, tmp_path / "saved")
+    for each in (student, kd.load_teacher(tmp_path / "saved", "cpu")[0]):
+        torch.testing.assert_close(logits(each, ids), logits(merged, ids), rtol=1e-4, atol=1e-4)
     few = replace(blocks, train=blocks.train[:4], validation=blocks.validation[:1])
     history = kd.distill(wrapped, student, few, kd.DistillConfig(epochs=1, dropout=0))
     assert history[0]["soft_loss"] < 1e-6
     assert torch.equal(logits(wrapped, ids), before)
-
-
-def test_a_wrapped_model_is_saved_merged(adapted, tokenizer, ids, tmp_path):
-    kd.save_model(adapted[0], tokenizer, tmp_path / "saved")
-    again, _ = kd.load_teacher(tmp_path / "saved", "cpu")
-    torch.testing.assert_close(logits(again, ids), logits(adapted[1], ids), rtol=1e-4, atol=1e-4)
 
 
 def test_a_directory_with_an_adapter_is_loaded_merged(model_dir, adapted, ids, tmp_path):
@@ -192,18 +149,9 @@ def test_a_directory_with_an_adapter_is_loaded_merged(model_dir, adapted, ids, t
         kd.load_teacher(folder, "cpu")
 
 
-# -- one vocabulary --------------------------------------------------------------------
-
-
-@pytest.fixture
-def padded(tokenizer):
-    """The bundled tokenizer with a token added."""
+def test_an_added_token_is_named(tokenizer, model_dir):
     padded = copy.deepcopy(tokenizer)
     padded.add_special_tokens({"pad_token": "[PAD]"})
-    return padded
-
-
-def test_an_added_token_is_named(tokenizer, padded, model_dir):
     assert check_same_tokenizer(tokenizer, load_tokenizer(BUNDLED_TEACHER)) is None
     for pair, whose in (((tokenizer, padded), "student"), ((padded, tokenizer), "teacher")):
         said = check_same_tokenizer(*pair)
@@ -226,24 +174,6 @@ def test_a_student_of_another_vocabulary_is_refused(tokenizer, model_dir, swap_w
         kd.load_student(model_dir, tokenizer, "cpu")
 
 
-def test_a_token_beyond_the_embeddings_is_refused_before_anything_is_done(teacher, blocks, padded):
-    size = teacher.config.vocab_size
-    wrong = replace(blocks, validation=torch.full_like(blocks.validation, size))
-    said = rf"a token id is {size}; the (model|teacher) knows {size}, from 0"
-    student = kd.student_from_teacher(teacher, 2)
-    for use in (
-        lambda: kd.distill(teacher, student, wrong),
-        lambda: kd.evaluate(teacher, wrong.validation),
-        lambda: kd.hidden_states(teacher, wrong.validation),
-        lambda: kd.complete(teacher, padded, "The river [PAD]", 3),
-        lambda: kd.latency({"teacher": teacher}, wrong.validation),
-    ):
-        with pytest.raises(kd.InputError, match=said):
-            use()
-    with pytest.raises(kd.InputError, match="a token id is -1"):
-        kd.hidden_states(teacher, blocks.train[:1] * 0 - 1)
-
-
 # -- directories that hold no usable model ---------------------------------------------
 
 
@@ -252,9 +182,8 @@ def write_config(folder: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def cut_weights(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def drop_last_layer(folder: Path) -> None:
@@ -270,20 +199,17 @@ def drop_tokenizer(folder: Path) -> None:
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
 DAMAGES = {
-    "config is cut": (lambda d: (d / "config.json").write_text('{"n_layer":'), "cannot be loaded"),
+    "config is cut": (lambda d: halve(d / "config.json"), "cannot be loaded"),
     "a BERT": (
         lambda d: BertConfig(architectures=["BertForMaskedLM"], **SMALL).save_pretrained(d),
         "is a BertForMaskedLM; give a causal language model",
     ),
     "an unknown family": (lambda d: write_config(d, model_type="gpt99"), "gpt99"),
-    "weights are cut": (cut_weights, "cannot be loaded"),
+    "weights are cut": (lambda d: halve(d / "model.safetensors"), "cannot be loaded"),
     "weights lack a layer": (drop_last_layer, "lacks weights that fit its config (transformer.h.3"),
     "weights have other shapes": (lambda d: write_config(d, n_embd=64), "(transformer.h.0."),
     "no tokenizer": (drop_tokenizer, "holds no tokenizer"),
-    "tokenizer is cut": (
-        lambda d: (d / "tokenizer.json").write_text('{"version":'),
-        "cannot be loaded",
-    ),
+    "tokenizer is cut": (lambda d: halve(d / "tokenizer.json"), "cannot be loaded"),
 }
 
 
@@ -355,20 +281,16 @@ def test_a_hub_name_without_a_connection_is_refused_after_one_question(monkeypat
     """Where `transformers` by itself tries for half a minute."""
     questions = []
 
-    def no_connection():
-        questions.append("?")
+    def head(url, timeout):
+        questions.append(timeout)
         raise ConnectionError("no connection")
 
-    def no_patience(seconds):
-        raise TimeoutError(f"waited {seconds} seconds to try again")
-
-    monkeypatch.setattr(models, "get_session", no_connection)
-    monkeypatch.setattr("time.sleep", no_patience)
-    with pytest.raises(kd.InputError) as caught:
-        kd.load_teacher("no-such-owner/no-such-model")
+    monkeypatch.setattr(models, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits to try again"))
     expected = "model is no local directory and could not be downloaded from the Hugging Face Hub: "
-    assert expected in str(caught.value)
-    assert (len(questions), logged) == (1, [])
+    with pytest.raises(kd.InputError, match=expected):
+        kd.load_teacher("no-such-owner/no-such-model")
+    assert (questions, logged) == ([5], [])
 
 
 def test_blocks_are_as_long_as_a_family_has_positions():
@@ -384,22 +306,16 @@ def test_blocks_are_as_long_as_a_family_has_positions():
 # -- saving ----------------------------------------------------------------------------
 
 
-def listing(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a directory, hidden files too: contents by relative path."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
 def test_a_saved_model_loads_again_with_the_same_logits(teacher, tokenizer, tmp_path, logged, ids):
     logged.clear()
-    kd.save_model(shake(teacher), tokenizer, tmp_path / "saved", {"note.txt": "“naïve”\n"})
+    texts = {"note.txt": "“naïve”\n", "README.md": "Sch\udcfcler–"}  # a byte that is no UTF-8
+    kd.save_model(shake(teacher), tokenizer, tmp_path / "saved", texts)
     assert logged == []
     again, its_tokenizer = kd.load_teacher(tmp_path / "saved", "cpu")
     assert torch.equal(logits(again, ids), logits(teacher, ids))
     assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert (tmp_path / "saved" / "note.txt").read_text(encoding="utf-8") == "“naïve”\n"
+    found = [(tmp_path / "saved" / name).read_text(encoding="utf-8") for name in texts]
+    assert found == ["“naïve”\n", "Sch?ler–"]
 
 
 def test_settings_of_sampling_that_does_not_sample_do_not_stop_saving(teacher, tokenizer, tmp_path):
@@ -416,34 +332,21 @@ def test_settings_of_sampling_that_does_not_sample_do_not_stop_saving(teacher, t
     assert (settings.temperature, settings.top_p) == (0.6, 0.9)
 
 
-def test_text_with_any_byte_is_saved(teacher, tokenizer, tmp_path):
-    kd.save_model(teacher, tokenizer, tmp_path / "saved", {"README.md": "Sch\udcfcler–"})
-    assert (tmp_path / "saved" / "README.md").read_text(encoding="utf-8") == "Sch?ler–"
-
-
-@pytest.mark.parametrize("old", [SETTINGS_FILE, "poem.txt"])
-def test_what_a_directory_holds_is_replaced_as_a_whole_if_told_to(
-    old, teacher, tokenizer, tmp_path
+def test_what_a_directory_holds_is_replaced_as_a_whole_if_told_to_and_else_left_as_it_was(
+    teacher, tokenizer, tmp_path
 ):
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    (folder / old).write_text("old")
-    with pytest.raises(kd.InputError, match="saved holds .*add --overwrite"):
-        kd.save_model(teacher, tokenizer, folder)
-    assert list(listing(folder)) == [old]
-    kd.save_model(teacher, tokenizer, folder, overwrite=True)
-    assert "model.safetensors" in listing(folder)
-    assert old not in listing(folder)
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_failed_save_leaves_an_earlier_output_as_it_was(teacher, tokenizer, tmp_path):
     def save_pretrained(folder):
         assert (Path(folder) / "model.safetensors").exists()
         raise OSError(28, "No space left on device")
 
-    kd.save_model(teacher, tokenizer, tmp_path / "saved")
-    before, broken = listing(tmp_path), SimpleNamespace(save_pretrained=save_pretrained)
+    folder, broken = tmp_path / "saved", SimpleNamespace(save_pretrained=save_pretrained)
+    folder.mkdir()
+    (folder / "poem.txt").write_text("old")
+    with pytest.raises(kd.InputError, match="saved holds other files; .*add --overwrite"):
+        kd.save_model(teacher, tokenizer, folder)
     with pytest.raises(WriteError, match="No space left"):
-        kd.save_model(teacher, broken, tmp_path / "saved", overwrite=True)
-    assert listing(tmp_path) == before
+        kd.save_model(teacher, broken, folder, overwrite=True)
+    assert [*tmp_path.rglob("*")] == [folder, folder / "poem.txt"]
+    kd.save_model(teacher, tokenizer, folder, overwrite=True)
+    assert (folder / "model.safetensors").exists() and not (folder / "poem.txt").exists()
+    assert list(tmp_path.iterdir()) == [folder]

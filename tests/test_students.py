@@ -9,8 +9,6 @@ import willows_kd as kd
 from conftest import logits, shake
 from willows_kd import students
 
-# -- a student of some of the teacher's layers -----------------------------------------
-
 
 def test_a_student_is_its_teacher_without_the_other_layers(teacher, ids):
     student = kd.student_from_teacher(shake(teacher), 2)
@@ -85,7 +83,6 @@ def test_a_student_has_its_teachers_weights_and_its_own_storage(init, kept, teac
 
 
 def test_a_random_student_follows_from_its_seed_and_copies_nothing(teacher):
-    state = torch.get_rng_state()
     first, again, other = (
         kd.student_from_teacher(teacher, 2, "random", seed).transformer.wte.weight
         for seed in (1, 1, 2)
@@ -93,7 +90,6 @@ def test_a_random_student_follows_from_its_seed_and_copies_nothing(teacher):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, teacher.transformer.wte.weight)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_student_of_a_half_precision_teacher_is_float32(teacher):
@@ -102,37 +98,12 @@ def test_a_student_of_a_half_precision_teacher_is_float32(teacher):
     assert torch.equal(student.transformer.wte.weight.bfloat16(), teacher.transformer.wte.weight)
 
 
-# -- which layers ----------------------------------------------------------------------
-
-
 def test_layers_are_half_or_so_many_or_these(make_gpt2, teacher):
     for depth, half in ((1, 1), (4, 2), (5, 2)):
         assert kd.student_from_teacher(make_gpt2(depth)).config.n_layer == half
     assert students.layers_to_keep(teacher, np.int64(3), np.array([0, 2, 3])) == [0, 2, 3]
     assert students.layers_to_keep(teacher, 3, "spaced") == [0, 2, 3]
     assert students.layers_to_keep(teacher, 3, "first") == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("layers", "init", "said"),
-    [
-        (0, "spaced", "layers is 0; this teacher allows 1 to 4"),
-        (5, "random", "layers is 5; this teacher allows 1 to 4"),
-        (2.0, "first", "layers is 2.0; this teacher allows 1 to 4"),
-        (2, "last", "init is 'last'; it must be spaced, first, random or a list"),
-        (2, None, "init is None; it must be spaced, first, random or a list"),
-        (None, "012", "init is '012'; it must be spaced"),
-        (None, [], "init is .*; layer numbers must rise and lie between 0 and 3"),
-        (None, [2, 1], "init is .*; layer numbers must rise"),
-        (None, [1, 1], "init is .*; layer numbers must rise"),
-        (None, [0, 4], "init is .*; layer numbers must rise"),
-        (None, [-1, 2], "init is .*; layer numbers must rise"),
-        (2, [0, 1, 3], "and be as many as layers, 2"),
-    ],
-)
-def test_layers_that_are_none_are_refused(layers, init, said, teacher):
-    with pytest.raises(kd.InputError, match=said):
-        kd.student_from_teacher(teacher, layers, init)
 
 
 def test_settings_of_each_layer_are_cut_and_all_others_kept():
