@@ -1,7 +1,10 @@
 """What the tests share: tiny models, a few blocks of the sample story, and no network."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,15 @@ def ids():
 def logits(model, ids):
     with torch.inference_mode():
         return model.eval()(ids).logits
+
+
+def python(*arguments, code: int = 0) -> subprocess.CompletedProcess:
+    """Run Python in a new process, with one thread; what it says is kept."""
+    command = [sys.executable, *map(str, arguments)]
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=alone, timeout=600)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")

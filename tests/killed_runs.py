@@ -1,18 +1,16 @@
 """A command line that is killed at each point of its writing in turn, and resumed.
 
-    python tests/killed_runs.py SEED OUTPUT OPTION...
+    python tests/killed_runs.py OUTPUT OPTION...
 
-Each run is a process of its own, forked from one that has done the slow imports. It kills
-itself with SIGKILL at a point named below; a few more are killed at random moments, and the
-last one is left to end. Prints as JSON what was in the output directory after each kill.
+Each run is a process of its own, forked from one that has done the slow imports. It kills itself
+with SIGKILL at a point named below; the last one is left to end. Prints as JSON what was in the
+output directory after each kill, and how the last one ended.
 """
 
 import json
 import os
-import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -37,8 +35,6 @@ POINTS = {
     "the output is in its place": ("after", os, "replace", "/.killed.", 1),
     "a checkpoint is cleared": ("after", os, "unlink", "step_", 1),
 }
-RANDOM_KILLS = 2
-LONGEST = 2.0  # seconds until a random kill
 
 
 def kill_at(moment: str, module, name: str, text: str, number: int) -> None:
@@ -67,11 +63,11 @@ def described(arguments: tuple) -> str:
     return " ".join(map(str, paths))
 
 
-def start(arguments: list[str], *point) -> int:
-    """Run the command line in a child; returns its process id."""
+def run(arguments: list[str], *point) -> int:
+    """Run the command line in a child; returns its exit code, or minus what killed it."""
     child = os.fork()
     if child:
-        return child
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     code = 1
@@ -83,24 +79,13 @@ def start(arguments: list[str], *point) -> int:
         os._exit(code)
 
 
-def end(child: int) -> int:
-    """Wait for a child; returns its exit code, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    seed, output = int(sys.argv[1]), Path(sys.argv[2])
-    arguments = ["distill", "--output_dir", str(output), *sys.argv[3:]]
+    output = Path(sys.argv[1])
+    arguments = ["distill", "--output_dir", str(output), *sys.argv[2:]]
     found = {}
     for name, point in POINTS.items():
-        code = end(start(arguments, *point))
+        code = run(arguments, *point)
         assert code == -signal.SIGKILL, f"{name}: it ended with {code} before it was killed"
         found[name] = sorted(path.name for path in output.glob("*"))
-    draw = random.Random(seed)
-    for _ in range(RANDOM_KILLS):
-        child = start(arguments)
-        time.sleep(draw.uniform(0, LONGEST))
-        os.kill(child, signal.SIGKILL)  # or nothing, if it has ended
-        end(child)
-    print(json.dumps({"after": found, "end": end(start(arguments))}))
+    print(json.dumps({"after": found, "end": run(arguments)}))
