@@ -75,6 +75,8 @@ BAD = [
     ("(batch, tokens)", lambda t: kd.peak_memory(t.teacher, t.blocks)),
     ("repeats is 0", lambda t: kd.latency({"a": t.teacher}, t.ids, 2, 0)),
     ("numbers from 1", lambda t: kd.decode_latency({"a": t.teacher}, t.ids, [t.ids.shape[1]])),
+    # one process has nothing to divide a teacher among
+    ("there is one process", lambda t: kd.shard_teacher(t.teacher)),
 ]
 
 

@@ -127,15 +127,6 @@ def test_other_families_are_exported(family, tokenizer, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.filterwarnings("ignore")
-def test_a_family_without_keys_and_values_is_refused(tokenizer, tmp_path):
-    said = "this mamba model cannot be exported to onnx: its cache holds more than keys and values"
-    with pytest.raises(kd.InputError, match=said):
-        kd.export_model(random_teacher("mamba"), tokenizer, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_onnx
 def test_what_is_no_export_is_not_read(tmp_path, exported):
     with pytest.raises(kd.InputError, match="holds no model.onnx"):
         kd.load_onnx(tmp_path)
@@ -194,28 +185,24 @@ def test_gguf_says_what_llama_cpp_asks_for(make_gpt2, tokenizer, tmp_path):
     assert padded.training and kd.fingerprint(padded) == before
 
 
+# -- what is refused -------------------------------------------------------------------
+
+
+@needs_onnx
 @needs_gguf
 @pytest.mark.filterwarnings("ignore")
-def test_gguf_refuses_what_llama_cpp_would_run_otherwise(make_gpt2, teacher, tokenizer, tmp_path):
+def test_what_cannot_be_exported_is_refused(make_gpt2, teacher, tokenizer, tmp_path):
     other = kd.models.load_tokenizer(kd.models.BUNDLED_TEACHER)
     other.backend_tokenizer.pre_tokenizer.add_prefix_space = True
-    for model, its_tokenizer, expected in (
-        (make_gpt2(1, activation_function="relu"), tokenizer, "activation_function is 'relu'; lla"),
-        (random_teacher("llama"), tokenizer, "this llama model .* to gguf: only GPT-2s can"),
-        (teacher, other, "does not split text as GPT-2's does"),
+    relu = make_gpt2(1, activation_function="relu")
+    for said, to, model, its_tokenizer in (
+        ("its cache holds more than keys and values", "onnx", random_teacher("mamba"), tokenizer),
+        ("activation_function is 'relu'; llama", "gguf", relu, tokenizer),
+        ("this llama model .* only GPT-2s can", "gguf", random_teacher("llama"), tokenizer),
+        ("does not split text as GPT-2's does", "gguf", teacher, other),
+        ("it must be one of onnx, onnx-int8, gguf", "ONNX", teacher, tokenizer),
+        ("give the model's own", "onnx", teacher, None),
     ):
-        with pytest.raises(kd.InputError, match=expected):
-            kd.export_model(model, its_tokenizer, tmp_path / "out", "gguf")
+        with pytest.raises(kd.InputError, match=said):
+            kd.export_model(model, its_tokenizer, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
-
-
-# -- bad input -------------------------------------------------------------------------
-
-
-def test_unknown_formats_and_models_without_their_tokenizers_are_refused(
-    teacher, tokenizer, tmp_path
-):
-    with pytest.raises(kd.InputError, match="it must be one of onnx, onnx-int8, gguf"):
-        kd.export_model(teacher, tokenizer, tmp_path / "out", "ONNX")
-    with pytest.raises(kd.InputError, match="give the model's own"):
-        kd.export_model(teacher, None, tmp_path / "out")

@@ -33,7 +33,7 @@ def teacher(make_gpt2):
 def options(model_dir, tmp_path, story) -> list[str]:
     """A job of two epochs; the output directory comes last."""
     text = tmp_path / "text.txt"
-    text.write_text(story.text[:30_000], encoding="utf-8")
+    text.write_text(story.text[:12_000], encoding="utf-8")
     given = f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --batch_size 5 "
     given += "--gradient_accumulation_steps 2 --epochs 2 --dtype float32 --output_dir"
     return given.split()
