@@ -115,10 +115,11 @@ def run_notebook(tmp_path, monkeypatch):
     """A function that runs a notebook in an empty folder, on the short book, without a network."""
     monkeypatch.setenv("WILLOWS_KD_CORPUS", str(short_book(tmp_path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    here = {"kernel_name": "python3", "resources": {"metadata": {"path": str(tmp_path)}}}
+    here = {"metadata": {"path": str(tmp_path)}}
 
-    def run(notebook, **settings):
-        NotebookClient(notebook, timeout=600, **here, **settings).execute()
+    def run(notebook, kernel_name="python3", **settings):
+        settings |= {"kernel_name": kernel_name, "resources": here}
+        NotebookClient(notebook, timeout=900, **settings).execute()
         return notebook
 
     return run

@@ -1,7 +1,6 @@
 """JupyterLab in a real browser: every notebook with widgets runs, and these live.
 
 Needs Chromium (Debian: `apt-get install chromium`); skipped where there is none.
-Screenshots of each notebook are left in tests/artifacts/.
 """
 
 import json
@@ -22,7 +21,6 @@ from notebook_runs import SERIES, short_book, small
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-ARTIFACTS = Path(__file__).parent / "artifacts"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 FLAGS += ["--disable-component-update", "--no-first-run", "--disable-quic"]
 MINUTES = 60_000  # one of them, in milliseconds
@@ -145,26 +143,13 @@ def opened(lab, browser, request):
     """A page with a notebook opened, and run from top to bottom."""
     path = request.param
     start_kernel(lab, path.name)
-    page = browser.new_page(viewport={"width": 1300, "height": 1000})
-    try:
-        page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
-        page.evaluate(RUN_ALL)
-        page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
-        yield page
-    finally:
-        photograph(page, ARTIFACTS / f"{path.stem}.png")
-        page.close()
-
-
-def photograph(page, path: Path) -> None:
-    """Save a picture of the whole notebook."""
-    height = page.evaluate("document.querySelector('.jp-WindowedPanel-inner').scrollHeight")
-    page.set_viewport_size({"width": 1300, "height": height + 200})
-    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
-    page.wait_for_timeout(1000)
-    path.parent.mkdir(exist_ok=True)
-    page.screenshot(path=path)
+    page = browser.new_page()
+    page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
+    page.evaluate(RUN_ALL)
+    page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
+    yield page
+    page.close()
 
 
 PICTURES = "document.querySelectorAll('.jp-RenderedImage img').length"

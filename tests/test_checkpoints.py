@@ -124,7 +124,7 @@ def test_ctrl_c_lets_the_step_end_a_second_one_does_not_and_the_run_goes_on_as_i
         assert run(resume=True, student=again) == whole
 
 
-def test_a_student_that_writes_its_own_text_goes_on_as_well(run, tmp_path):
+def test_a_student_that_writes_its_own_text_goes_on_as_well(run):
     config = dataclasses.replace(CONFIG, epochs=1, alpha=0.0, on_policy_share=1.0)
     config = dataclasses.replace(config, hidden_weight=0.5, hidden_layers=((1, 2),))
     run(ctrl_c(2), config=config)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import test_browser
 from notebook_runs import SERIES, SOLUTIONS
-from test_browser import ARTIFACTS, CHROMIUM
+from test_browser import CHROMIUM
 
 import willows_kd as kd
 
@@ -30,6 +30,7 @@ pytestmark = [
 
 browser = test_browser.browser
 ROOT = Path(__file__).parent.parent
+PICTURES = Path(__file__).parent / "artifacts" / "site"
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 TEX = re.compile(r"\$[^$\n]+\$|\\\(|\\\[|\\[a-z]{2,}")
@@ -104,8 +105,7 @@ def visit(site, browser, name: str) -> SimpleNamespace:
     for what, script in SEEN.items():
         setattr(found, what, page.evaluate(script))
     found.tables = TABLE.findall(found.prose)
-    picture = ARTIFACTS / "site" / name.replace("/", "-").removesuffix(".html")
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture = PICTURES / name.replace("/", "-").removesuffix(".html")
     page.screenshot(path=f"{picture}-1280.png", full_page=True)
     page.set_viewport_size(PHONE)
     found.sideways = page.evaluate(SIDEWAYS)
