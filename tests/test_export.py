@@ -175,10 +175,11 @@ def test_what_cannot_be_exported_is_refused(make_gpt2, teacher, tokenizer, tmp_p
     other = kd.models.load_tokenizer(kd.models.BUNDLED_TEACHER)
     other.backend_tokenizer.pre_tokenizer.add_prefix_space = True
     relu = make_gpt2(1, activation_function="relu")
+    more = "this mamba model cannot be exported to onnx: its cache holds more than keys and values"
     for said, to, model, its_tokenizer in (
-        ("its cache holds more than keys and values", "onnx", random_teacher("mamba"), tokenizer),
+        (more, "onnx", random_teacher("mamba"), tokenizer),
         ("activation_function is 'relu'; llama", "gguf", relu, tokenizer),
-        ("this llama model .* only GPT-2s can", "gguf", random_teacher("llama"), tokenizer),
+        ("this llama model .* to gguf: only GPT-2s", "gguf", random_teacher("llama"), tokenizer),
         ("does not split text as GPT-2's does", "gguf", teacher, other),
         ("it must be one of onnx, onnx-int8, gguf", "ONNX", teacher, tokenizer),
         ("give the model's own", "onnx", teacher, None),
