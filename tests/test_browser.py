@@ -138,24 +138,15 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def opened(lab, browser, request):
-    """A page with a notebook opened, and run from top to bottom."""
-    path = request.param
-    start_kernel(lab, path.name)
-    page = browser.new_page()
-    page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
-    page.evaluate(RUN_ALL)
-    page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
-    yield page
-    page.close()
-
-
 PICTURES = "document.querySelectorAll('.jp-RenderedImage img').length"
 SHOWN = "() => [...document.querySelectorAll('.widget-output img')].map(one => one.src).join()"
 ANSWERED = """() => [...document.querySelectorAll('.widget-html')]
     .some(one => one.innerText.includes('The owl'))"""
+
+
+def stored_pictures(path: Path) -> int:
+    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def move_slider(page) -> None:
@@ -175,14 +166,14 @@ def type_prompt(page) -> None:
     page.wait_for_function(ANSWERED, timeout=3 * MINUTES)
 
 
-def stored_pictures(path: Path) -> int:
-    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
-    return sum("image/png" in output.get("data", {}) for output in outputs)
-
-
-@pytest.mark.parametrize("opened", LIVE, ids=lambda path: path.stem, indirect=True)
-def test_a_notebook_is_shown_whole_and_its_widgets_live(opened, request):
-    page, path = opened, request.node.callspec.params["opened"]
+@pytest.mark.parametrize("path", LIVE, ids=lambda path: path.stem)
+def test_a_notebook_is_shown_whole_and_its_widgets_live(path, lab, browser):
+    start_kernel(lab, path.name)
+    page = browser.new_page()
+    page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
+    page.evaluate(RUN_ALL)
+    page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
     page.wait_for_function(f"{PICTURES} >= {stored_pictures(path)}", timeout=MINUTES)
     assert page.query_selector_all(".jp-MarkdownCell:not(:has(.jp-RenderedMarkdown))") == []
     assert "Error displaying widget" not in page.inner_text(".jp-Notebook")
@@ -192,3 +183,4 @@ def test_a_notebook_is_shown_whole_and_its_widgets_live(opened, request):
     if "kd.prompt_box" in source:
         type_prompt(page)
     assert page.query_selector_all(TROUBLE) == []
+    page.close()
