@@ -79,6 +79,7 @@ def test_influence_keeps_the_layers_that_do_something(uneven, few):
 def test_the_table_says_where_each_student_starts_the_best_first(uneven, few):
     found = kd.choose_layers(uneven, 3, few)
     assert set(found.index) == set(INITS)
+    assert found["layers"]["spaced"] == evenly_spaced(6, 3) != found["layers"]["first"]
     assert found["perplexity"].is_monotonic_increasing
     for kept, perplexity in zip(found["layers"], found["perplexity"], strict=True):
         assert perplexity == pytest.approx(perplexity_by_hand(uneven, kept, few), rel=1e-4)
