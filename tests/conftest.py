@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,10 +116,11 @@ def run_notebook(tmp_path, monkeypatch):
     """A function that runs a notebook in an empty folder, on the short book, without a network."""
     monkeypatch.setenv("WILLOWS_KD_CORPUS", str(short_book(tmp_path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    here = {"kernel_name": "python3", "resources": {"metadata": {"path": str(tmp_path)}}}
+    here = {"metadata": {"path": str(tmp_path)}}
 
-    def run(notebook, **settings):
-        NotebookClient(notebook, timeout=600, **here, **settings).execute()
+    def run(notebook, kernel_name="python3", **settings):
+        settings |= {"kernel_name": kernel_name, "resources": here}
+        NotebookClient(notebook, timeout=900, **settings).execute()
         return notebook
 
     return run
@@ -147,6 +151,15 @@ def ids():
 def logits(model, ids):
     with torch.inference_mode():
         return model.eval()(ids).logits
+
+
+def python(*arguments, code: int = 0) -> subprocess.CompletedProcess:
+    """Run Python in a new process, with one thread; what it says is kept."""
+    command = [sys.executable, *map(str, arguments)]
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=alone, timeout=600)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")

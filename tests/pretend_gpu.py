@@ -71,9 +71,6 @@ class OnGpu(torch.Tensor):
     def untyped_storage(self):
         return self.inner.untyped_storage()
 
-    def data_ptr(self):
-        return self.inner.data_ptr()
-
     def tolist(self):
         return self.inner.tolist()
 
@@ -81,9 +78,6 @@ class OnGpu(torch.Tensor):
         raise TypeError(NO_ARRAY)
 
     __array__ = numpy
-
-    def __repr__(self):
-        return f"OnGpu({self.inner})"
 
     def __format__(self, spec):
         return format(self.inner.item() if self.dim() == 0 else self.inner, spec)
@@ -112,8 +106,6 @@ def run(function, args, kwargs):
     args, kwargs = tree_map_only(OnGpu, lambda t: t.inner, (args, kwargs))
     if "device" in kwargs:
         kwargs = kwargs | {"device": CPU}
-    if "pin_memory" in kwargs:
-        kwargs = kwargs | {"pin_memory": False}
     result = function(*args, **kwargs)
     if function is ATEN.copy_.default:
         on_gpu = id(result) in wrapped  # it returns its first argument
@@ -129,21 +121,14 @@ def run(function, args, kwargs):
 def check_devices(function, args, leaves, on_gpu: bool) -> None:
     """Refuse, as a GPU does, what lies on two devices."""
     for generator in (g for g in leaves if isinstance(g, torch._C.Generator)):
-        found = "gpu" if generator._cdata in Generator.of_gpu else "cpu"
-        if found != ("gpu" if on_gpu else "cpu"):
-            wanted = "gpu" if on_gpu else "cpu"
-            raise RuntimeError(
-                f"Expected a '{wanted}' device type for generator but found '{found}'"
-            )
-    tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
-    ours = [t for t in tensors if isinstance(t, OnGpu)]
-    if function in COPIES or not ours:
-        return
-    others = [t for t in tensors if not isinstance(t, OnGpu) and t.dim() > 0]
+        if (generator._cdata in Generator.of_gpu) != on_gpu:
+            raise RuntimeError("Expected a generator of the tensors' own device type")
+    here = [t for t in leaves if isinstance(t, torch.Tensor) and not isinstance(t, OnGpu)]
     if function in TAKES_INDICES and isinstance(args[0], OnGpu):
         indices = {id(t) for t in tree_leaves(args[1])}
-        others = [t for t in others if id(t) not in indices]
-    if others:
+        here = [t for t in here if id(t) not in indices]
+    there = any(isinstance(t, OnGpu) for t in leaves)
+    if there and function not in COPIES and any(t.dim() > 0 for t in here):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found gpu:0 and cpu ({function})"
         )
@@ -213,18 +198,14 @@ def register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend("gpu", Backend())
     libraries = [torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")]
     aten, everything = libraries
-    aten.impl(
-        "empty_strided",
-        lambda size, stride, *, dtype=None, **_: OnGpu(
-            torch.empty_strided(size, stride, dtype=dtype)
-        ),
-        "PrivateUse1",
-    )
-    aten.impl(
-        "empty.memory_format",
-        lambda size, *, dtype=None, **_: OnGpu(torch.empty(size, dtype=dtype)),
-        "PrivateUse1",
-    )
+    for name in ("empty_strided", "empty"):
+        make = getattr(torch, name)
+        overload = {"empty": "empty.memory_format"}.get(name, name)
+
+        def on_gpu(*sizes, dtype=None, make=make, **_):
+            return OnGpu(make(*sizes, dtype=dtype))
+
+        aten.impl(overload, on_gpu, "PrivateUse1")
     everything.fallback(
         lambda function, *args, **kwargs: run(function, args, kwargs), "PrivateUse1"
     )

@@ -205,6 +205,8 @@ BAD = [
     ("repeats is 0", lambda t: kd.latency({"a": t.teacher}, t.ids, 2, 0)),
     ("a token id is 4096; the", lambda t: kd.decode_latency({"a": t.teacher}, t.unknown)),
     ("from 1 to 31", lambda t: kd.decode_latency({"a": t.teacher}, t.ids, [t.ids.shape[1]])),
+    # one process has nothing to divide a teacher among
+    ("there is one process", lambda t: kd.shard_teacher(t.teacher)),
 ]
 
 

@@ -1,7 +1,6 @@
-"""JupyterLab in a real browser: every notebook opens; those with widgets run, and these live.
+"""JupyterLab in a real browser: every notebook with widgets runs, and these live.
 
 Needs Chromium (Debian: `apt-get install chromium`); skipped where there is none.
-Screenshots of each notebook are left in tests/artifacts/.
 """
 
 import json
@@ -20,10 +19,8 @@ import pytest
 from jupyter_client import BlockingKernelClient
 from notebook_runs import SERIES, short_book, small
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-ARTIFACTS = Path(__file__).parent / "artifacts"
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 FLAGS += ["--disable-component-update", "--no-first-run", "--disable-quic"]
 MINUTES = 60_000  # one of them, in milliseconds
@@ -54,19 +51,20 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab over copies of the notebooks; of those to be run nothing is stored yet."""
+    """A JupyterLab over copies of the notebooks, in which nothing is stored yet."""
     folder = tmp_path_factory.mktemp("lab")
-    for path in SERIES:
-        notebook = unrun(small(path)) if path in LIVE else nbformat.read(path, as_version=4)
+    for path in LIVE:
+        notebook = small(path)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / path.name)
     for name, settings in SETTINGS.items():
         file = folder / ".config" / "lab" / "user-settings" / "@jupyterlab"
         file = file / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = f"-m jupyter lab --no-browser --port={port} --allow-root".split()
     command += ["--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}"]
     command += ["--ServerApp.disable_check_xsrf=True", "--LabApp.expose_app_in_browser=True"]
@@ -90,12 +88,11 @@ def lab(tmp_path_factory):
         server.wait(30)
 
 
-def unrun(notebook):
-    """The notebook with nothing stored in it, so that all it shows has been run."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return notebook
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_until_answering(address: str, seconds: float = 120) -> None:
@@ -131,35 +128,6 @@ def start_kernel(lab, name: str) -> None:
     client.stop_channels()
 
 
-HOSTILE = """<img src=x onerror="document.title='broken in'"><script>document.title=1</script>"""
-HOSTILE_CELLS = [
-    "import willows_kd as kd\n"
-    "teacher, tokenizer = kd.load_teacher()\n"
-    "student = kd.student_from_teacher(teacher, 1)\n"
-    f"text = {HOSTILE!r}",
-    "from pathlib import Path\n"
-    "Path('hostile.txt').write_text(chr(10).join([text, ''] * 400))\n"
-    "corpus = kd.load_corpus('hostile.txt')\n"
-    "blocks = kd.pack(corpus, tokenizer)\n"
-    "corpus.title, corpus.text[:200]",
-    "kd.prompt_box({text: teacher, 'student': student}, tokenizer, prompt=text)",
-    "kd.explore_temperature(teacher, tokenizer, [text, 'The Mole'])",
-    "kd.explore_tokens(teacher, student, tokenizer, text)",
-    "kd.compare({text: teacher}, blocks, tokenizer)",
-    "kd.load_corpus(text)",  # an error's message, too
-]
-
-
-@pytest.fixture(scope="module")
-def hostile(lab):
-    """A notebook beside the others, whose text would run code if it were shown as HTML."""
-    cells = [nbformat.v4.new_code_cell(source) for source in HOSTILE_CELLS]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    nbformat.write(notebook, lab.folder / "hostile.ipynb")
-    return lab.folder / "hostile.ipynb"
-
-
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium."""
@@ -170,40 +138,15 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def opened(lab, browser, request):
-    """A page with a notebook opened, and run from top to bottom if nothing is stored in it."""
-    path = request.getfixturevalue("hostile") if request.param == "hostile" else request.param
-    runs = path in LIVE or request.param == "hostile"
-    if runs:
-        start_kernel(lab, path.name)
-    page = browser.new_page(viewport={"width": 1300, "height": 1000})
-    try:
-        page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
-        if runs:
-            page.evaluate(RUN_ALL)
-            page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
-        yield page
-    finally:
-        photograph(page, ARTIFACTS / f"{path.stem}.png")
-        page.close()
-
-
-def photograph(page, path: Path) -> None:
-    """Save a picture of the whole notebook."""
-    height = page.evaluate("document.querySelector('.jp-WindowedPanel-inner').scrollHeight")
-    page.set_viewport_size({"width": 1300, "height": height + 200})
-    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
-    page.wait_for_timeout(1000)
-    path.parent.mkdir(exist_ok=True)
-    page.screenshot(path=path)
-
-
 PICTURES = "document.querySelectorAll('.jp-RenderedImage img').length"
 SHOWN = "() => [...document.querySelectorAll('.widget-output img')].map(one => one.src).join()"
 ANSWERED = """() => [...document.querySelectorAll('.widget-html')]
     .some(one => one.innerText.includes('The owl'))"""
+
+
+def stored_pictures(path: Path) -> int:
+    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def move_slider(page) -> None:
@@ -215,25 +158,24 @@ def move_slider(page) -> None:
     page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=3 * MINUTES)
 
 
-def type_prompt(page, prompt: str = "The owl") -> None:
+def type_prompt(page) -> None:
     """Type into the first prompt box and wait for text that goes on from there."""
     box = page.query_selector(".widget-text input")
-    box.fill(prompt)
+    box.fill("The owl")
     box.press("Enter")
     page.wait_for_function(ANSWERED, timeout=3 * MINUTES)
 
 
-def stored_pictures(path: Path) -> int:
-    outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
-    return sum("image/png" in output.get("data", {}) for output in outputs)
-
-
-@pytest.mark.parametrize("opened", SERIES, ids=lambda path: path.stem, indirect=True)
-def test_a_notebook_is_shown_whole_and_its_widgets_live(opened, request):
-    page, path = opened, request.node.callspec.params["opened"]
+@pytest.mark.parametrize("path", LIVE, ids=lambda path: path.stem)
+def test_a_notebook_is_shown_whole_and_its_widgets_live(path, lab, browser):
+    start_kernel(lab, path.name)
+    page = browser.new_page()
+    page.goto(f"{lab.address}/lab/tree/{path.name}?reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=2 * MINUTES)
+    page.evaluate(RUN_ALL)
+    page.wait_for_function("window.ran", timeout=10 * MINUTES)  # an error ends it too
     page.wait_for_function(f"{PICTURES} >= {stored_pictures(path)}", timeout=MINUTES)
     assert page.query_selector_all(".jp-MarkdownCell:not(:has(.jp-RenderedMarkdown))") == []
-    assert page.query_selector_all(TROUBLE) == []
     assert "Error displaying widget" not in page.inner_text(".jp-Notebook")
     source = path.read_text(encoding="utf-8")
     if "kd.explore_" in source:
@@ -241,20 +183,4 @@ def test_a_notebook_is_shown_whole_and_its_widgets_live(opened, request):
     if "kd.prompt_box" in source:
         type_prompt(page)
     assert page.query_selector_all(TROUBLE) == []
-
-
-@pytest.mark.parametrize("opened", ["hostile"], indirect=True)
-def test_text_that_would_run_code_is_shown_as_text(opened):
-    page = opened
-    shown = page.inner_text(".jp-Notebook")
-    assert shown.count("onerror=") >= len(HOSTILE_CELLS)  # it is to be seen, as text
-    page.wait_for_selector(TROUBLE, timeout=MINUTES)
-    errors = page.query_selector_all(TROUBLE)
-    assert len(errors) == 1  # the last cell's
-    assert "No such file" in errors[0].inner_text()
-    outputs = ".jp-OutputArea-output"
-    assert page.query_selector_all(f"{outputs} img[onerror], {outputs} script") == []
-    assert page.title() not in ("broken in", "1")
-    type_prompt(page, HOSTILE + " The owl")
-    assert page.query_selector_all(f"{outputs} img[onerror], {outputs} script") == []
-    assert page.title() not in ("broken in", "1")
+    page.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_browser import CHROMIUM, MINUTES, browser, wait_until_answering  # noqa: F401
+from test_browser import CHROMIUM, MINUTES, browser, free_port, wait_until_answering  # noqa: F401
 
 import willows_kd as kd
 
@@ -23,14 +23,6 @@ HOSTILE = (
 )
 GRADIO = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="no gradio")
 SPAN = r'title="([\d.]+) nats">([^<]*)</span>'
-
-
-@pytest.fixture
-def port():
-    """A port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # -- what is shown ---------------------------------------------------------------------
@@ -75,19 +67,19 @@ def test_hostile_text_is_escaped():
 
 
 @GRADIO
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, port, capsys):
-    for arguments, said in {
-        (f"{tmp_path}/missing",): "missing",
-        ("a", "a"): "given twice",
-        ("--device", "tpu9"): "cannot be used here",
-        ("--port", "70000"): "give another with --port",
-    }.items():
-        assert main(["--port", str(port), *arguments]) == 2
-        shown = capsys.readouterr().err
-        assert re.fullmatch(r"error: [^\n]+\n", shown) and said in shown
-    with socket.create_server(("127.0.0.1", port)):
-        assert main(["--port", str(port)]) == 2
-    assert re.fullmatch(rf"error: port {port} cannot be used .*--port\n", capsys.readouterr().err)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = str(taken.getsockname()[1])
+        for arguments, said in {
+            (f"{tmp_path}/missing",): "missing",
+            ("a", "a"): "given twice",
+            ("--device", "tpu9"): "cannot be used here",
+            ("--port", "70000"): "give another with --port",
+            ("--port", used): f"port {used} cannot be used",
+        }.items():
+            assert main(["--port", str(free_port()), *arguments]) == 2
+            shown = capsys.readouterr().err
+            assert re.fullmatch(r"error: [^\n]+\n", shown) and said in shown
 
 
 def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
@@ -100,9 +92,10 @@ def test_without_gradio_it_says_what_to_install(capsys, monkeypatch):
 
 
 @pytest.fixture
-def address(port):
+def address():
     """The address of a demo of the bundled models."""
-    with subprocess.Popen([sys.executable, str(EXAMPLE), "--port", str(port)]) as server:
+    port = str(free_port())
+    with subprocess.Popen([sys.executable, str(EXAMPLE), "--port", port]) as server:
         wait_until_answering(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
         server.terminate()

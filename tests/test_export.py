@@ -1,7 +1,6 @@
 """Exported students: the same model in another runtime, or one line that says why not."""
 
 import functools
-import importlib.util
 
 import pytest
 import torch
@@ -12,17 +11,10 @@ import willows_kd as kd
 from willows_kd.compress import export
 from willows_kd.models import quiet_transformers
 
+for package in ("onnx", "onnxruntime", "onnxscript", "gguf"):
+    pytest.importorskip(package, reason='`pip install -e ".[export]"`')
+
 PROMPT = "The river was wide, and"
-
-
-def needs(*packages):
-    """Skip a test without the packages that an export takes."""
-    there = all(map(importlib.util.find_spec, packages))
-    return pytest.mark.skipif(not there, reason=f"needs {', '.join(packages)}")
-
-
-needs_onnx = needs("onnx", "onnxruntime", "onnxscript")
-needs_gguf = needs("gguf")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,6 @@ def onnx(exported):
     return kd.load_onnx(exported("onnx")["file"].parent)[0]
 
 
-@needs_onnx
 @torch.no_grad()
 @pytest.mark.parametrize(("texts", "cached", "new"), [(3, 0, 7), (1, 9, 1), (2, 4, 5)])
 def test_the_logits_are_pytorchs_for_any_number_of_texts_and_tokens(
@@ -59,7 +50,6 @@ def test_the_logits_are_pytorchs_for_any_number_of_texts_and_tokens(
     torch.testing.assert_close(found, student(ids).logits[:, cached:], rtol=0, atol=1e-3)
 
 
-@needs_onnx
 def test_the_greedy_text_is_the_same_and_read_once(student, onnx, tokenizer, monkeypatch):
     read, forward = [], onnx.forward
 
@@ -73,7 +63,6 @@ def test_the_greedy_text_is_the_same_and_read_once(student, onnx, tokenizer, mon
     assert read == [len(tokenizer(PROMPT)["input_ids"])] + 19 * [1]  # with the cache
 
 
-@needs_onnx
 def test_an_export_is_measured_as_any_model(student, onnx, exported, blocks, tokenizer):
     wanted = kd.evaluate(student, blocks.test, tokenizer)
     found = kd.evaluate(onnx, blocks.test, tokenizer, student)
@@ -83,14 +72,12 @@ def test_an_export_is_measured_as_any_model(student, onnx, exported, blocks, tok
     assert b"site-packages" not in exported("onnx")["file"].read_bytes()  # nothing of the machine
 
 
-@needs_onnx
 def test_texts_of_different_lengths_are_refused(onnx):
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(kd.InputError, match="one length"):
         onnx(ids, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
 
 
-@needs_onnx
 def test_int8_quantizes_every_matrix_and_is_measured(student, exported, tokenizer):
     import onnx as library
 
@@ -106,7 +93,6 @@ def test_int8_quantizes_every_matrix_and_is_measured(student, exported, tokenize
     assert 1e-6 < kd.evaluate(model, text, tokenizer, student)["kl_to_teacher"] < 0.1
 
 
-@needs_onnx
 @pytest.mark.slow
 def test_a_model_that_is_not_pytorchs_is_not_kept(make_gpt2, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "load_onnx", lambda folder: (make_gpt2(1, seed=1), None))
@@ -117,7 +103,6 @@ def test_a_model_that_is_not_pytorchs_is_not_kept(make_gpt2, tokenizer, tmp_path
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-@needs_onnx
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
@@ -126,16 +111,6 @@ def test_other_families_are_exported(family, tokenizer, tmp_path):
     assert found["difference"] < export.TOLERANCE
 
 
-@needs_onnx
-@pytest.mark.filterwarnings("ignore")
-def test_a_family_without_keys_and_values_is_refused(tokenizer, tmp_path):
-    said = "this mamba model cannot be exported to onnx: its cache holds more than keys and values"
-    with pytest.raises(kd.InputError, match=said):
-        kd.export_model(random_teacher("mamba"), tokenizer, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_onnx
 def test_what_is_no_export_is_not_read(tmp_path, exported):
     with pytest.raises(kd.InputError, match="holds no model.onnx"):
         kd.load_onnx(tmp_path)
@@ -149,7 +124,6 @@ def test_what_is_no_export_is_not_read(tmp_path, exported):
 # -- GGUF ------------------------------------------------------------------------------
 
 
-@needs_gguf
 @torch.no_grad()
 def test_gguf_is_the_same_model_to_the_reader_of_transformers(student, exported, tokenizer):
     file = exported("gguf")["file"]
@@ -165,7 +139,6 @@ def test_gguf_is_the_same_model_to_the_reader_of_transformers(student, exported,
     torch.testing.assert_close(model.eval()(ids).logits, student(ids).logits)
 
 
-@needs_gguf
 def test_gguf_says_what_llama_cpp_asks_for(make_gpt2, tokenizer, tmp_path):
     import gguf
 
@@ -194,28 +167,23 @@ def test_gguf_says_what_llama_cpp_asks_for(make_gpt2, tokenizer, tmp_path):
     assert padded.training and kd.fingerprint(padded) == before
 
 
-@needs_gguf
+# -- what is refused -------------------------------------------------------------------
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_gguf_refuses_what_llama_cpp_would_run_otherwise(make_gpt2, teacher, tokenizer, tmp_path):
+def test_what_cannot_be_exported_is_refused(make_gpt2, teacher, tokenizer, tmp_path):
     other = kd.models.load_tokenizer(kd.models.BUNDLED_TEACHER)
     other.backend_tokenizer.pre_tokenizer.add_prefix_space = True
-    for model, its_tokenizer, expected in (
-        (make_gpt2(1, activation_function="relu"), tokenizer, "activation_function is 'relu'; lla"),
-        (random_teacher("llama"), tokenizer, "this llama model .* to gguf: only GPT-2s can"),
-        (teacher, other, "does not split text as GPT-2's does"),
+    relu = make_gpt2(1, activation_function="relu")
+    more = "this mamba model cannot be exported to onnx: its cache holds more than keys and values"
+    for said, to, model, its_tokenizer in (
+        (more, "onnx", random_teacher("mamba"), tokenizer),
+        ("activation_function is 'relu'; llama", "gguf", relu, tokenizer),
+        ("this llama model .* to gguf: only GPT-2s", "gguf", random_teacher("llama"), tokenizer),
+        ("does not split text as GPT-2's does", "gguf", teacher, other),
+        ("it must be one of onnx, onnx-int8, gguf", "ONNX", teacher, tokenizer),
+        ("give the model's own", "onnx", teacher, None),
     ):
-        with pytest.raises(kd.InputError, match=expected):
-            kd.export_model(model, its_tokenizer, tmp_path / "out", "gguf")
+        with pytest.raises(kd.InputError, match=said):
+            kd.export_model(model, its_tokenizer, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
-
-
-# -- bad input -------------------------------------------------------------------------
-
-
-def test_unknown_formats_and_models_without_their_tokenizers_are_refused(
-    teacher, tokenizer, tmp_path
-):
-    with pytest.raises(kd.InputError, match="it must be one of onnx, onnx-int8, gguf"):
-        kd.export_model(teacher, tokenizer, tmp_path / "out", "ONNX")
-    with pytest.raises(kd.InputError, match="give the model's own"):
-        kd.export_model(teacher, None, tmp_path / "out")

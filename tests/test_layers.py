@@ -79,24 +79,24 @@ def test_influence_keeps_the_layers_that_do_something(uneven, few):
 def test_the_table_says_where_each_student_starts_the_best_first(uneven, few):
     found = kd.choose_layers(uneven, 3, few)
     assert set(found.index) == set(INITS)
+    assert found["layers"]["spaced"] == evenly_spaced(6, 3) != found["layers"]["first"]
     assert found["perplexity"].is_monotonic_increasing
     for kept, perplexity in zip(found["layers"], found["perplexity"], strict=True):
         assert perplexity == pytest.approx(perplexity_by_hand(uneven, kept, few), rel=1e-4)
 
 
-def test_greedy_drops_at_each_step_what_costs_least(teacher, few):
+def test_dropped_is_what_costs_least_a_run_or_step_by_step(teacher, few):
     shake(teacher)
+
+    def best(each):
+        return min(each, key=lambda kept: perplexity_by_hand(teacher, kept, few))
+
     kept = list(range(4))
     while len(kept) > 2:
-        fewer = [[i for i in kept if i != dropped] for dropped in kept]
-        kept = min(fewer, key=lambda kept: perplexity_by_hand(teacher, kept, few))
-    assert kd.choose_layers(teacher, 2, few).loc["greedy", "layers"] == kept
-
-
-def test_a_run_is_dropped_where_it_costs_least(teacher, few):
-    shake(teacher)
-    kept = min(([2, 3], [0, 3], [0, 1]), key=lambda kept: perplexity_by_hand(teacher, kept, few))
-    assert kd.choose_layers(teacher, 2, few).loc["contiguous", "layers"] == kept
+        kept = best([[i for i in kept if i != dropped] for dropped in kept])
+    found = kd.choose_layers(teacher, 2, few, ["greedy", "contiguous"])["layers"]
+    assert found["greedy"] == kept
+    assert found["contiguous"] == best(([2, 3], [0, 3], [0, 1]))
 
 
 @pytest.mark.parametrize("init", INITS)

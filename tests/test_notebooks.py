@@ -15,13 +15,15 @@ from willows_kd.exercises import your_own
 DIALLED = [path for path in SERIES if '"TEMPERATURE = ' in path.read_text(encoding="utf-8")]
 
 
-def test_notebooks_are_numbered_in_order_and_each_has_solutions():
+def test_notebooks_are_numbered_in_order_mapped_and_each_has_solutions():
     stems = [path.stem for path in SERIES]
     course, appendices, trips = ([s for s in stems if s[0] == first] for first in "0AS")
     for first, part in {"0": course, "A": appendices, "S": trips}.items():
         assert [stem[:3] for stem in part] == [f"{first}{n}_" for n in range(1, len(part) + 1)]
     with_solutions = {path.stem.removesuffix("_solutions") for path in SOLUTIONS}
     assert {*course, *trips} <= with_solutions <= {*stems}
+    contents = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in SERIES if f"({path.name})" not in contents] == []
 
 
 def test_what_is_stored_is_one_clean_run():
@@ -48,11 +50,6 @@ def test_each_paper_to_read_is_a_link():
         papers = "".join(cells).partition("## To read")[2].split("\n- ")[1:]
         assert papers, path.name
         assert [each for each in papers if not re.search(r"\]\(https?://", each)] == [], path.name
-
-
-def test_the_map_has_every_notebook():
-    contents = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in SERIES if f"({path.name})" not in contents] == []
 
 
 # -- as learners run them again: nbval has run each once as it stands --------------------

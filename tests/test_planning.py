@@ -66,19 +66,17 @@ def test_logits_that_cannot_be_chunked_take_memory_and_allow_no_exact_cache(make
     assert "only with top_k" in str(plans[1])
 
 
-def test_operations_are_counted_as_by_hand(teacher, student, blocks):
-    flops = kd.plan(teacher, student, blocks, None, RATE, kd.ChunkedLoss).flops
+def test_operations_are_counted_as_by_hand_and_seconds_are_operations_at_a_rate(
+    teacher, student, blocks
+):
+    plan = kd.plan(teacher, student, blocks, kd.DistillConfig(epochs=5), RATE, kd.ChunkedLoss)
     tokens, predicted = blocks.train.numel(), len(blocks.train) * (LENGTH - 1)
     layer, attention = 24 * WIDTH**2 * tokens, 4 * LENGTH * WIDTH * tokens
     head = 2 * WIDTH * VOCABULARY * predicted
-    assert flops["teacher"] == LAYERS * (layer + attention)
+    a, b = plan.flops["teacher"], plan.flops["student"]
+    assert a == LAYERS * (layer + attention)
     # backward twice the forward pass; attention computes its scores once more
-    assert flops["student"] == 2 * (3 * layer + 3.5 * attention) + (3 + 1) * head
-
-
-def test_seconds_are_operations_at_a_rate_and_a_cache_saves_the_teachers(teacher, student, blocks):
-    plan = kd.plan(teacher, student, blocks, kd.DistillConfig(epochs=5), rate=RATE)
-    a, b = plan.flops.values()
+    assert b == 2 * (3 * layer + 3.5 * attention) + (3 + 1) * head
     assert plan.seconds() == pytest.approx(5 * (a + b) / RATE)
     assert plan.seconds(cached=True) == pytest.approx((a + 5 * b) / RATE)
     assert "1.0 GFLOP/s (given)" in str(plan)

@@ -198,6 +198,7 @@ def test_the_prompt_box_shows_that_it_writes(monkeypatch, teacher, tokenizer):
         ("The Mole", "The Mole was", '"opacity: 0.6">The Mole</span> was</p>'),
         ("The Mole", "Mole was", "the prompt's first 4 characters were cut off"),
         ("", "Once", "the box is empty"),
+        ("A", "A <i>Rat", "A</span> &lt;i&gt;Rat</p>"),
     ],
 )
 def test_a_continuation_is_set_off_from_its_prompt_and_says_what_was_cut(prompt, text, expected):

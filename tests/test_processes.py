@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -11,8 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import willows_kd as kd
+from conftest import python
 
-processes = pytest.mark.processes
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="names the loopback device as Linux does"),
+]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+DISTIL = ["-m", "willows_kd", "distill"]
 
 
 @pytest.fixture
@@ -22,64 +30,20 @@ def teacher(make_gpt2):
 
 
 @pytest.fixture
-def text(tmp_path, story):
-    path = tmp_path / "text.txt"
-    path.write_text(story.text[:30_000], encoding="utf-8")
-    return path
+def options(model_dir, tmp_path, story) -> list[str]:
+    """A job of two epochs; the output directory comes last."""
+    text = tmp_path / "text.txt"
+    text.write_text(story.text[:12_000], encoding="utf-8")
+    given = f"--model_dir {model_dir} --dataset_path {text} --block_size 32 --batch_size 5 "
+    given += "--gradient_accumulation_steps 2 --epochs 2 --dtype float32 --output_dir"
+    return given.split()
 
 
-def start(command: list, fails: bool = False) -> str:
-    """Run Python in new processes, with one thread each; returns what they said."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        timeout=300,
-    )
-    assert (result.returncode != 0) == fails, result.stderr
-    return result.stderr if fails else result.stdout
-
-
-def run(launcher: list[str], model_dir, text, output, *more: str) -> str:
-    """Distil in new processes; returns what they said."""
-    options = f"--model_dir {model_dir} --dataset_path {text} --output_dir {output}".split()
-    options += ["--block_size", "32", "--batch_size", "5", "--gradient_accumulation_steps", "2"]
-    options += ["--epochs", "2", "--dtype", "float32"]
-    return start(["-m", *launcher, "willows_kd", "distill", *options, *more])
-
-
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
-
-
-@processes
-@pytest.mark.skipif(sys.platform != "linux", reason="names the loopback device as Linux does")
-@pytest.mark.parametrize(
-    ("launcher", "more"),
-    [
-        (TORCHRUN, ["--cache_teacher"]),
-        (ACCELERATE, []),
-        (TORCHRUN, ["--on_policy_share", "0.5", "--hidden_weight", "0.5"]),
-    ],
-    ids=["run", "launch", "writing"],
-)
-def test_two_processes_make_the_student_that_one_makes(model_dir, text, tmp_path, launcher, more):
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    run([], model_dir, text, alone, *(word for word in more if word != "--cache_teacher"))
-    said = run(launcher, model_dir, text, together, *more)
-    assert said.count("Distilled model saved successfully") == 1
-    a, b = (pd.read_csv(folder / "history.csv").set_index("step") for folder in (alone, together))
-    assert list(a.tokens) == list(b.tokens)
-    one, two = (load_file(folder / "model.safetensors") for folder in (alone, together))
-    start = kd.student_from_teacher(kd.load_teacher(model_dir)[0]).state_dict()
-    assert_trained_alike(start, one, two, a, b)
-
-
-def assert_trained_alike(start: dict, one: dict, two: dict, history, other_history) -> None:
+def assert_trained_alike(start: dict, files, histories) -> None:
     """Two trained students and their histories are the same but for rounding."""
-    for column in ("loss", "gradient_norm", "validation_perplexity", "validation_kl"):
-        values, others = (h[column].dropna().tolist() for h in (history, other_history))
+    one, two = map(load_file, files)
+    for column in ("tokens", "loss", "gradient_norm", "validation_perplexity", "validation_kl"):
+        values, others = (history[column].dropna().tolist() for history in histories)
         assert values == pytest.approx(others, rel=1e-3)
     moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
     apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
@@ -87,11 +51,49 @@ def assert_trained_alike(start: dict, one: dict, two: dict, history, other_histo
     assert apart.norm() < 0.02 * moved.norm()  # Adam makes steps of gradients that are rounding
 
 
-@processes
+def stop_at_a_checkpoint(command: list, folder) -> None:
+    """Start processes and end all of them once a checkpoint is there."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen([sys.executable, *map(str, command)], env=alone) as running:
+        deadline = time.monotonic() + 300
+        while not list(folder.glob("step_*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert running.poll() is None, "it ended before it was stopped"
+        running.terminate()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "more", "stopped"),
+    [
+        (TORCHRUN, ["--cache_teacher"], False),
+        (ACCELERATE, ["--checkpoint_minutes", "0"], True),
+        (TORCHRUN, ["--on_policy_share", "0.5", "--hidden_weight", "0.5"], False),
+    ],
+    ids=["cached", "stopped and resumed", "writing"],
+)
+def test_two_processes_make_the_student_that_one_makes(
+    options, model_dir, tmp_path, launcher, more, stopped
+):
+    folders = alone, together = tmp_path / "alone", tmp_path / "together"
+    python(*DISTIL, *options, alone, *(word for word in more if word != "--cache_teacher"))
+    command = [*launcher, *DISTIL, *options, together, *more]
+    if stopped:
+        stop_at_a_checkpoint(command, tmp_path / "together.checkpoints")
+        command.append("--resume")
+    said = python(*command).stdout
+    assert said.count("Distilled model saved successfully") == 1
+    assert said.count("Resuming from step") == stopped
+    assert not (tmp_path / "together.checkpoints").exists()
+    assert_trained_alike(
+        kd.student_from_teacher(kd.load_teacher(model_dir)[0]).state_dict(),
+        [folder / "model.safetensors" for folder in folders],
+        [pd.read_csv(folder / "history.csv") for folder in folders],
+    )
+
+
 def test_of_two_processes_only_one_says_what_is_wrong(tmp_path):
-    command = [*TORCHRUN, "willows_kd", "distill", "--model_dir", str(tmp_path / "nowhere")]
-    said = start(["-m", *command], fails=True)
-    assert said.count("nowhere does not exist") == 1
+    failed = python(*TORCHRUN, *DISTIL, "--model_dir", tmp_path / "nowhere", code=1)
+    assert failed.stderr.count("nowhere does not exist") == 1
 
 
 SHARD = """
@@ -128,20 +130,15 @@ if state.is_main_process:
 """
 
 
-@processes
 def test_a_teacher_sharded_over_two_processes_makes_the_student_that_it_makes_whole(
     model_dir, tmp_path
 ):
-    script = tmp_path / "shard.py"
+    script, files = tmp_path / "shard.py", [tmp_path / "alone", tmp_path / "together"]
     script.write_text(SHARD)
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    said = [start([script, model_dir, alone])]
-    said.append(start(["-m", *TORCHRUN[:-1], script, model_dir, together]))
+    said = [
+        python(*launcher, script, model_dir, file).stdout
+        for launcher, file in zip(([], TORCHRUN), files, strict=True)
+    ]
+    start = kd.student_from_teacher(kd.load_teacher(model_dir)[0], 1).state_dict()
     histories = [pd.DataFrame(json.loads(each.splitlines()[-1])) for each in said]
-    before = kd.student_from_teacher(kd.load_teacher(model_dir)[0], 1).state_dict()
-    assert_trained_alike(before, load_file(alone), load_file(together), *histories)
-
-
-def test_one_process_has_nothing_to_shard(teacher):
-    with pytest.raises(kd.InputError, match="there is one process, .*torchrun"):
-        kd.shard_teacher(teacher)
+    assert_trained_alike(start, files, histories)

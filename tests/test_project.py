@@ -1,11 +1,10 @@
 """The project as a whole: what it needs, what it promises, and who may import whom."""
 
 import ast
-import inspect
+import functools
 import re
 import sys
 import tomllib
-from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -18,20 +17,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "willows_kd"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 FILES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
     for file in sorted(PACKAGE.rglob("*.py"))
 }
-
-ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 WINGS = {"sources", "scale", "compress", "figures", "exercises", "cli"}
 FREE = {"cli", "__init__", "__main__"}  # may import all
-DRAWING = {"figures.style", "figures.plots", "figures.explorers"}
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
 
 
+@functools.cache
 def imports(name: str) -> set[str]:
     """The dotted names that a file of the package imports, inside its functions too."""
     found = set()
@@ -46,9 +41,8 @@ def imports(name: str) -> set[str]:
 
 def outside(name: str) -> set[str]:
     """What a file imports from other distributions: `torch` for `torch.nn`."""
-    return (
-        {found.split(".")[0] for found in imports(name)} - sys.stdlib_module_names - {"willows_kd"}
-    )
+    found = {found.split(".")[0] for found in imports(name)}
+    return found - sys.stdlib_module_names - {"willows_kd"}
 
 
 def inside(name: str) -> set[str]:
@@ -66,18 +60,17 @@ def room(name: str) -> str:
 
 
 def test_the_conda_environment_installs_the_project_and_nothing_else():
-    *packages, pip = ENVIRONMENT["dependencies"]
-    assert [re.split(r"[<>=]", package)[0] for package in packages] == ["python", "pip"]
-    assert packages[0] == f"python{PROJECT['requires-python']}"
-    assert pip == {"pip": ["-e .[lab,test]"]}
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    python = f"python{PROJECT['requires-python']}"
+    assert environment["dependencies"] == [python, "pip", {"pip": ["-e .[lab,test]"]}]
 
 
 def test_what_the_package_imports_is_required():
-    required = {requirement.split(">=")[0] for requirement in GROUPS["dependencies"]}
+    groups = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["export"]
+    required = {requirement.split(">=")[0] for requirement in groups}
     # these come with transformers, matplotlib and ipywidgets, which could not do without them
     required |= {"huggingface_hub", "safetensors", "numpy", "cycler", "IPython"}
     required |= {"peft"}  # optional: imported only if an adapter is loaded
-    required |= {requirement.split(">=")[0] for requirement in GROUPS["export"]}  # or exported
     assert {name: outside(name) - required for name in FILES if outside(name) - required} == {}
 
 
@@ -89,51 +82,29 @@ def test_all_that_ships_is_packaged():
     assert packaged == shipped | {PACKAGE / "py.typed"}
 
 
-def test_the_version_is_written_in_one_place():
-    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "willows_kd.__version__"
-    assert "version" in PROJECT["dynamic"]
-    assert kd.__version__ == metadata.version("willows-kd")
-
-
-# -- what is promised ------------------------------------------------------------------
-
-
-def test_every_public_name_can_be_imported_and_says_what_it_is():
-    for name, home in kd.HOME.items():
-        value = getattr(kd, name)
-        assert value.__module__ == f"willows_kd.{home}", name
-        documentation = inspect.cleandoc(value.__doc__ or "")
-        # a dataclass without a docstring is given its signature
-        assert documentation and not documentation.startswith(f"{name}("), name
-
-
-def test_the_public_names_are_listed_once_and_offered_by_completion():
+def test_each_public_name_is_listed_once_and_is_what_its_file_defines():
     names = [name for names in kd.PUBLIC_NAMES.values() for name in names.split()]
     assert len(names) == len(set(names))
     assert kd.__all__ == names
     assert set(names) <= set(dir(kd))
+    for name, home in kd.HOME.items():
+        assert getattr(kd, name).__module__ == f"willows_kd.{home}", name
 
 
 # -- who may import whom ---------------------------------------------------------------
 
 
 def test_the_architecture_names_every_file():
+    architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert {room(name) for name in FILES} == WINGS | {""}
     names = {name.rpartition(".")[2] for name in FILES if not name.startswith("exercises.")}
-    files = {name for name in names if not name.startswith("__")} - WINGS
-    assert {name for name in files if f"`{name}.py`" not in ARCHITECTURE} == set()
-    assert {wing for wing in WINGS if f"`{wing}/`" not in ARCHITECTURE} == set()
+    files = {f"`{name}.py`" for name in names - WINGS if not name.startswith("__")}
+    assert {it for it in files | {f"`{w}/`" for w in WINGS} if it not in architecture} == set()
 
 
 def test_the_core_imports_no_wing_and_a_wing_no_other():
-    across = {
-        (name, found)
-        for name in FILES
-        for found in inside(name)
-        if room(name).split(".")[0] not in FREE
-        and name not in FREE
-        and room(found) not in ("", room(name))
-    }
+    bound = {name for name in FILES if not {name, room(name)} & FREE}
+    across = {(a, b) for a in bound for b in inside(a) if room(b) not in ("", room(a))}
     assert across == set()
 
 
@@ -145,19 +116,12 @@ def test_arrows_point_one_way():
     assert arrows == {}, "these import one another in a circle"
 
 
-def test_the_mathematics_knows_tensors_only():
+def test_the_mathematics_knows_tensors_only_and_the_figures_alone_know_how_to_draw():
     for name in ("losses", "scale.chunked_loss"):
         assert outside(name) <= {"torch"}
         assert inside(name) <= {"config", "errors", "losses"}
-
-
-def test_only_the_files_that_draw_know_how_to():
     drawing = {name for name in FILES if outside(name) & {"matplotlib", "ipywidgets", "IPython"}}
-    assert drawing == DRAWING
-
-
-def test_the_package_imports_nothing_by_itself():
-    assert imports("__init__") == {"importlib"}
+    assert {room(name) for name in drawing} == {"figures"}
 
 
 # -- what a reader is told first -------------------------------------------------------
@@ -167,10 +131,7 @@ def test_the_readme_begins_with_the_two_commands_that_work():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first_block = re.search(r"^```\w*\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[1]
     commands = [line for line in first_block.splitlines() if line and not line.startswith("#")]
-    assert commands == [
-        'pip install -e ".[lab]" && python model_distillation.py',
-        TEST_COMMAND,
-    ]
+    assert commands == ['pip install -e ".[lab]" && python model_distillation.py', TEST_COMMAND]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert TEST_COMMAND in script.replace(" --quiet", "")
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import willows_kd as kd
+from conftest import logits
 from willows_kd.distillation import DistillationLoss
 from willows_kd.models import load_model, merge_adapters
 from willows_kd.scale.linear_head import ChunkedLoss, has_linear_head
@@ -21,18 +22,6 @@ MATRIX = torch.tensor([[1.0, -3.0, 0.4], [0.0, 0.0, 0.0], [-70.0, 10.0, 35.0]])
 def student():
     """The bundled student."""
     return kd.load_bundled("student", "cpu")
-
-
-@pytest.fixture(scope="module")
-def ids():
-    """Two blocks of token ids."""
-    return torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model, ids):
-    """A model's logits."""
-    return model(ids, use_cache=False).logits
 
 
 def test_a_row_becomes_integers_times_its_scale():
@@ -63,9 +52,7 @@ def test_the_gradient_goes_straight_through_the_rounding():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_every_matrix_is_rounded_along_its_inputs(family, student, ids):
-    if family == "llama":
-        student = random_teacher("llama")
-        ids = ids % student.config.vocab_size
+    student = random_teacher("llama") if family == "llama" else student
     by_hand, before = copy.deepcopy(student), kd.fingerprint(student)
     rounded = {}
     for module in by_hand.modules():

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import test_browser
 from notebook_runs import SERIES, SOLUTIONS
-from test_browser import ARTIFACTS, CHROMIUM
+from test_browser import CHROMIUM
 
 import willows_kd as kd
 
@@ -30,27 +30,31 @@ pytestmark = [
 
 browser = test_browser.browser
 ROOT = Path(__file__).parent.parent
+PICTURES = Path(__file__).parent / "artifacts" / "site"
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
-# What is shown as prose, in which no TeX or Markdown may be left: all but code and drawn formulas.
-PROSE = """() => {
-    const copy = document.querySelector('article').cloneNode(true);
-    copy.querySelectorAll('pre, code, mjx-container, script').forEach(one => one.remove());
-    return copy.textContent;
-}"""
-# Inline formulas that scroll, and pictures that say nothing to who cannot see them.
-BARS = """() => [...document.querySelectorAll('span.math')]
-    .filter(one => ['auto', 'scroll'].includes(getComputedStyle(one).overflowX)).length"""
-MUTE = """() => [...document.querySelectorAll('article img')]
-    .filter(one => one.alt.length < 10 || one.alt.includes('_images')).map(one => one.src)"""
 TEX = re.compile(r"\$[^$\n]+\$|\\\(|\\\[|\\[a-z]{2,}")
 TABLE = re.compile(r"\| ?:?[-–—]{2}")  # as Markdown writes it, with dashes made long or not
-# Drawn, and with no command that MathJax does not know, which it writes in red.
-FORMULAS = """() => [...document.querySelectorAll('.math')].map(one =>
-    !!one.querySelector('mjx-container svg')
-    && !one.querySelector('[data-mjx-error], [fill="red"]'))"""
-LINKS = "() => [...document.querySelectorAll('a[href]')].map(one => one.href)"
-ANCHORS = "() => [...document.querySelectorAll('[id]')].map(one => one.id)"
+SEEN = {  # what is noted of a page, and the script that finds it
+    "links": "() => [...document.querySelectorAll('a[href]')].map(one => one.href)",
+    "anchors": "() => [...document.querySelectorAll('[id]')].map(one => one.id)",
+    # prose, in which no TeX or Markdown may be left: all but code and drawn formulas
+    "prose": """() => {
+        const copy = document.querySelector('article').cloneNode(true);
+        copy.querySelectorAll('pre, code, mjx-container, script').forEach(one => one.remove());
+        return copy.textContent;
+    }""",
+    # inline formulas that scroll
+    "bars": """() => [...document.querySelectorAll('span.math')]
+        .filter(one => ['auto', 'scroll'].includes(getComputedStyle(one).overflowX)).length""",
+    # pictures that say nothing to who cannot see them
+    "mute": """() => [...document.querySelectorAll('article img')]
+        .filter(one => one.alt.length < 10 || one.alt.includes('_images')).map(one => one.src)""",
+    # whether each is drawn, with no command that MathJax does not know, which it writes in red
+    "formulas": """() => [...document.querySelectorAll('.math')].map(one =>
+        !!one.querySelector('mjx-container svg')
+        && !one.querySelector('[data-mjx-error], [fill="red"]'))""",
+}
 # What reaches beyond the window and is in nothing that scrolls by itself.
 SIDEWAYS = """() => {
     const scrolls = one => one && one.tagName !== 'ARTICLE' && (
@@ -91,20 +95,17 @@ def seen(site, browser):
 def visit(site, browser, name: str) -> SimpleNamespace:
     """Open one page in both sizes, and note what it shows and asks for."""
     page = browser.new_page(viewport=DESK)
-    requests, errors = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("response", lambda got: got.status >= 400 and errors.append(f"{got.status} {got.url}"))
+    found = SimpleNamespace(requests=[], errors=[])
+    page.on("request", lambda request: found.requests.append(request.url))
+    page.on("console", lambda said: said.type == "error" and found.errors.append(said.text))
+    page.on("pageerror", lambda error: found.errors.append(str(error)))
+    page.on("response", lambda got: got.status >= 400 and found.errors.append(got.url))
     page.goto(site.address + name)
     page.evaluate("() => window.MathJax?.startup?.promise")
-    found = SimpleNamespace(requests=requests, errors=errors)
-    found.links, found.anchors = page.evaluate(LINKS), page.evaluate(ANCHORS)
-    found.bars, found.mute = page.evaluate(BARS), page.evaluate(MUTE)
-    found.formulas, found.prose = page.evaluate(FORMULAS), page.evaluate(PROSE)
+    for what, script in SEEN.items():
+        setattr(found, what, page.evaluate(script))
     found.tables = TABLE.findall(found.prose)
-    picture = ARTIFACTS / "site" / name.replace("/", "-").removesuffix(".html")
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture = PICTURES / name.replace("/", "-").removesuffix(".html")
     page.screenshot(path=f"{picture}-1280.png", full_page=True)
     page.set_viewport_size(PHONE)
     found.sideways = page.evaluate(SIDEWAYS)
@@ -114,30 +115,20 @@ def visit(site, browser, name: str) -> SimpleNamespace:
 
 
 def test_every_notebook_and_page_is_there(seen):
-    for path in SERIES + SOLUTIONS:
-        assert f"{path.relative_to(ROOT).with_suffix('.html').as_posix()}" in seen
-    for path in (ROOT / "docs").glob("*.md"):
-        assert f"docs/{path.stem}.html" in seen
+    pages = [*SERIES, *SOLUTIONS, *(ROOT / "docs").glob("*.md")]
+    names = {path.relative_to(ROOT).with_suffix(".html").as_posix() for path in pages}
+    assert names <= set(seen)
 
 
-def test_no_request_leaves_the_machine(site, seen):
+def test_no_request_leaves_the_machine_and_no_link_within_the_site_is_dead(site, seen):
     asked = {url for page in seen.values() for url in page.requests}
     assert {url for url in asked if not url.startswith((site.address, "data:"))} == set()
-
-
-def test_no_link_within_the_site_is_dead(site, seen):
-    dead = []
-    for name, page in seen.items():
-        for link in set(page.links):
-            path, _, anchor = link.partition("#")
-            if not path.startswith(site.address):
-                continue
-            target = path.removeprefix(site.address)
-            if target in seen and anchor and anchor not in seen[target].anchors:
-                dead.append((name, link))
-            if not (site.folder / target).exists():
-                dead.append((name, link))
-    assert dead == []
+    anchors = {f"{name}#{anchor}" for name, page in seen.items() for anchor in page.anchors}
+    links = {link for page in seen.values() for link in page.links}
+    mine = {link.removeprefix(site.address) for link in links if link.startswith(site.address)}
+    missing = {link for link in mine if not (site.folder / link.partition("#")[0]).exists()}
+    assert missing == set()
+    assert {link for link in mine if not link.endswith("#") and "#" in link} <= anchors
 
 
 def test_formulas_are_drawn_and_none_is_left_as_tex(seen):
@@ -158,13 +149,10 @@ def test_the_search_finds_the_notebook_on_temperature(site, browser):
     page.wait_for_url("**/docs/index.html")
     page.fill("input[name=q]", "temperature")
     page.press("input[name=q]", "Enter")
-    page.wait_for_selector("#search-results li a")
     page.wait_for_function("() => document.querySelector('.search-summary')")
-    found = page.evaluate(
-        "() => [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
-    )
-    lessons = ["/solutions/" not in link for link in found]
-    assert any("02_soft_labels_and_temperature.html" in link for link in found)
+    links = page.eval_on_selector_all("#search-results li a", "all => all.map(one => one.href)")
+    lessons = ["/solutions/" not in link for link in links]
+    assert any("02_soft_labels_and_temperature.html" in link for link in links)
     assert lessons == sorted(lessons, reverse=True)  # solutions come last
     page.close()
 
@@ -186,12 +174,9 @@ def test_a_notebook_gets_the_badge_of_this_copys_address(monkeypatch):
 
     monkeypatch.setattr(pages, "address", lambda: "https://github.com/owner/name")
     app = SimpleNamespace(env=SimpleNamespace(doc2path=lambda docname: f"{docname}.ipynb"))
-    cells = [{"metadata": {"tags": ["nav"]}, "source": ""}]
-    source = [json.dumps({"cells": cells})]
+    source = [json.dumps({"cells": [{"metadata": {"tags": ["nav"]}, "source": ""}]})]
     pages.prepare_notebook(app, "notebooks/01_teacher", source)
-    place = (
-        "https://colab.research.google.com/github/owner/name/blob/main/notebooks/01_teacher.ipynb"
-    )
+    place = "github/owner/name/blob/main/notebooks/01_teacher.ipynb"
     first, offered = (cell["source"] for cell in json.loads(source[0])["cells"])
-    assert first.endswith(f"[Open in Colab]({place})")
+    assert first.endswith(f"[Open in Colab](https://colab.research.google.com/{place})")
     assert "{download}`Download <01_teacher.ipynb>`" in offered

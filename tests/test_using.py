@@ -84,16 +84,12 @@ def test_export_says_what_it_wrote(place, tmp_path, capsys):
     pytest.importorskip("gguf", reason="no gguf")
     output = tmp_path / "out"
     arguments = ["export", str(place / "small"), "--to", "gguf", "--output_dir", str(output)]
-    assert run(arguments) == 0
-    assert re.fullmatch(rf"💾 {output}/model.gguf: \d\.\d MB\n", capsys.readouterr().out)
-    assert run(arguments) == 2
-    assert "add --overwrite" in capsys.readouterr().err
-    assert run([*arguments, "--overwrite"]) == 0
+    for _ in range(2):
+        assert run([*arguments, "--overwrite"]) == 0
+        assert re.fullmatch(rf"💾 {output}/model.gguf: \d\.\d MB\n", capsys.readouterr().out)
 
 
-def test_an_export_to_onnx_is_measured_and_goes_on_with_a_prompt(
-    place, tmp_path, capsys, tokenizer
-):
+def test_an_export_to_onnx_is_measured_and_goes_on_with_a_prompt(place, tmp_path, capsys):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"no {package}")
     output = str(tmp_path / "out")
@@ -101,7 +97,8 @@ def test_an_export_to_onnx_is_measured_and_goes_on_with_a_prompt(
     said = r"Compared with PyTorch, the KL divergence is \S+ nats per token\n$"
     assert re.search(said, capsys.readouterr().out)
     greedy = ["--prompt", "The river", "--max_new_tokens", "6", "--temperature", "0"]
-    assert run(["generate", str(place / "small"), *greedy]) == 0
-    wanted = capsys.readouterr().out
-    assert run(["generate", output, *greedy]) == 0
-    assert capsys.readouterr().out == wanted
+    texts = []
+    for model in (str(place / "small"), output):
+        assert run(["generate", model, *greedy]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""

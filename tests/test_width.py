@@ -15,6 +15,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import willows_kd as kd
+from conftest import logits, shake
 
 LAYERS, GROUPS = 4, 2
 COUNTS = {"heads": GROUPS, "feed_forward": 48}
@@ -29,10 +30,7 @@ def random_model(config):
     """A model with noise on every weight, so that no two heads, units or biases are alike."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        for weight in model.parameters():
-            weight.data += 0.2 * torch.randn_like(weight)
-    return model
+        return shake(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
 
 @pytest.fixture
@@ -46,11 +44,6 @@ def llama():
 def gpt2():
     """A GPT-2 with as many units."""
     return random_model(GPT2Config(vocab_size=96, n_embd=32, n_head=2, n_layer=LAYERS, n_inner=48))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def some(part: str, kept: int) -> torch.Tensor:
@@ -113,8 +106,8 @@ def test_a_student_is_its_teacher_with_the_other_heads_and_units_unread(family, 
     for numbers in kept.values():
         assert len(set(numbers.flatten().tolist())) > numbers.shape[1]  # not the same in each layer
     student = kd.narrowed(teacher, **kept)
-    expected = logits(silenced(teacher, kept))
-    torch.testing.assert_close(logits(student), expected, rtol=1e-4, atol=1e-4)
+    expected = logits(silenced(teacher, kept), IDS)
+    torch.testing.assert_close(logits(student, IDS), expected, rtol=1e-4, atol=1e-4)
     if "heads" in kept:
         config = student.config
         counts = config.num_key_value_heads, config.num_attention_heads, config.head_dim
@@ -131,7 +124,7 @@ def test_a_narrower_student_is_the_same_when_saved_and_loaded(tmp_path):
     student = kd.student_from_teacher(kd.narrowed(teacher, **kept), 2)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert torch.equal(logits(loaded), logits(student))
+    assert torch.equal(logits(loaded, IDS), logits(student, IDS))
 
 
 def test_order_and_kind_of_the_numbers_make_no_difference(gpt2):
