@@ -14,6 +14,7 @@ from test_cli import place, run  # noqa: F401 (a fixture)
 from test_corpus import CHAT, TEMPLATE, chats, own_tables, with_template  # noqa: F401 (a fixture)
 
 import willows_kd as kd
+from willows_kd import cost, losses
 
 LONG = torch.zeros(2, 65, dtype=torch.long)
 Z, IDS = torch.zeros(2, 4, 11), torch.zeros(2, 4, dtype=torch.long)
@@ -129,10 +130,10 @@ BAD = [
     ("temperature is inf; it must be", lambda t: kd.top_k(Z, 2, math.inf)),
     ("k is 0; it must", lambda t: kd.top_k(Z, 0)),
     ("k is 12; it must", lambda t: kd.top_k(Z, 12)),
-    ("alpha is 1.1; it must", lambda t: kd.mix(1.0, 2.0, 1.1)),
+    ("alpha is 1.1; it must", lambda t: losses.mix(1.0, 2.0, 1.1)),
     ("mixture is 0; beta and skew must", lambda t: kd.jensen_shannon(Z, Z, beta=0)),
-    ("mixture is 1; beta and skew must", lambda t: kd.skewed_forward_kl(Z, Z, skew=1)),
-    ("mixture is nan; beta and skew", lambda t: kd.skewed_reverse_kl(Z, Z, skew=math.nan)),
+    ("mixture is 1; beta and skew must", lambda t: losses.skewed_forward_kl(Z, Z, skew=1)),
+    ("mixture is nan; beta and skew", lambda t: losses.skewed_reverse_kl(Z, Z, skew=math.nan)),
     # models
     ("'pupil'; there are base, teacher, student, student_h", lambda t: kd.load_bundled("pupil")),
     ("'marks'; there are ", lambda t: kd.stored_results("marks")),
@@ -193,14 +194,13 @@ BAD = [
     ("32 tokens, the teacher takes at most 16", lambda t: t.evaluate(t.make(1, n_positions=16))),
     ("the teacher predicts 5000 tokens, the st", lambda t: t.evaluate(t.make(1, **LARGER))),
     ("teacher is a GPT2Model, which predicts no tokens", lambda t: t.evaluate(t.headless)),
-    ("a token id is 4096; the model", lambda t: kd.hidden_states(t.teacher, t.unknown)),
-    ("a token id is -1", lambda t: kd.hidden_states(t.teacher, t.ids * 0 - 1)),
+    ("a token id is -1", lambda t: kd.evaluate(t.teacher, t.ids * 0 - 1)),
     ("shapes", lambda t: kd.paired_bootstrap([1.0, 2.0], [1.0])),
     ("shapes", lambda t: kd.paired_bootstrap([], [])),
     ("shapes", lambda t: kd.paired_bootstrap([[1.0]], [[1.0]])),
     ("in a dict", lambda t: kd.compare([t.teacher], t.blocks, t.tokenizer)),
     ("32 tokens, the small takes at most 16", lambda t: t.compare(t.make(1, n_positions=16))),
-    ("(batch, tokens)", lambda t: kd.peak_memory(t.teacher, t.blocks)),
+    ("(batch, tokens)", lambda t: cost.peak_memory(t.teacher, t.blocks)),
     ("a token id is 4096; the model", lambda t: kd.latency({"a": t.teacher}, t.unknown)),
     ("repeats is 0", lambda t: kd.latency({"a": t.teacher}, t.ids, 2, 0)),
     ("a token id is 4096; the", lambda t: kd.decode_latency({"a": t.teacher}, t.unknown)),

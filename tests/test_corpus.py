@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import willows_kd as kd
-from willows_kd import texts as texts_file
 from willows_kd.corpus import PIECE, split, tokenize
-from willows_kd.tables import READERS, Rows, quiet_datasets
+from willows_kd.sources import load
+from willows_kd.sources.chats import tokenize_chats
+from willows_kd.sources.tables import READERS, Rows, quiet_datasets
 from willows_kd.texts import LONGEST_WRAPPED_LINE, WILLOWS, decode, parse_text
 
 ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII"]
@@ -137,8 +138,8 @@ def test_the_first_source_that_can_be_had_is_read(story, tmp_path, monkeypatch, 
         path.write_text(f"This is the {name}.\n\nIt rained.")
         return path
 
-    monkeypatch.setattr(texts_file, "download_book", lambda url: pytest.fail("asked the network"))
-    write(texts_file.cache_folder() / "wind_in_the_willows.txt", "cache")
+    monkeypatch.setattr(load, "download_book", lambda url: pytest.fail("asked the network"))
+    write(load.cache_folder() / "wind_in_the_willows.txt", "cache")
     for source in (None, "willows"):
         assert kd.load_corpus(source).text == "This is the cache.\n\nIt rained."
     variable = write(tmp_path / "b.txt", "variable")
@@ -368,7 +369,13 @@ def with_template(tokenizer, template: str | None = TEMPLATE):
 
 def chats(row: dict) -> kd.Corpus:
     """Twelve times the same row."""
-    return kd.Corpus("a", "a", Rows(datasets.Dataset.from_list([row] * 12)))
+    return kd.Corpus(
+        "a",
+        "a",
+        Rows(datasets.Dataset.from_list([row] * 12)),
+        in_rows=True,
+        tokenize=tokenize_chats,
+    )
 
 
 def answers(blocks: kd.Blocks, tokenizer, name: str = "train") -> str:

@@ -59,7 +59,7 @@ def test_peak_memory_lies_between_what_is_needed_and_all_that_is_ever_made(make_
     attention = batch * heads * tokens * tokens * 4
     activation = batch * tokens * width * 4
     per_layer = 4 * attention + 60 * activation  # the feed-forward ones are four times as wide
-    peak = kd.peak_memory(model, ids)
+    peak = cost.peak_memory(model, ids)
     assert peak >= weight_bytes(model) + logits
     assert peak <= weight_bytes(model) + logits + 2 * per_layer + 10 * activation
 
@@ -70,7 +70,7 @@ def test_the_size_on_disk_is_that_of_the_saved_weights_and_tied_ones_count_once(
     tied, untied = (make_gpt2(layers=1, tie_word_embeddings=tie) for tie in (True, False))
     ids = blocks.train[:1]
     head = untied.lm_head.weight.nbytes
-    assert kd.peak_memory(untied, ids) - cost.peak_memory(tied, ids) == head
+    assert cost.peak_memory(untied, ids) - cost.peak_memory(tied, ids) == head
     untied.save_pretrained(tmp_path)
     size = kd.size_on_disk(untied)
     assert size == (tmp_path / "model.safetensors").stat().st_size

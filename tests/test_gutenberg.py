@@ -10,7 +10,8 @@ from test_corpus import END, START, WILLOWS_TITLES, willows
 import willows_kd as kd
 from willows_kd import texts
 from willows_kd.files import cache_folder
-from willows_kd.texts import fetch_willows
+from willows_kd.sources import load
+from willows_kd.sources.load import fetch_willows
 
 
 def book_of(titles: list[str]) -> str:
@@ -24,7 +25,7 @@ BOOK = book_of(WILLOWS_TITLES)
 BODY = BOOK.replace("\n", "\r\n").encode()
 HTML = b"<!doctype html><html><body><h1>I. THE RIVER BANK</h1>Please log in.</body></html>"
 MOVED = "moved to an address that is not encrypted"
-FIRST, MIRROR = texts.URLS
+FIRST, MIRROR = load.URLS
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def site(monkeypatch):
     site, asked = {}, []
 
     def urlopen(request, timeout):
-        assert timeout == texts.TIMEOUT
+        assert timeout == load.TIMEOUT
         url = request.full_url
         asked.append(url)
         if isinstance(answer := site[url], Exception):
@@ -70,7 +71,7 @@ def test_the_book_is_kept_without_its_licence_and_not_fetched_again(site):
         (HTML, "is HTML"),
         (book_of(WILLOWS_TITLES[1:]).encode(), "not the twelve chapters"),
         (BODY[: BODY.index(END.encode())], "not the twelve chapters"),  # without its last pages
-        (BODY + bytes(texts.SIZE_LIMIT), "more than"),
+        (BODY + bytes(load.SIZE_LIMIT), "more than"),
         (TimeoutError("timed\nout"), "timed out"),
         (MOVED, "not https"),
     ],

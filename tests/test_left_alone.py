@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import willows_kd as kd
+from willows_kd import cost
 
 # each is called with things: teacher, student, tokenizer, blocks, ids and an empty folder
 CALLS = {
@@ -23,7 +24,7 @@ CALLS = {
     "speculative_decode": lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 6),
     "latency": lambda t: kd.latency({"a": t.teacher}, t.ids, 2, 1),
     "decode_latency": lambda t: kd.decode_latency({"a": t.teacher}, t.ids, [1, 2], 1),
-    "peak_memory": lambda t: kd.peak_memory(t.teacher, t.ids),
+    "peak_memory": lambda t: cost.peak_memory(t.teacher, t.ids),
     "size_on_disk": lambda t: kd.size_on_disk(t.teacher),
     "fingerprint": lambda t: kd.fingerprint(t.teacher),
     "save_model": lambda t: kd.save_model(t.student, t.tokenizer, t.folder / "saved"),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import willows_kd as kd
+from willows_kd import losses
 from willows_kd.losses import DIVERGENCES, divergence_of
 
 INF = math.inf
@@ -126,7 +127,7 @@ def test_a_divergence_is_its_formula_averaged_over_the_counted_tokens(name, cut)
     """Infinite only for a KL, if its first distribution alone has mass; its slope is finite."""
     student, teacher = two(2, 4, 5, cut=cut)
     for how, own in [((), {}), ((0.5, MASK), {}), ((3.0, MASK), OWN.get(name, {}))]:
-        loss = getattr(kd, name)(student, teacher, *how, **own)
+        loss = getattr(losses, name)(student, teacher, *how, **own)
         paper = on_paper(name, student, teacher, *how, **own)
         assert loss.item() == pytest.approx(paper, rel=1e-12)
         infinite = (name, cut) in [("reverse_kl", "teacher"), ("forward_kl", "student")]
@@ -140,9 +141,9 @@ def test_a_divergence_is_its_formula_averaged_over_the_counted_tokens(name, cut)
 def test_in_lower_precision_only_the_logits_are_rounded(name):
     cut = "both" if name == "reverse_kl" else "teacher"
     student, teacher = two(2, 4, 500, cut=cut, dtype=torch.bfloat16)
-    loss = getattr(kd, name)(student, teacher, 2.0)
+    loss = getattr(losses, name)(student, teacher, 2.0)
     exact = student.detach().double().requires_grad_()
-    expected = getattr(kd, name)(exact, teacher.double(), 2.0)
+    expected = getattr(losses, name)(exact, teacher.double(), 2.0)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found, slopes = gradient(loss, student), gradient(expected, exact)
@@ -154,7 +155,7 @@ def test_a_probability_too_small_for_the_precision_counts_as_zero(name):
     student = torch.tensor([[0.0, 1.0, -500.0]], requires_grad=True)
     teacher = torch.tensor([[0.0, 2.0, -INF]])
     pairs = [(student, teacher), (student[:, :2], teacher[:, :2])]
-    loss, without = (getattr(kd, name)(*logits) for logits in pairs)
+    loss, without = (getattr(losses, name)(*logits) for logits in pairs)
     assert loss.item() == pytest.approx(without.item(), rel=1e-6)
     assert gradient(loss, student).isfinite().all()
 
@@ -165,11 +166,11 @@ def test_a_probability_too_small_for_the_precision_counts_as_zero(name):
 @each_divergence
 def test_a_match_is_zero_and_the_teacher_gets_no_gradient(name):
     student, teacher = two(2, 4, 40)
-    loss = getattr(kd, name)(student, student.detach().clone(), 2.0)
+    loss = getattr(losses, name)(student, student.detach().clone(), 2.0)
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert gradient(loss, student).abs().max().item() == pytest.approx(0, abs=1e-12)
     teacher.requires_grad_()
-    getattr(kd, name)(student, teacher, 2).backward()
+    getattr(losses, name)(student, teacher, 2).backward()
     assert teacher.grad is None
     assert student.grad.abs().sum() > 0
 
@@ -177,8 +178,8 @@ def test_a_match_is_zero_and_the_teacher_gets_no_gradient(name):
 @each_divergence
 def test_gradients_keep_their_size_as_the_temperature_grows(name):
     student, teacher = two(2, 4, 50, scale=0.1)
-    losses = [getattr(kd, name)(student, teacher, temperature) for temperature in (1, 3, 50)]
-    sizes = [gradient(loss, student).norm().item() for loss in losses]
+    found = [getattr(losses, name)(student, teacher, temperature) for temperature in (1, 3, 50)]
+    sizes = [gradient(loss, student).norm().item() for loss in found]
     assert max(sizes) / min(sizes) < 1.1
 
 
@@ -186,7 +187,7 @@ def test_gradients_keep_their_size_as_the_temperature_grows(name):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_what_a_masked_token_holds_has_no_effect(name, dtype):
     student, teacher = two(2, 4, 11)
-    divergence = getattr(kd, name)
+    divergence = getattr(losses, name)
     expected = divergence(student[MASK], teacher[MASK], 2)
     slopes = gradient(expected, student)
     for poison in (1e30, math.nan, INF, -INF):
@@ -201,7 +202,7 @@ def test_what_a_masked_token_holds_has_no_effect(name, dtype):
 
 @each_divergence
 def test_settings_name_a_divergence_with_its_own_parameter(name):
-    logits, function = two(4, 11), getattr(kd, name)
+    logits, function = two(4, 11), getattr(losses, name)
     plain = divergence_of(kd.DistillConfig(divergence=name))(*logits, 1.0, None)
     assert plain == function(*logits)
     changed = divergence_of(kd.DistillConfig(divergence=name, beta=0.2, skew=0.3))(*logits)
@@ -255,7 +256,7 @@ def test_half_precision_is_taken_further_in_float32():
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0, 10.0), (1, 2.0), (0.25, 8.0)])
 def test_alpha_weighs_the_hard_labels(alpha, expected):
-    assert kd.mix(torch.tensor(2.0), torch.tensor(10.0), alpha).item() == expected
+    assert losses.mix(torch.tensor(2.0), torch.tensor(10.0), alpha).item() == expected
 
 
 def test_a_prediction_is_paired_with_the_token_that_comes_next():

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import willows_kd as kd
 from conftest import logits
+from willows_kd.compress.quantization import quantize
 from willows_kd.distillation import DistillationLoss
 from willows_kd.models import load_model, merge_adapters
 from willows_kd.scale.linear_head import ChunkedLoss, has_linear_head
@@ -25,7 +26,7 @@ def student():
 
 
 def test_a_row_becomes_integers_times_its_scale():
-    integers, scale = kd.quantize(MATRIX, bits=3)
+    integers, scale = quantize(MATRIX, bits=3)
     assert integers.dtype == torch.int8
     assert integers.tolist() == [[1, -3, 0], [0, 0, 0], [-3, 0, 2]]
     torch.testing.assert_close(scale, torch.tensor([[1.0], [0.0], [70 / 3]]))
@@ -34,7 +35,7 @@ def test_a_row_becomes_integers_times_its_scale():
 @pytest.mark.parametrize(("bits", "dim"), [(2, 0), (4, 1), (8, 0)])
 def test_each_channel_uses_all_its_integers_and_is_off_by_half_a_step(bits, dim):
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(bits))
-    integers, scale = kd.quantize(weight, bits, dim)
+    integers, scale = quantize(weight, bits, dim)
     assert scale.shape == ((20, 1), (1, 30))[dim]
     assert (integers.abs().amax(dim=1 - dim) == 2 ** (bits - 1) - 1).all()
     assert ((integers * scale - weight).abs() <= 0.5001 * scale).all()
@@ -43,7 +44,7 @@ def test_each_channel_uses_all_its_integers_and_is_off_by_half_a_step(bits, dim)
 def test_the_gradient_goes_straight_through_the_rounding():
     weight = MATRIX.clone().requires_grad_()
     rounded = kd.fake_quantize(weight, bits=3)
-    integers, scale = kd.quantize(MATRIX, bits=3)
+    integers, scale = quantize(MATRIX, bits=3)
     torch.testing.assert_close(rounded, integers * scale)
     slope = torch.arange(9.0).reshape(3, 3)
     (gradient,) = torch.autograd.grad((rounded * slope).sum(), weight)
@@ -96,7 +97,7 @@ def test_distillation_repairs_what_the_rounding_broke(teacher, student, blocks):
     kd.distill(teacher, model, few, kd.DistillConfig(epochs=3, learning_rate=3e-4))
     assert kd.evaluate(model, few.train, teacher=teacher)["kl_to_teacher"] < 0.9 * start
     assert kd.fingerprint(teacher) == before
-    integers, scale = kd.quantize(model.lm_head.weight.detach(), bits=3)
+    integers, scale = quantize(model.lm_head.weight.detach(), bits=3)
     torch.testing.assert_close(integers * scale, model.lm_head.weight.detach())
 
 
