@@ -139,6 +139,13 @@ def test_a_closed_form_is_the_divergence_and_its_gradient_that_of_autograd(name,
         assert expected.abs().sum() > 0.1
 
 
+def test_its_defaults_are_those_of_the_settings():
+    student, teacher, labels = inputs(6, 10, 4, 4, 0, torch.float64)
+    wanted = full_logits_loss(student, teacher, labels, 1.0, 0.0, "forward_kl")[0]
+    found = chunked_distillation_loss(*student, *teacher, labels)[0]
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+
+
 def test_a_second_backward_pass_is_refused():
     student, teacher, labels = inputs(6, 10, 4, 4, 0, torch.float64)
     loss = chunked_distillation_loss(*student, *teacher, labels)[0]

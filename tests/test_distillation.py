@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 import warnings
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,7 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import willows_kd as kd
 from conftest import padded_head
-from willows_kd.distillation import DistillationLoss, epoch_batches
+from willows_kd.distillation import DistillationLoss, epoch_batches, micro_batches
 from willows_kd.generation import continued, uniform_draws
 
 COLUMNS = [
@@ -334,3 +336,17 @@ def test_the_history_has_a_row_a_step_and_the_last_of_an_epoch_the_validation_bl
     assert table[END_OF_EPOCH].notna().all(axis=1).tolist() == [False, False, True] * 2
     ends = table.dropna(subset="validation_kl")[["validation_perplexity", "validation_kl"]]
     assert list(ends.itertuples(index=False, name=None)) == measured
+
+
+def test_seconds_are_those_of_the_steps_so_far(teacher, blocks, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    history = kd.distill(teacher, kd.student_from_teacher(teacher, 1), blocks)
+    assert [row["seconds"] for row in history] == [row["step"] for row in history]
+
+
+def test_where_one_token_counts_it_has_all_the_weight(blocks):
+    alone = SimpleNamespace(process_index=0, num_processes=1)
+    mask = torch.zeros(len(blocks.train), blocks.block_size - 1, dtype=torch.bool)
+    mask[2, 5] = True
+    parts = micro_batches(blocks.train, mask, kd.DistillConfig(batch_size=1), alone)
+    assert [weight for _, _, weight, _ in parts] == [float(i == 2) for i in range(len(mask))]

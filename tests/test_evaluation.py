@@ -200,6 +200,7 @@ def test_the_nats_of_a_block_are_those_of_reading_it_alone(model, blocks, monkey
     hook.remove()
     perplexities = [kd.evaluate(model, block[None])["perplexity"] for block in blocks.test]
     assert found.exp().tolist() == pytest.approx(perplexities, rel=1e-5)
+    assert len(kd.block_nll(model, blocks.test[:1, :2])) == 1  # the shortest that can be read
 
 
 def test_a_model_does_not_differ_from_itself_and_a_shift_is_certain():

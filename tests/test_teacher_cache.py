@@ -148,6 +148,8 @@ def test_samples_are_small_the_same_each_time_and_of_the_training_blocks_only(
     logits = cache(blocks.train).logits
     assert torch.equal(again(blocks.train).logits, logits)
     assert logits.exp().sum(-1).numpy() == pytest.approx(1)
+    assert logits.exp().max() > 1.5 / 30  # a likely token is drawn again
+    assert cache.fingerprint != kd.fingerprint(teacher)
     with torch.no_grad():  # every token that was drawn is one that the teacher knows
         assert kd.forward_kl(teacher(blocks.train).logits, logits).isfinite()
     with pytest.raises(kd.InputError, match="with samples for those of training only"):
