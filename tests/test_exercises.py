@@ -97,6 +97,8 @@ ANSWERS = [
     ("bits", lambda nats, text: "many", "your function returns str"),
     ("forward_kl", lambda *z: kl_div(*z) / 5, "well done"),
     ("forward_kl", in_place, "well done"),
+    ("forward_kl", lambda *z: kl(*z).item(), "leave out .item() and .detach()"),
+    ("perplexity", lambda b, n, t: 32.0, "for (2.0, 90, 30) you return 32; it should be 64"),
     ("forward_kl", kl_div, "batchmean grows with the length"),
     ("forward_kl", lambda *z: kl_div(*z, reduction="sum") / 140, "sum over the vocabulary, then"),
     ("forward_kl", lambda *z: kl_div(*z, first=F.softmax) / 5, "got the student's probabilities"),
@@ -135,7 +137,7 @@ ANSWERS = [
     ("reward_loss", lambda q, p: ((q - p) ** 2 / 2).mean(), "well done"),  # k2
     ("reward_loss", lambda q, p: (q - p).mean(), "its gradient is 0 on average"),
     ("reward_loss", lambda q, p: ((p - q).exp() - 1 - p + q).mean(), "as of k3"),
-    ("reward_loss", lambda q, p: (q - p).detach().mean(), "does not require grad"),
+    ("reward_loss", lambda q, p: (q - p).detach().mean(), "its gradient is 0 on average"),
     ("reward_loss", lambda q, p: (q - p).detach() * q, "only for scalar outputs"),
     ("cosine", lambda a, b, m: (m * (1 - F.cosine_similarity(a, b, -1))).mean(), "you divide by"),
     ("units", lambda a, keep: a.abs().sum((0, 1)).topk(keep).indices.tolist(), "well done"),

@@ -52,4 +52,5 @@ def check_perplexity(my_perplexity: Callable) -> bool:
         "these are bits per token; perplexity is 2 to this power": lambda b, n, t: b * n / t,
     }
     praise = "5 bits a token are a perplexity of 32"
-    return judge(my_perplexity, lambda b, n, t: 2 ** (b * n / t), mistakes, praise, (1.25, 320, 80))
+    cases = (1.25, 320, 80), (2.0, 90, 30)
+    return judge(my_perplexity, lambda b, n, t: 2 ** (b * n / t), mistakes, praise, *cases)

@@ -6,10 +6,7 @@ from willows_kd.exercises import judge
 
 
 def check_bytes(my_bytes: Callable) -> bool:
-    """Check `my_bytes(teacher, student)`: bytes of weights, gradients and moments in float32.
-
-    Both are numbers of parameters.
-    """
+    """Check `my_bytes(teacher, student)`: bytes of a run in float32, from numbers of parameters."""
     mistakes = {
         "the teacher is not trained: it has weights alone": lambda t, s: 16 * (t + s),
         "these are the weights alone, without gradients and moments": lambda t, s: 4 * (t + s),
@@ -29,4 +26,5 @@ def check_flops(my_flops: Callable) -> bool:
         "the teacher's forward pass is missing": lambda t, s, n: 6 * s * n,
     }
     praise = "a good rule while blocks are short; attention adds to it as they grow"
-    return judge(my_flops, lambda t, s, n: (2 * t + 6 * s) * n, mistakes, praise, (12, 7, 100))
+    cases = (12, 7, 100), (50, 45, 30)
+    return judge(my_flops, lambda t, s, n: (2 * t + 6 * s) * n, mistakes, praise, *cases)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from willows_kd.exercises import judge, random_logits
+from willows_kd.exercises import judge, not_yet, random_logits
 from willows_kd.losses import entropy, forward_kl, hard_label_loss, reverse_kl, soften
 
 KL = {  # the hint: what makes the mistake, of logits of shape (4, 5, 7) and T
@@ -31,7 +31,10 @@ CASES = (Z_S, Z_T, LABELS, 1.7), (Z_T, Z_S, LABELS, 3.3)
 def check_forward_kl(my_forward_kl: Callable) -> bool:
     """Check `my_forward_kl(student_logits, teacher_logits, temperature)`, a mean over tokens."""
     praise = "the same value as kd.forward_kl"
-    return judge(my_forward_kl, forward_kl, KL, praise, (Z_S, Z_T, 1.7), (Z_T, Z_S, 3.3))
+    if not judge(my_forward_kl, forward_kl, KL, praise, (Z_S, Z_T, 1.7), (Z_T, Z_S, 3.3)):
+        return False
+    loss = torch.as_tensor(my_forward_kl(Z_S.clone().requires_grad_(), Z_T.clone(), 1.7))
+    return loss.requires_grad or not_yet("but no gradient: leave out .item() and .detach()")
 
 
 def check_find_temperature(my_temperature: Callable) -> bool:

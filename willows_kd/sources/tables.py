@@ -61,7 +61,8 @@ def read_table(
         kind = kind or "a file or as a data set of the hub"
         raise InputError(f"{source} cannot be read as {kind} ({one_line(cause)}){hint}") from error
     chats = tokenize_chats if isinstance(texts[0], dict) else None
-    return Corpus(path.stem, str(source), texts, len(table) - len(texts), True, chats)
+    skipped = len(table) - len(texts)
+    return Corpus(path.stem, str(source), texts, skipped, in_rows=True, tokenize=chats)
 
 
 def load_file(path: Path, kind: str, encoding: str | None):
