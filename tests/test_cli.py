@@ -314,7 +314,7 @@ def test_without_options_it_is_the_bundled_teacher_and_the_book_even_without_emo
     assert run(["distill"]) == 2
     said = out.buffer.getvalue().decode()
     assert " Loading teacher model from: the bundled teacher\n" in said
-    assert " Loading dataset from: The Wind in the Willows\n" in said
+    assert f" Loading dataset from: {place / 'text.txt'} (WILLOWS_KD_CORPUS)\n" in said
     assert f"error: {place / 'text.txt'} (WILLOWS_KD_CORPUS), 256\n" in said
 
 

@@ -126,7 +126,7 @@ def prepare(options, config: DistillConfig) -> Job:
     teacher, _ = models.load_teacher(teacher_name, device)
     shown = f"{options.layers} of the teacher's layers" if options.layers else student_name
     print(f"🔍 Loading student model ({shown})...")
-    print(f"📚 Loading dataset from: {options.dataset_path or 'The Wind in the Willows'}")
+    print(f"📚 Loading dataset from: {corpus.provenance}")
     print("⚙️ Tokenizing dataset...")
     blocks = pack(corpus, tokenizer, block_size)
     if student_name == "half":

@@ -65,7 +65,8 @@ def judge(
     if mine.shape != wanted.shape:
         it_is = f"a tensor of shape {tuple(wanted.shape)}" if wanted.ndim else "one number"
         return not_yet(f"your result has shape {tuple(mine.shape)}; it is {it_is}")
-    example = f"for {case}" if len(str(case)) < 40 else "on one example"
+    given = ", ".join(map(str, case))
+    example = f"for {given}" if 0 < len(given) < 40 else "on one example"
     return not_yet(f"{example} you return {shown(mine)}; it should be {shown(wanted)}")
 
 
