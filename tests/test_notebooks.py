@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from check_notebooks import problems
 from IPython.core.inputtransformer2 import TransformerManager
-from notebook_runs import NOTEBOOKS, SERIES, SOLUTIONS, small, stderr, twice
+from notebook_runs import BLOCK_SIZE, NOTEBOOKS, SERIES, SOLUTIONS, TOKENS, small, stderr, twice
 
 import willows_kd as kd
 from willows_kd.exercises import your_own
@@ -34,8 +34,8 @@ def test_what_is_stored_is_one_clean_run():
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_solutions_satisfy_every_check(path, monkeypatch):
     """Not in kernels of their own, each of which would take seconds to import the same."""
-    monkeypatch.setattr(kd.pack, "__defaults__", (64,))
-    monkeypatch.setattr(your_own, "TOKENS", 1_024)
+    monkeypatch.setattr(kd.pack, "__defaults__", (BLOCK_SIZE,))
+    monkeypatch.setattr(your_own, "TOKENS", TOKENS)
     cells = nbformat.read(path, as_version=4).cells
     sources = [cell.source for cell in cells if cell.cell_type == "code"]
     assert re.search(r"^assert (done_1( and done_\d)*|all\(checks\))$", sources[-1], re.MULTILINE)

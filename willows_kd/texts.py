@@ -24,9 +24,10 @@ class Corpus:
         provenance: where the text came from, in one line.
         texts: the chapters of the book, or the rows of a table, or one text.
         skipped: empty lines and rows that were passed over while reading.
-        in_rows: whether what is held out is cut off between texts, not within one.
-        tokenize: makes token ids, and a mask of those to learn, of texts that are no strings,
-            as `sources.chats.tokenize_chats` does.
+        in_rows: True for a table, which is split between texts; any other text is split where
+            a paragraph ends.
+        tokenize: for chats, what turns them into token ids and a mask of those to learn, as
+            `sources.chats.tokenize_chats` does; None for strings.
     """
 
     title: str
