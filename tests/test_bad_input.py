@@ -163,6 +163,7 @@ BAD = [
     ("shape (prompts, length)", lambda t: kd.sample_continuations(t.teacher, t.ids[0], 3)),
     ("the model knows", lambda t: kd.sample_continuations(t.teacher, t.unknown, 3)),
     ("the model reads 64", lambda t: kd.sample_continuations(t.teacher, t.ids, 64)),
+    ("temperature is -1", lambda t: kd.sample_continuations(t.teacher, t.ids, 3, -1)),
     ("give what pack returns", lambda t: kd.make_transfer_set(t.teacher, t.ids[0])),
     ("shape (prompts, length)", lambda t: kd.speculative_decode(t.teacher, t.student, t.ids, 3)),
     ("at least", lambda t: kd.speculative_decode(t.teacher, t.student, t.ids[0], 3, k=-1)),

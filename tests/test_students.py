@@ -36,6 +36,12 @@ def test_a_layer_that_would_become_another_kind_is_refused(monkeypatch):
     assert kd.student_from_teacher(teacher, 2, "random").config.num_hidden_layers == 2
 
 
+def test_a_layer_whose_settings_a_short_input_does_not_show_is_refused(teacher):
+    teacher.transformer.h[3].attn.window = 64  # longer than the text of the proof
+    with pytest.raises(kd.InputError, match="attn.window is 64 in layer 3, .* absent in layer 1"):
+        kd.student_from_teacher(teacher, 2)
+
+
 def test_a_layer_that_depends_on_more_than_its_weights_is_refused(teacher):
     """As if the feed-forward part of a layer were changed by something that is written nowhere."""
     shake(teacher)
